@@ -1,0 +1,317 @@
+"""Synthetic captioned pictures drawn from signed distances: one object on a plain background, or a doodle of several.
+
+A scene is five words (colour, shape, size, position, background) and a little jitter, so whether a model drew what its
+prompt said can be read back from the pixels. Lengths are fractions of the picture's side, x to the right, y downwards,
+and a signed distance is negative inside. Picture `index` of a set is a pure function of (seed, index).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from latentsmith.files.errors import BadInput
+
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 30, 35),
+    "orange": (255, 135, 15),
+    "yellow": (255, 222, 40),
+    "green": (25, 160, 60),
+    "blue": (40, 110, 240),
+    "purple": (135, 45, 175),
+    "pink": (255, 130, 195),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "grey": (150, 150, 150),
+    "cream": (245, 228, 185),
+    "navy": (22, 32, 88),
+}
+SIZES = {"small": 9 / 64, "large": 15 / 64}  # half the width of the object's box
+OFFSET = 13 / 64  # centre to centre between neighbouring positions
+POSITIONS = {
+    "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
+    "left": (-1, 0), "center": (0, 0), "right": (1, 0),
+    "bottom left": (-1, 1), "bottom": (0, 1), "bottom right": (1, 1),
+}  # fmt: skip
+MAX_SHIFT = 2 / 64  # with MAX_SCALE a large object still ends 1/64 before the edge
+MAX_SCALE = 0.06
+MAX_TINT = 8  # of 255 in each channel
+
+
+def circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 1
+
+
+def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(abs(x), abs(y)) - 0.86
+
+
+def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Equilateral, side 2, pointing up; centred by its box, not its centroid, like every shape here."""
+    height = 3**0.5 / 2
+    return np.maximum(y - height, height * abs(x) - (y + height) / 2)
+
+
+def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return star_of(5, 0.45)(x / 1.06, (y - 0.1) / 1.06) * 1.06
+
+
+def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A square on its tip and a circle over each of its upper sides."""
+    side = 4 / (2 + 2**0.5)  # makes the box 2 wide
+    x, y = abs(x), y - 0.086
+    tilted = (x + abs(y)) / 2**0.5 - side / 2
+    lobe = np.hypot(x - side / 8**0.5, y + side / 8**0.5) - side / 2
+    return np.minimum(tilted, lobe)
+
+
+def cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = abs(x), abs(y)
+    return np.maximum(np.maximum(x, y) - 1, np.minimum(x, y) - 0.36)
+
+
+def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return abs(np.hypot(x, y) - 0.76) - 0.24
+
+
+def star_of(points: int, inner: float) -> Distance:
+    """A star with that many points, the first one up, of radius 1 to the tips and `inner` to the notches.
+
+    Folding the plane into half a point leaves one edge, whose line gives the distance.
+    """
+    half = np.pi / points
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+        angle = abs((angle + half) % (2 * half) - half)
+        along, across = radius * np.cos(angle), radius * np.sin(angle)
+        edge = np.array([inner * np.cos(half) - 1, inner * np.sin(half)])
+        return ((along - 1) * edge[1] - across * edge[0]) / np.hypot(*edge)
+
+    return distance
+
+
+SHAPES: dict[str, Distance] = {
+    "circle": circle,
+    "square": square,
+    "triangle": triangle,
+    "star": star,
+    "heart": heart,
+    "cross": cross,
+    "ring": ring,
+}
+# Never drawn for training; every colour and every shape once, so each is well known from other pairs.
+HELD_OUT = tuple(zip(COLOURS, ("star", "circle", "cross", "heart", "triangle", "ring", "square"), strict=True))
+PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: five words of the tables above, and jitter that never changes which word is right."""
+
+    colour: str
+    shape: str
+    size: str
+    position: str
+    background: str
+    shift: tuple[float, float] = (0.0, 0.0)  # (x, y) fractions of the side, within MAX_SHIFT
+    scale: float = 1.0  # within 1 +- MAX_SCALE
+    tint: tuple[int, int, int] = (0, 0, 0)  # added to the object's colour, within +- MAX_TINT
+    background_tint: tuple[int, int, int] = (0, 0, 0)  # the same, cut at 0 and 255
+
+
+def scene_at(seed: int, index: int, held_out: bool | None = None) -> Scene:
+    """Scene `index` of the set `seed`; held_out False: no pair of HELD_OUT, True: only those, None: any."""
+    random = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    pairs = {None: PAIRS, False: TRAINING_PAIRS, True: HELD_OUT}[held_out]
+
+    def one_of(names: list[str]) -> str:
+        return names[random.integers(len(names))]
+
+    def tint() -> tuple[int, int, int]:
+        red, green, blue = random.integers(-MAX_TINT, MAX_TINT, 3, endpoint=True).tolist()
+        return red, green, blue
+
+    colour, shape = pairs[random.integers(len(pairs))]
+    size, position, background = one_of(list(SIZES)), one_of(list(POSITIONS)), one_of(list(BACKGROUNDS))
+    right, down = random.uniform(-MAX_SHIFT, MAX_SHIFT, 2).tolist()
+    scale = 1 + float(random.uniform(-MAX_SCALE, MAX_SCALE))
+    return Scene(colour, shape, size, position, background, (right, down), scale, tint(), tint())
+
+
+def sample_scenes(count: int, seed: int, held_out: bool | None = None) -> list[Scene]:
+    return [scene_at(seed, index, held_out) for index in range(count)]
+
+
+def caption(scene: Scene) -> str:
+    """ "a large red circle at the top left on a white background" """
+    if scene.position == "center":
+        place = "in the center"
+    else:
+        place = f"{'on' if scene.position in ('left', 'right') else 'at'} the {scene.position}"
+    return f"a {scene.size} {scene.colour} {scene.shape} {place} on a {scene.background} background"
+
+
+def draw(scene: Scene, size: int = 64) -> np.ndarray:
+    """The picture of a scene, uint8 (size, size, 3)."""
+    column, row = POSITIONS[scene.position]
+    radius = SIZES[scene.size] * scene.scale
+    x, y = pixel_grid(size)
+    x, y = (x - column * OFFSET - scene.shift[0]) / radius, (y - row * OFFSET - scene.shift[1]) / radius
+    covered = coverage(SHAPES[scene.shape](x, y) * radius * size)
+    background = np.clip(np.add(BACKGROUNDS[scene.background], scene.background_tint), 0, 255)
+    colour = np.clip(np.add(COLOURS[scene.colour], scene.tint), 0, 255)
+    return to_bytes(background + covered[..., None] * (colour - background))
+
+
+def shape_masks(size: int = 64) -> dict[str, np.ndarray]:
+    """Each shape filling its picture: how much of each pixel is covered, float64 (size, size) in [0, 1]."""
+    x, y = (2 * axis for axis in pixel_grid(size))
+    return {name: coverage(distance(x, y) * size / 2) for name, distance in SHAPES.items()}
+
+
+def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the pixels' middles, each (size, size), in fractions of the side from the picture's middle."""
+    axis = (np.arange(size) + 0.5) / size - 0.5
+    x, y = np.meshgrid(axis, axis)
+    return x, y
+
+
+def coverage(distance: np.ndarray) -> np.ndarray:
+    """Share of each pixel inside a straight edge at this signed distance, in pixels, from the pixel's middle."""
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def to_bytes(picture: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+
+
+def write_scenes(folder: str | Path, count: int, seed: int, *, size: int = 64, held_out: bool | None = False) -> None:
+    """Write `count` scenes as scene-000000.png with the caption in scene-000000.txt, and so on."""
+    for index, scene in enumerate(sample_scenes(count, seed, held_out)):
+        _write_pair(_made(folder) / f"scene-{index:06d}", draw(scene, size), caption(scene))
+
+
+def write_pictures(folder: str | Path, count: int, seed: int, *, doodles: float = 0.5, size: int = 64) -> None:
+    """Write a mix to train a general VAE on: a share `doodles` of doodles, evenly spread, the rest any scenes."""
+    for index in range(count):
+        if int((index + 1) * doodles) > int(index * doodles):
+            name, picture, text = f"doodle-{index:06d}", draw_doodle(seed, index, size), "a drawing"
+        else:
+            scene = scene_at(seed, index)
+            name, picture, text = f"scene-{index:06d}", draw(scene, size), caption(scene)
+        _write_pair(_made(folder) / name, picture, text)
+
+
+def _made(folder: str | Path) -> Path:
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made a folder for pictures ({error.strerror}); name another") from error
+    return folder
+
+
+def _write_pair(stem: Path, picture: np.ndarray, text: str) -> None:
+    Image.fromarray(picture).save(stem.with_suffix(".png"), compress_level=1)
+    stem.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+
+
+def draw_doodle(seed: int, index: int, size: int = 64) -> np.ndarray:
+    """Like a sticker or a line drawing: one to six shapes on a flat or shaded ground, uint8 (size, size, 3)."""
+    random = np.random.default_rng(np.random.SeedSequence([seed, index, 1]))  # 1: not the numbers of scene `index`
+    picture = _ground(random, size)
+    ink = _random_colour(random) * random.choice([0.15, 0.5])  # one outline colour to a drawing, as a hand has one pen
+    outlined = random.random() < 0.6
+    for _ in range(random.integers(1, 7)):
+        distance = _random_shape(random, size)
+        width = random.uniform(0.6, 2.0) * size / 64
+        colour = _shading(random, size)
+        if random.random() < 0.25:
+            picture = _blend(picture, colour, coverage(abs(distance) - 1.5 * width))
+        else:
+            picture = _blend(picture, colour, coverage(distance))
+            if outlined:
+                picture = _blend(picture, ink, coverage(abs(distance) - width))
+    return to_bytes(picture)
+
+
+def _blend(below: np.ndarray, above: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    return below + covered[..., None] * (above - below)
+
+
+def _random_colour(random: np.random.Generator) -> np.ndarray:
+    """(3,) in 0..255; a third pastel, a third saturated, a tenth black, white or grey, the others anything."""
+    colour, kind = random.uniform(0, 255, 3), random.random()
+    if kind < 0.1:
+        return np.full(3, random.choice([0.0, 255.0, colour[0]]))
+    if kind < 0.4:
+        return 160 + colour * 95 / 255
+    if kind < 0.75:
+        low, high = colour.min(), colour.max()
+        return (colour - low) / max(high - low, 1.0) * 255 * random.uniform(0.7, 1)
+    return colour
+
+
+def _shading(random: np.random.Generator, size: int) -> np.ndarray:
+    """Flat (3,), or a gradient (size, size, 3) between two colours not far apart."""
+    colour = _random_colour(random)
+    if random.random() < 0.65:
+        return colour
+    angle, (x, y) = random.uniform(0, 2 * np.pi), pixel_grid(size)
+    share = np.clip(0.5 + x * np.cos(angle) + y * np.sin(angle), 0, 1)
+    other = np.clip(colour + random.uniform(-110, 110, 3), 0, 255)
+    return colour + share[..., None] * (other - colour)
+
+
+def _ground(random: np.random.Generator, size: int) -> np.ndarray:
+    plain = random.random()
+    if plain < 0.3:
+        return np.full((size, size, 3), 255.0)
+    if plain < 0.4:
+        return np.zeros((size, size, 3))
+    return np.zeros((size, size, 3)) + _shading(random, size)
+
+
+def _random_shape(random: np.random.Generator, size: int) -> np.ndarray:
+    """Signed distance in pixels, (size, size), of a shape of random kind, place, size, turn and slimness."""
+    radius, angle = random.uniform(0.06, 0.45), random.uniform(0, 2 * np.pi)
+    right, down = random.uniform(-0.4, 0.4, 2)
+    slim = random.uniform(0.45, 1.0)
+    x, y = pixel_grid(size)
+    x, y = (x - right) / radius, (y - down) / radius
+    if random.random() < 0.5:
+        x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+    value = _random_kind(random)(x / slim, y)
+    # Squeezing steepens distances; value / |gradient| is right again where it matters, beside the outline.
+    slope = np.hypot(*np.gradient(value))
+    return value / np.maximum(slope, 1 / (radius * size))  # flatter only along a ridge
+
+
+def _random_kind(random: np.random.Generator) -> Distance:
+    kinds = [
+        *SHAPES.values(),
+        circle,
+        circle,
+        star_of(int(random.integers(3, 9)), random.uniform(0.3, 0.9)),
+        _bar,
+        _smile,
+    ]
+    return kinds[random.integers(len(kinds))]
+
+
+def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A thick line with round ends."""
+    return np.hypot(np.maximum(abs(x) - 1, 0), y) - 0.15
+
+
+def _smile(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The lower half of a thin ring."""
+    return np.maximum(abs(np.hypot(x, y) - 0.9) - 0.1, -y)
