@@ -1,0 +1,235 @@
+"""The VAE: images to latents and back (Rombach et al. 2022, section 3.1). Parameter names are LDM's."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import attention, group_norm
+from .loading import load_pretrained
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, dropout: float, groups: int):
+        super().__init__()
+        self.norm1 = group_norm(channels, groups, eps=1e-6)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, groups, eps=1e-6)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        inner = self.conv1(F.silu(self.norm1(hidden)))
+        inner = self.conv2(self.dropout(F.silu(self.norm2(inner))))
+        return inner + (self.nin_shortcut(hidden) if hasattr(self, "nin_shortcut") else hidden)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over pixels."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, groups, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        query, key, value = (
+            project(normed).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
+        )  # each (batch, 1, height * width, channels)
+        mixed = attention(query, key, value, fused=True).squeeze(1).transpose(1, 2)
+        return hidden + self.proj_out(mixed.reshape(hidden.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # right and bottom only, as the published weights expect
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, with attention after each if `attend`, then the change of resolution."""
+
+    def __init__(self, blocks: list[ResnetBlock], attend: bool, groups: int, resample: tuple[str, nn.Module] | None):
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        widths = [block.conv2.out_channels for block in blocks]
+        self.attn = nn.ModuleList(AttnBlock(width, groups) for width in widths if attend)
+        self.resample = resample[0] if resample else None
+        if resample:
+            self.add_module(*resample)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            hidden = block(hidden)
+            if len(self.attn):
+                hidden = self.attn[i](hidden)
+        return self.get_submodule(self.resample)(hidden) if self.resample else hidden
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, dropout, groups)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(hidden)))
+
+
+class Encoder(nn.Module):
+    """Images (batch, in_channels, height, width) to (batch, 2 * z_channels, height / f, width / f)."""
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        z_channels: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        resolution: int,
+        dropout: float,
+        num_groups: int,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down, width = nn.ModuleList(), ch
+        for level, mult in enumerate(ch_mult):
+            blocks = []
+            for _ in range(num_res_blocks):
+                blocks.append(ResnetBlock(width, ch * mult, dropout, num_groups))
+                width = ch * mult
+            down = ("downsample", Downsample(width)) if level < len(ch_mult) - 1 else None
+            self.down.append(Level(blocks, resolution // 2**level in attn_resolutions, num_groups, down))
+        self.mid = Middle(width, dropout, num_groups)
+        self.norm_out = group_norm(width, num_groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv_in(images)
+        for level in self.down:
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden))))
+
+
+class Decoder(nn.Module):
+    """Latents (batch, z_channels, height, width) to images (batch, out_ch, f * height, f * width)."""
+
+    def __init__(
+        self,
+        *,
+        out_ch: int,
+        z_channels: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        resolution: int,
+        dropout: float,
+        num_groups: int,
+    ):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width, dropout, num_groups)
+        levels: list[Level] = []
+        for level in reversed(range(len(ch_mult))):  # built as it runs, kept as it is named: up.0 is the finest
+            blocks = []
+            for _ in range(num_res_blocks + 1):
+                blocks.append(ResnetBlock(width, ch * ch_mult[level], dropout, num_groups))
+                width = ch * ch_mult[level]
+            up = ("upsample", Upsample(width)) if level else None
+            levels.insert(0, Level(blocks, resolution // 2**level in attn_resolutions, num_groups, up))
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(width, num_groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        hidden = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden = level(hidden)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+
+class AutoencoderKL(nn.Module):
+    """Images to the mean and log variance of their latents, and latents to images.
+
+    embed_dim: channels of the latents. ddconfig: z_channels, ch, ch_mult, num_res_blocks, in_channels, out_ch,
+    dropout, attn_resolutions (of `resolution` halved at every level), double_z (true, the only form that a KL
+    autoencoder has) and num_groups of its norms (32 in Stable Diffusion).
+    lossconfig and monitor belong to training and are not used here.
+    from_pretrained: a checkpoint to fill every parameter from, strictly; its names may be LDM's or diffusers'.
+    Height and width must divide by `downsampling`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 4,
+        ddconfig: Mapping[str, Any],
+        lossconfig: Mapping[str, Any] | None = None,
+        monitor: str | None = None,
+        from_pretrained: str | None = None,
+        from_NeMo: bool | None = None,  # noqa: N803 - the documented key
+    ):
+        super().__init__()
+        sizes = dict(resolution=256, attn_resolutions=(), dropout=0.0, num_groups=32, in_channels=3, out_ch=3)
+        sizes |= dict(ddconfig)
+        if not sizes.pop("double_z", True):
+            raise ValueError("ddconfig.double_z is false: a KL autoencoder needs a mean and a log variance")
+        in_channels, out_ch = sizes.pop("in_channels"), sizes.pop("out_ch")
+        self.encoder = Encoder(in_channels=in_channels, **sizes)
+        self.decoder = Decoder(out_ch=out_ch, **sizes)
+        self.quant_conv = nn.Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, sizes["z_channels"], 1)
+        self.embed_dim = embed_dim
+        self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)
+        load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Moments (batch, 2 * embed_dim, height / f, width / f): mean, then log variance, of unscaled latents.
+
+        images: (batch, 3, height, width) in [-1, 1].
+        """
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (batch, 3, f * height, f * width), about [-1, 1], from unscaled latents."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @staticmethod
+    def mode(moments: Tensor) -> Tensor:
+        """The most likely latents: the mean, (batch, embed_dim, height, width)."""
+        return moments.chunk(2, dim=1)[0]
+
+    @staticmethod
+    def sample(moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents drawn from `moments` with standard normal `noise` (batch, embed_dim, height, width)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
+
+    @staticmethod
+    def kl(moments: Tensor) -> Tensor:
+        """KL divergence from the standard normal, (batch,), in nats per picture (Kingma & Welling 2014, appendix B)."""
+        mean, logvar = moments.chunk(2, dim=1)
+        logvar = logvar.clamp(-30.0, 20.0)
+        return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)

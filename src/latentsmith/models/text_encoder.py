@@ -1,0 +1,179 @@
+"""The CLIP text transformer (Radford et al. 2021, section 2.4) of Stable Diffusion v1 and v2.
+
+Parameter names are those of Hugging Face's CLIPTextModel, for both.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import attention, join_heads, split_heads
+from .loading import load_pretrained
+
+ARCHITECTURES = {
+    "ViT-L-14": dict(width=768, layers=12, heads=12, intermediate_size=3072, activation="quick_gelu"),
+    "ViT-H-14": dict(width=1024, layers=24, heads=16, intermediate_size=4096, activation="gelu"),
+}
+
+
+def quick_gelu(hidden: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention; padding is not masked."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (
+            split_heads(project(tokens), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(join_heads(attention(query, key, value, fused=True, causal=True)))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, intermediate_size: int, activation: str):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(tokens)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, width: int, heads: int, intermediate_size: int, activation: str):
+        super().__init__()
+        self.self_attn = SelfAttention(width, heads)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = MLP(width, intermediate_size, activation)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.self_attn(self.layer_norm1(tokens))
+        return tokens + self.mlp(self.layer_norm2(tokens))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, width: int, vocab_size: int, max_length: int):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return self.token_embedding(token_ids) + self.position_embedding.weight[: token_ids.shape[1]]
+
+
+class Layers(nn.Module):
+    def __init__(self, layers: list[EncoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+
+class TextTransformer(nn.Module):
+    def __init__(self, embeddings: Embeddings, encoder: Layers, width: int):
+        super().__init__()
+        self.embeddings, self.encoder, self.final_layer_norm = embeddings, encoder, nn.LayerNorm(width)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        tokens = self.embeddings(token_ids)
+        for layer in self.encoder.layers:
+            tokens = layer(tokens)
+        return self.final_layer_norm(tokens)
+
+
+class ClipTextEncoder(nn.Module):
+    """Token ids to text embeddings: one transformer for v1 (quick_gelu, last layer) and v2 (gelu, penultimate).
+
+    arch: "ViT-L-14" or "ViT-H-14" sets width, layers, heads, intermediate_size and activation; each can also be
+    given by itself. layer: "last", or "penultimate", which leaves out the last of `layers` (the final norm follows
+    either way); the module holds only the layers that it runs.
+    vocab_size, max_length: of the tokenizer. tokenizer: where its files are, kept for those who build it.
+    freeze: no gradients and always in evaluation mode. version names the weights and is kept for reference; device
+    is accepted for old files: the module is where it is put.
+    from_pretrained, or restore_from_path for a .nemo: a checkpoint to fill every parameter from, strictly.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | None = None,
+        version: str | None = None,
+        width: int | None = None,
+        layers: int | None = None,
+        heads: int | None = None,
+        intermediate_size: int | None = None,
+        activation: str | None = None,
+        vocab_size: int = 49408,
+        max_length: int = 77,
+        layer: str = "last",
+        freeze: bool = True,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        from_pretrained: str | None = None,
+        restore_from_path: str | None = None,
+    ):
+        super().__init__()
+        given = dict(
+            width=width, layers=layers, heads=heads, intermediate_size=intermediate_size, activation=activation
+        )
+        sizes = text_sizes(arch, given)
+        if layer not in ("last", "penultimate"):
+            raise ValueError(f'layer is {layer!r}; it can be "last" or "penultimate"')
+        depth = sizes.pop("layers") - (layer == "penultimate")
+        self.width, self.max_length, self.vocab_size = sizes["width"], max_length, vocab_size
+        self.tokenizer, self.version, self.layer, self.frozen = tokenizer, version, layer, freeze
+        self.text_model = TextTransformer(
+            Embeddings(self.width, vocab_size, max_length),
+            Layers([EncoderLayer(**sizes) for _ in range(depth)]),
+            self.width,
+        )
+        self.reset_parameters()
+        load_pretrained(self, from_pretrained or restore_from_path, "text_encoder")
+        if freeze:
+            self.requires_grad_(False).eval()
+
+    def reset_parameters(self) -> None:
+        """CLIP's initialisation (Radford et al. 2021): small embeddings, projections scaled with depth and width."""
+        depth, model = len(self.text_model.encoder.layers), self.text_model
+        nn.init.normal_(model.embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(model.embeddings.position_embedding.weight, std=0.01)
+        into = self.width**-0.5
+        for layer in model.encoder.layers:
+            for project in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                nn.init.normal_(project.weight, std=into)
+            for back in (layer.self_attn.out_proj, layer.mlp.fc2):
+                nn.init.normal_(back.weight, std=into * (2 * depth) ** -0.5)
+            nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> "ClipTextEncoder":
+        """Training mode, unless the encoder is frozen."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Text embeddings (batch, length, width) of `token_ids` (batch, length), integers."""
+        return self.text_model(token_ids)
+
+
+def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict:
+    """The five sizes of a text transformer; ValueError names what is missing, unknown or does not divide."""
+    if arch is not None and arch not in ARCHITECTURES:
+        raise ValueError(f"text encoder arch {arch!r} is unknown; known: {', '.join(ARCHITECTURES)}")
+    sizes = {**(ARCHITECTURES[arch] if arch else {}), **{k: v for k, v in given.items() if v is not None}}
+    if missing := [name for name in given if name not in sizes]:
+        raise ValueError(f"the text encoder needs {', '.join(missing)}, or an arch ({', '.join(ARCHITECTURES)})")
+    if sizes["activation"] not in ACTIVATIONS:
+        raise ValueError(f"text encoder activation {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
+    if sizes["width"] % sizes["heads"]:
+        raise ValueError(f"text encoder width {sizes['width']} does not divide into {sizes['heads']} heads")
+    return sizes

@@ -1,0 +1,224 @@
+"""The U-Net that predicts the noise in latents from the timestep and the text (Rombach et al. 2022, section 3.3).
+
+Parameter names are LDM's, so a Stable Diffusion file loads as it is.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import AttentionBlock, SpatialTransformer
+from .layers import group_norm, timestep_embedding, zero_init
+from .loading import load_pretrained
+
+
+class ResBlock(nn.Module):
+    """Two convolutions with the timestep embedding added between them, beside a skip connection."""
+
+    def __init__(self, channels: int, out_channels: int, emb_channels: int, dropout: float, groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            group_norm(channels, groups, eps=1e-5),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            group_norm(out_channels, groups, eps=1e-5),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, hidden: Tensor, emb: Tensor) -> Tensor:
+        inner = self.in_layers(hidden) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(hidden) + self.out_layers(inner)
+
+
+class Downsample(nn.Module):
+    """Half the height and width by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.op(hidden)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width by nearest neighbours, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+
+
+class UNetBlock(nn.Sequential):
+    """Layers in a row, each given the inputs of its kind: timestep embedding or text."""
+
+    use_checkpoint = False
+
+    def forward(self, hidden: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            inputs = (emb,) if isinstance(layer, ResBlock) else ()
+            if isinstance(layer, SpatialTransformer):
+                inputs = (context,)  # type: ignore[assignment]
+            hidden = self.run(layer, hidden, *inputs)
+        return hidden
+
+    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+        """`layer(*inputs)`, its activations recomputed in the backward pass if `use_checkpoint`."""
+        recompute = self.use_checkpoint and torch.is_grad_enabled()
+        if recompute and isinstance(layer, ResBlock | SpatialTransformer | AttentionBlock):
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+class UNetModel(nn.Module):
+    """Noise (or velocity, or clean latents) predicted from noisy latents, timesteps and text embeddings.
+
+    in_channels, out_channels: of the latents (4 and 4 for Stable Diffusion).
+    model_channels, channel_mult: the width of level i is model_channels * channel_mult[i].
+    num_res_blocks: residual blocks at every level, or one number for each.
+    attention_resolutions: downsampling factors at which attention follows each residual block.
+    num_heads or num_head_channels: heads at every level, or channels of a head; the other is -1 or absent.
+    use_spatial_transformer: transformers with cross-attention to the text; else plain self-attention.
+    use_linear_in_transformer: linear layers (v2) rather than 1x1 convolutions (v1) around the transformer.
+    transformer_depth: transformer blocks in each spatial transformer, or one number for each level.
+    context_dim: features of the text embeddings.
+    use_checkpoint: recompute activations in the backward pass. use_flash_attention: fused attention kernels.
+    legacy: has no effect with spatial transformers; else kept for files of old models.
+    resblock_gn_groups: groups of the residual blocks' norms. image_size: unused, accepted for old files.
+    from_pretrained: a checkpoint to fill every parameter from, strictly. from_NeMo: true if its names are NeMo's or
+    LDM's, false if they are diffusers'; unset, the names themselves decide.
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        model_channels: int = 320,
+        attention_resolutions: Sequence[int] = (4, 2, 1),
+        num_res_blocks: int | Sequence[int] = 2,
+        channel_mult: Sequence[int] = (1, 2, 4, 4),
+        num_heads: int = -1,
+        num_head_channels: int = -1,
+        use_spatial_transformer: bool = True,
+        use_linear_in_transformer: bool = False,
+        transformer_depth: int | Sequence[int] = 1,
+        context_dim: int | None = None,
+        use_checkpoint: bool = False,
+        use_flash_attention: bool = True,
+        legacy: bool = False,
+        dropout: float = 0.0,
+        resblock_gn_groups: int = 32,
+        image_size: int | None = None,
+        from_pretrained: str | None = None,
+        from_NeMo: bool | None = None,  # noqa: N803 - the documented key
+    ):
+        super().__init__()
+        levels = len(channel_mult)
+        if use_spatial_transformer != (context_dim is not None):
+            raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
+        if (num_heads == -1) == (num_head_channels == -1):
+            raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
+        self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
+        self.model_channels = model_channels
+        res_blocks, depths = per_level(num_res_blocks, levels), per_level(transformer_depth, levels)
+        emb_channels = 4 * model_channels
+
+        def residual(channels: int, width: int) -> ResBlock:
+            return ResBlock(channels, width, emb_channels, dropout, resblock_gn_groups)
+
+        def attend(width: int, depth: int) -> nn.Module:
+            heads = head_count(width, num_heads, num_head_channels)
+            if context_dim is None:
+                return AttentionBlock(width, heads, fused=use_flash_attention)
+            return SpatialTransformer(
+                width, heads, depth, context_dim, use_linear_in_transformer, use_flash_attention, dropout
+            )
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        skips, width = [model_channels], model_channels
+        for level, mult in enumerate(channel_mult):
+            for _ in range(res_blocks[level]):
+                layers: list[nn.Module] = [residual(width, mult * model_channels)]
+                width = mult * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(attend(width, depths[level]))
+                self.input_blocks.append(UNetBlock(*layers))
+                skips.append(width)
+            if level < levels - 1:
+                self.input_blocks.append(UNetBlock(Downsample(width)))
+                skips.append(width)
+        self.middle_block = UNetBlock(residual(width, width), attend(width, depths[-1]), residual(width, width))
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(range(levels)):
+            for i in range(res_blocks[level] + 1):
+                layers = [residual(width + skips.pop(), channel_mult[level] * model_channels)]
+                width = channel_mult[level] * model_channels
+                if 2**level in attention_resolutions:
+                    layers.append(attend(width, depths[level]))
+                if level and i == res_blocks[level]:
+                    layers.append(Upsample(width))
+                self.output_blocks.append(UNetBlock(*layers))
+        self.out = nn.Sequential(
+            group_norm(width, resblock_gn_groups, eps=1e-5),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(width, out_channels, 3, padding=1)),
+        )
+        self.set_checkpointing(use_checkpoint)
+        load_pretrained(self, from_pretrained, "unet", from_nemo=from_NeMo)
+
+    def set_checkpointing(self, use_checkpoint: bool) -> None:
+        """Recompute the activations of residual blocks and transformers in the backward pass, or keep them."""
+        for module in self.modules():
+            if isinstance(module, UNetBlock):
+                module.use_checkpoint = use_checkpoint
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """The network's prediction, (batch, out_channels, height, width).
+
+        latents: (batch, in_channels, height, width), noisy and scaled; height and width divide by 2**(levels - 1).
+        timesteps: (batch,), 0..999, whole or fractional. context: (batch, length, context_dim) text embeddings.
+        """
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (batch, 4 * channels)
+        hidden, skips = latents.to(dtype), []
+        for block in self.input_blocks:
+            hidden = block(hidden, emb, context)
+            skips.append(hidden)
+        hidden = self.middle_block(hidden, emb, context)
+        for block in self.output_blocks:
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), emb, context)
+        return self.out(hidden)
+
+
+def per_level(value: int | Sequence[int], levels: int) -> list[int]:
+    """`value` for each level; ValueError if a list has another length."""
+    values = [value] * levels if isinstance(value, int) else list(value)
+    if len(values) != levels:
+        raise ValueError(f"{values} has {len(values)} numbers, channel_mult has {levels}")
+    return values
+
+
+def head_count(width: int, num_heads: int, num_head_channels: int) -> int:
+    """Attention heads of a layer `width` wide; ValueError if they do not divide it."""
+    heads = num_heads if num_head_channels == -1 else width // num_head_channels
+    if heads < 1 or width % heads or (num_head_channels != -1 and width % num_head_channels):
+        raise ValueError(f"{width} channels cannot be cut into heads (num_heads or num_head_channels)")
+    return heads
