@@ -1,0 +1,275 @@
+"""From the bytes of any picture to RGB, and from RGB to what a network is fed."""
+
+import difflib
+import io
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from math import ceil
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from latentsmith.data.order import integer_below
+from latentsmith.files.errors import BadInput
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a GiB as RGB
+ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 as the operation that undoes each
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(BadInput):
+    """A picture that cannot be used; `reason` is one of "zero bytes", "not an image", "truncated", "corrupt", "too many
+    pixels", "unsupported", "too small"."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def decode_image(
+    data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
+) -> Image.Image:
+    """The picture in `data` as an upright 8-bit sRGB image: first frame, alpha over white, colour profile applied.
+
+    smallest_side: pixels that will be wanted of the shorter side; lets a much larger JPEG be decoded at 1/2, 1/4 or 1/8
+    of its size, never below this. Raises BadImage, which says what is wrong and how much of the file there is.
+    """
+    if not len(data):
+        raise BadImage("zero bytes", "the file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadImage("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
+    except Exception as error:
+        reason = "truncated" if _is_cut_short(data) else "not an image"
+        raise BadImage(reason, f"{reason} ({len(data):,} bytes; {error})") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
+    try:
+        return to_rgb(_load(image, smallest_side))
+    except BadImage:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
+        cut = _is_cut_short(data) or "truncated" in str(error).lower() or "broken data stream" in str(error)
+        reason = "truncated" if cut else "corrupt"
+        raise BadImage(reason, f"{reason} {image.format} ({len(data):,} bytes; {error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any loaded Pillow image as upright 8-bit sRGB; BadImage for float pixels, which have no agreed range."""
+    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    if image.mode == "F":
+        raise BadImage("unsupported", "32-bit float pixels have no agreed range; save the picture as 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits a pixel, whatever integer type holds them
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("P", "1") or image.has_transparency_data:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    alpha = image.getchannel("A") if "A" in image.getbands() else None
+    colour = _to_srgb(image.convert("RGB") if alpha else image, profile)
+    if alpha:
+        colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
+    return colour.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else colour
+
+
+def is_plain_rgb(image: Image.Image) -> bool:
+    """Whether any decoder shows an opened image as `to_rgb` does: upright RGB, one frame, opaque, no foreign profile."""
+    profile = image.info.get("icc_profile")
+    return (
+        image.mode == "RGB"
+        and not image.has_transparency_data
+        and getattr(image, "n_frames", 1) == 1
+        and _orientation(image) not in UPRIGHT
+        and (not profile or _is_srgb(profile))
+    )
+
+
+def _load(image: Image.Image, smallest_side: int | None) -> Image.Image:
+    if smallest_side:
+        scale = smallest_side / min(image.size)
+        image.draft(None, (ceil(image.width * scale), ceil(image.height * scale)))  # type: ignore[arg-type]
+    image.load()
+    return image
+
+
+def _is_cut_short(data: bytes | memoryview) -> bool:
+    """Whether a WebP file, whose decoder only says "no", announces more bytes than there are."""
+    head = bytes(data[:12])
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 > len(data)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a garbled EXIF block says nothing about the pixels
+        return 1
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if profile and image.mode in ("RGB", "L", "CMYK") and not _is_srgb(profile):
+        transform = _profile_transform(profile, image.mode)
+        if transform is not None:
+            converted = ImageCms.applyTransform(image, transform)
+            assert converted is not None
+            return converted
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _is_srgb(profile: bytes) -> bool:
+    try:
+        return "srgb" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).lower()
+    except (ImageCms.PyCMSError, OSError):
+        return True  # an unreadable profile is taken as none, and none means sRGB
+
+
+@lru_cache(maxsize=32)
+def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The colour transform to sRGB, or None where the profile is of another kind of pixels than the image."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None
+
+
+class Transforms:
+    """From a picture to `(3, height, width)`, float32 in [-1, 1]; the keys of NeMo's `augmentations`, in their order.
+
+    resize_smallest_side: pixels of the shorter side afterwards (bicubic with antialias), the longer side in proportion.
+    center_crop_h_w, random_crop_h_w: "height, width" or a pair. horizontal_flip: mirror half of the samples.
+    An unknown key or a wrong value raises BadInput.
+    """
+
+    def __init__(self, **augmentations: Any):
+        self._steps = [(key, _checked(key, value)) for key, value in augmentations.items()]
+        side, size = self.smallest_side, self.size
+        if side and size and min(size) > side:
+            raise BadInput(f"augmentations: a crop of {size[0]}x{size[1]} does not fit in resize_smallest_side={side}")
+
+    @property
+    def smallest_side(self) -> int | None:
+        """The shorter side that decoding has to keep: that of a resize which comes first."""
+        return self._steps[0][1] if self._steps and self._steps[0][0] == "resize_smallest_side" else None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every result, None if pictures keep their own."""
+        crops = [value for key, value in self._steps if key.endswith("crop_h_w")]
+        return crops[-1] if crops and not self._resizes_last() else None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two seeds can give two results."""
+        return any(key == "random_crop_h_w" or (key == "horizontal_flip" and value) for key, value in self._steps)
+
+    def __call__(self, image: Image.Image, rng_seed: int = 0) -> np.ndarray:
+        """rng_seed: 64 bits, of this sample at this position of the run; everything random is a function of it."""
+        for number, (key, value) in enumerate(self._steps):
+            image = APPLY[key](image, value, partial(integer_below, seed=rng_seed, stream=number))
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels) / np.float32(127.5) - np.float32(1)
+
+    def decode(self, data: bytes | memoryview, rng_seed: int = 0) -> np.ndarray:
+        """The same from a file's bytes, decoding no more of a large JPEG than is needed. Raises BadImage."""
+        return self(decode_image(data, smallest_side=self.smallest_side), rng_seed)
+
+    def describe(self) -> dict[str, Any]:
+        """The steps in order, for a fingerprint: `{"resize_smallest_side": 512, "center_crop_h_w": [512, 512]}`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._steps if value}
+
+    def _resizes_last(self) -> bool:
+        keys = [key for key, _ in self._steps if key != "horizontal_flip"]
+        return bool(keys) and keys[-1] == "resize_smallest_side"
+
+
+Draw = Callable[[int], int]  # bound -> an integer in 0..bound-1
+
+
+def _resize_smallest_side(image: Image.Image, side: int, draw: Draw) -> Image.Image:
+    shorter = min(image.size)
+    if shorter == side:
+        return image
+    width, height = (side if length == shorter else int(side * length / shorter) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _center_crop(image: Image.Image, size: tuple[int, int], draw: Draw) -> Image.Image:
+    spare_h, spare_w = _spare(image, size)
+    return _crop(image, round(spare_h / 2), round(spare_w / 2), size)
+
+
+def _random_crop(image: Image.Image, size: tuple[int, int], draw: Draw) -> Image.Image:
+    spare_h, spare_w = _spare(image, size)
+    place = draw((spare_h + 1) * (spare_w + 1))
+    return _crop(image, place // (spare_w + 1), place % (spare_w + 1), size)
+
+
+def _flip(image: Image.Image, enabled: bool, draw: Draw) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if enabled and draw(2) else image
+
+
+APPLY: dict[str, Callable[[Image.Image, Any, Draw], Image.Image]] = {
+    "resize_smallest_side": _resize_smallest_side,
+    "center_crop_h_w": _center_crop,
+    "random_crop_h_w": _random_crop,
+    "horizontal_flip": _flip,
+}
+
+
+def _spare(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
+    spare_h, spare_w = image.height - size[0], image.width - size[1]
+    if spare_h < 0 or spare_w < 0:
+        detail = (
+            f"a picture of {image.height}x{image.width} (height x width) is too small for a crop of {size[0]}x{size[1]}"
+        )
+        raise BadImage("too small", f"{detail}; put resize_smallest_side before the crop")
+    return spare_h, spare_w
+
+
+def _crop(image: Image.Image, top: int, left: int, size: tuple[int, int]) -> Image.Image:
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def _checked(key: str, value: Any) -> Any:
+    """The value of one augmentation in its canonical type; BadInput if key or value is wrong."""
+    if key not in APPLY:
+        near = difflib.get_close_matches(key, APPLY, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(APPLY)}"
+        raise BadInput(f"augmentations.{key} is not a transform; {hint}")
+    try:
+        if key == "horizontal_flip":
+            return _boolean(value)
+        numbers = _integers(value)
+        if min(numbers) < 1 or len(numbers) != (1 if key == "resize_smallest_side" else 2):
+            raise ValueError
+        return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+    except (TypeError, ValueError):
+        wanted = {"horizontal_flip": "true or false", "resize_smallest_side": "a number of pixels"}.get(
+            key, '"height, width"'
+        )
+        raise BadInput(f"augmentations.{key}={value!r}: {wanted} is wanted") from None
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _integers(value: Any) -> list[int]:
+    if isinstance(value, bool):
+        raise TypeError
+    parts: Iterable[Any] = (
+        value.split(",") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+    )
+    return [int(part) for part in parts]

@@ -1,0 +1,90 @@
+"""Order and randomness as pure functions of (seed, position): nothing is stored, nothing is consumed.
+
+A run's data state is one number, the position of its next sample. The order within an epoch is a keyed bijection on
+0..n-1: a Feistel network over the smallest even number of bits that holds n, walked again where it leaves the range
+(Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). Own integer arithmetic, so every NumPy agrees.
+"""
+
+from functools import lru_cache
+from typing import overload
+
+import numpy as np
+
+ROUNDS = 8  # four already pass as random to a bounded observer (Luby & Rackoff 1988); halves as short as ours want more
+MIN_BITS = 8  # a network over fewer bits reaches few of the permutations of a tiny set
+WORD = (1 << 64) - 1
+
+
+@overload
+def index_at(seed: int, position: int, length: int) -> int: ...
+@overload
+def index_at(seed: int, position: np.ndarray, length: int) -> np.ndarray: ...
+def index_at(seed, position, length):
+    """Index of the sample at `position` of a run over a set of `length` samples, shuffled anew each epoch.
+
+    position: 0, 1, 2, ... over the whole run and all processes, an int or an array; epoch = position // length.
+    Returns an index in 0..length-1, an int or an array of int64 of the same shape. ValueError if length < 1.
+    """
+    if length < 1:
+        raise ValueError(f"a set of {length} samples has no order")
+    positions = np.asarray(position, dtype=np.int64)
+    epochs, places = np.divmod(positions.reshape(-1), length)
+    indices = np.empty(places.shape, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = permuted(places[chosen], length, _word(seed, int(epoch)))
+    return int(indices[0]) if np.ndim(position) == 0 else indices.reshape(positions.shape)
+
+
+def permuted(places: np.ndarray, length: int, key: int) -> np.ndarray:
+    """Where the bijection named by `key` sends each of `places`, all within 0..length-1."""
+    half_bits = (max(MIN_BITS, (length - 1).bit_length()) + 1) // 2
+    keys = _round_keys(key)
+    values = _feistel(places.astype(np.uint64), half_bits, keys)
+    while (outside := values >= length).any():
+        values[outside] = _feistel(values[outside], half_bits, keys)
+    return values.astype(np.int64)
+
+
+def sample_seed(seed: int, position: int, stream: int = 0) -> int:
+    """A 64-bit seed for the sample at `position` of the run; `stream` tells independent uses of one position apart."""
+    return int(np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0])
+
+
+def integer_below(bound: int, seed: int, stream: int = 0) -> int:
+    """An integer in 0..bound-1, uniform (to bound / 2**64), from a 64-bit seed; `stream` as in `sample_seed`."""
+    return (_word(seed, stream) * bound) >> 64
+
+
+@lru_cache(maxsize=64)
+def _round_keys(key: int) -> tuple[int, ...]:
+    return tuple(_word(key, number) for number in range(ROUNDS))
+
+
+def _feistel(values: np.ndarray, half_bits: int, keys: tuple[int, ...]) -> np.ndarray:
+    """A permutation of 0..2**(2 * half_bits)-1, applied to an array of uint64."""
+    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ np.uint64(key)) >> np.uint64(64 - half_bits))
+    return (left << shift) | right
+
+
+def _mix(words: np.ndarray) -> np.ndarray:
+    """Spread every bit of 64-bit words over all 64 (the finaliser of SplitMix64: Steele, Lea & Flood 2014)."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _word(seed: int, stream: int) -> int:
+    """The 64-bit word of number `stream` in the SplitMix64 sequence that starts at a mixed `seed`."""
+    state = _mix_int((seed & WORD) ^ 0x5851F42D4C957F2D)
+    return _mix_int((state + (stream + 1) * 0x9E3779B97F4A7C15) & WORD)
+
+
+def _mix_int(word: int) -> int:
+    """`_mix` of one Python integer below 2**64."""
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & WORD
+    return word ^ (word >> 31)

@@ -1,0 +1,66 @@
+"""Writing a file so that its name only ever shows the whole of it."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+INCOMPLETE = ".INCOMPLETE"
+
+
+@contextmanager
+def atomic_open(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator[IO]:
+    """Open a file for writing that takes its name only once it is complete and on the disk.
+
+    mode: "wb" or "w" (text is UTF-8 unless `encoding` says otherwise). The parent folder is made if need be.
+    The bytes go to a hidden `*.INCOMPLETE` file of its own in the same folder, so two writers of one name never mix;
+    an error removes it and leaves what stood at `path` before untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{INCOMPLETE}")
+    if "b" not in mode:
+        kwargs.setdefault("encoding", "utf-8")
+    try:
+        with open(aside, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Replace the file at `path` by `data`, whole or not at all."""
+    with atomic_open(path) as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Replace the file at `path` by `text` in UTF-8, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Put a folder's own entries (a rename in it) on the disk; nothing where the system cannot open folders."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse it
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_incomplete(folder: str | os.PathLike) -> None:
+    """Delete what a killed writer left in `folder`. Only for a folder that no one else is writing to."""
+    for leftover in Path(folder).glob(f".*{INCOMPLETE}"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Fingerprints of weights, files and texts: equal content gives equal fingerprints, whatever file it came from."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DIGEST_BYTES = 16  # blake2b: 128 bits tell any two files apart by accident; they guard against mistakes, not attackers
+
+
+def fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
+    """Hex fingerprint of named tensors: names in sorted order, shapes and values as little-endian float32.
+
+    Order, memory layout, device, file format, and a dtype that float32 holds exactly make no difference.
+    One tensor at a time is in memory as float32.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(tensors):
+        values = tensors[name].detach().float().cpu().contiguous().numpy().astype("<f4", copy=False)
+        digest.update(f"{name} {tuple(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).data)
+    return digest.hexdigest()
+
+
+def fingerprint_text(text: str) -> str:
+    """Hex fingerprint of a text."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Hex fingerprint of a file's bytes, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
