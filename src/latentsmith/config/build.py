@@ -1,0 +1,54 @@
+"""A node of the config to the object it describes."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latentsmith.config import schema, targets
+from latentsmith.files.errors import BadInput
+
+PLACES = {
+    targets.UNET: "model.unet_config",
+    targets.VAE: "model.first_stage_config",
+    targets.TEXT: "model.cond_stage_config",
+    targets.LOSS: "model.first_stage_config.lossconfig",
+}
+
+
+def build(node: DictConfig | Mapping[str, Any]) -> Any:
+    """The object of `node`: its `_target_` (or LDM's `target` + `params`) called with the other keys as keywords.
+
+    Keys at null take the class's default; keys that have no effect here are left out. Only the classes in
+    `config.targets` can be built. Raises BadInput naming the node for an unknown class, key or impossible size.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    plain = targets.canonical(targets.flatten(plain), "config")
+    target = plain.pop("_target_")
+    place = PLACES.get(target, target)
+    for key in plain:
+        if place != target and f"{place}.{key}" not in schema.groups() and not schema.find(f"{place}.{key}"):
+            raise schema.unknown_key(f"{place}.{key}", "config")
+    arguments = {key: _plain(value) for key, value in plain.items() if _reaches(f"{place}.{key}", value)}
+    try:
+        return _find_class(target)(**arguments)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{place}: {error}") from error
+
+
+def _reaches(key: str, value: Any) -> bool:
+    option = schema.find(key)
+    return value is not None and (option is None or option.filled)
+
+
+def _plain(value: Any) -> Any:
+    """A nested node without what has no effect here: the class sees only what it uses."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+
+
+def _find_class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

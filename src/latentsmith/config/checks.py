@@ -1,0 +1,150 @@
+"""Options that contradict each other, found before anything heavy. Judges the config alone, not this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from latentsmith.files.errors import BadInput
+
+TRANSFORMER_GROUPS = 32  # of the norm before a spatial transformer, the same in every Stable Diffusion
+UNET = "model.unet_config"
+VAE = "model.first_stage_config"
+TEXT = "model.cond_stage_config"
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raise BadInput, one line naming both options, for the first contradiction in a complete tree of values."""
+    model = values["model"]
+    _check_unet(model["unet_config"])
+    _check_vae(model["first_stage_config"]["ddconfig"])
+    _check_text(model["cond_stage_config"])
+    _check_components(model)
+    _check_unconditional(model)
+    _check_batches(model, values["trainer"])
+    _check_schedules(model, values["trainer"])
+
+
+def check_training(values: Mapping[str, Any]) -> None:
+    """What only training needs: data, and an end. Raises BadInput."""
+    data, trainer = values["model"]["data"], values["trainer"]
+    if data["train"]["dataset_path"] is None and not data["synthetic_data"]:
+        raise BadInput("model.data.train.dataset_path is not set: give a folder of shards or a cache to train on")
+    if trainer["max_steps"] == trainer["max_epochs"] == -1 and trainer["max_time"] is None:
+        raise BadInput("trainer.max_steps, max_epochs and max_time are all unlimited: give one of them")
+
+
+def _check_unet(unet: Mapping[str, Any]) -> None:
+    mults, heads, head_channels = unet["channel_mult"], unet["num_heads"], unet["num_head_channels"]
+    if heads != -1 and head_channels != -1:
+        raise BadInput(f"{UNET}: num_heads={heads} and num_head_channels={head_channels} are both given; set one to -1")
+    if 0 in (heads, head_channels):
+        raise BadInput(f"{UNET}: num_heads or num_head_channels is 0; give at least 1")
+    for key in ("num_res_blocks", "transformer_depth"):
+        if isinstance(unet[key], list) and len(unet[key]) != len(mults):
+            raise BadInput(f"{UNET}.{key} has {len(unet[key])} entries for the {len(mults)} levels of channel_mult")
+    if (unet["context_dim"] is not None) != unet["use_spatial_transformer"]:
+        raise BadInput(f"{UNET}: context_dim and use_spatial_transformer go together; give context_dim=null or true")
+    rates = [2**level for level in range(len(mults))]
+    if never := [rate for rate in unet["attention_resolutions"] if rate not in rates]:
+        raise BadInput(f"{UNET}.attention_resolutions: {never[0]} is never reached; the levels have {rates}")
+    widths = {rate: unet["model_channels"] * mult for rate, mult in zip(rates, mults, strict=True)}
+    for width in widths.values():
+        _check_groups(f"{UNET}.resblock_gn_groups", unet["resblock_gn_groups"], width)
+    for width in [widths[rate] for rate in unet["attention_resolutions"]] + [widths[rates[-1]]]:
+        _check_heads(width, heads, head_channels)
+
+
+def _check_groups(key: str, groups: int, width: int) -> None:
+    if width % groups:
+        raise BadInput(f"{key}: {groups} groups do not divide a level of {width} channels")
+
+
+def _check_heads(width: int, heads: int, head_channels: int) -> None:
+    if heads != -1 and width % heads:
+        raise BadInput(f"{UNET}.num_heads: {heads} heads do not divide a level of {width} channels")
+    if head_channels != -1 and width % head_channels:
+        raise BadInput(f"{UNET}.num_head_channels: heads of {head_channels} do not divide a level of {width} channels")
+    if width % TRANSFORMER_GROUPS:
+        raise BadInput(
+            f"{UNET}: a level with attention has {width} channels; the norm of its transformer needs a multiple of "
+            f"{TRANSFORMER_GROUPS}"
+        )
+
+
+def _check_vae(ddconfig: Mapping[str, Any]) -> None:
+    for mult in ddconfig["ch_mult"]:
+        _check_groups(f"{VAE}.ddconfig.num_groups", ddconfig["num_groups"], ddconfig["ch"] * mult)
+
+
+def _check_text(text: Mapping[str, Any]) -> None:
+    sizes = {name: text[name] for name in ("width", "layers", "heads", "intermediate_size", "activation")}
+    missing = [name for name, value in sizes.items() if value is None]
+    if text["arch"] is None and 0 < len(missing) < len(sizes):
+        raise BadInput(f"{TEXT}: {', '.join(missing)} missing; give them, or an arch that sets all sizes")
+    if sizes["width"] and sizes["heads"] and sizes["width"] % sizes["heads"]:
+        raise BadInput(f"{TEXT}: width {sizes['width']} does not divide into {sizes['heads']} heads")
+
+
+def text_width(text: Mapping[str, Any]) -> int | None:
+    """Features of the text encoder's output; None where only its checkpoint knows."""
+    return text["width"] or {"ViT-L-14": 768, "ViT-H-14": 1024}.get(text["arch"])
+
+
+def _check_components(model: Mapping[str, Any]) -> None:
+    unet, vae = model["unet_config"], model["first_stage_config"]
+    width = text_width(model["cond_stage_config"])
+    if unet["context_dim"] is not None and width not in (None, unet["context_dim"]):
+        raise BadInput(f"{UNET}.context_dim is {unet['context_dim']}, but {TEXT} gives embeddings of {width} features")
+    counts = {
+        f"{VAE}.embed_dim": vae["embed_dim"],
+        f"{UNET}.in_channels": unet["in_channels"],
+        f"{UNET}.out_channels": unet["out_channels"],
+        "model.channels": model["channels"],
+    }
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{key}={value}" for key, value in counts.items())
+        raise BadInput(f"the channels of the latents disagree: {listed}")
+
+
+def _check_unconditional(model: Mapping[str, Any]) -> None:
+    if model["caption_dropout_rate"] > 0 and model["text_embedding_dropout_rate"] > 0:
+        raise BadInput(
+            "model.caption_dropout_rate and model.text_embedding_dropout_rate are both above 0: a model has one "
+            "meaning of no text, the empty prompt or zeros; set one of them to 0"
+        )
+    if model["cond_stage_trainable"] and model["cond_stage_key"].endswith("encoded"):
+        raise BadInput(
+            f"model.cond_stage_trainable=True needs captions, not model.cond_stage_key={model['cond_stage_key']}: "
+            "embeddings in a cache do not follow a text encoder that learns"
+        )
+
+
+def _check_batches(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    micro, total = model["micro_batch_size"], model["global_batch_size"]
+    if total is None:
+        return
+    devices = trainer["devices"]
+    count = len(devices) if isinstance(devices, list) else devices
+    at_once = micro * trainer["num_nodes"] * (count if isinstance(count, int) and count > 0 else 1)
+    if total % at_once:
+        raise BadInput(
+            f"model.global_batch_size={total} is no multiple of the {at_once} images of one pass "
+            f"(micro_batch_size {micro}, devices {devices}, num_nodes {trainer['num_nodes']})"
+        )
+    stated = trainer["accumulate_grad_batches"]
+    if stated > 1 and isinstance(count, int) and count > 0 and total != at_once * stated:
+        raise BadInput(
+            f"trainer.accumulate_grad_batches={stated} makes steps of {at_once * stated} images, but "
+            f"model.global_batch_size={total}; leave one of them out"
+        )
+
+
+def _check_schedules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    start, end = model["linear_start"], model["linear_end"]
+    if start > end:
+        raise BadInput(f"model.linear_start={start} is above model.linear_end={end}: betas must rise")
+    sched = model["optim"]["sched"]
+    falls = sched["name"] in ("CosineAnnealing", "linear")
+    if falls and sched["max_steps"] is None and trainer["max_steps"] == -1:
+        raise BadInput(f"model.optim.sched.name={sched['name']} needs an end: give trainer.max_steps")

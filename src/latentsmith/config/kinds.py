@@ -1,0 +1,128 @@
+"""The kinds of values an option can take: what to call them in a message, and how to read one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """words: what the value must be, as in "must be <words>". read: value as given -> value as used, or ValueError."""
+
+    words: str
+    read: Callable[[Any], Any]
+    nullable: bool = False  # null is a value of its own; elsewhere null means "not set", so the default
+    literal: bool = False  # on the command line, text outside Hydra's grammar is taken as it stands
+    free: bool = False  # keys inside it are not ours to name
+
+
+def _refuse() -> Any:
+    raise ValueError
+
+
+def _as_number(value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    return float(value) if isinstance(value, str) else value
+
+
+def _range_words(noun: str, low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f"{noun} from {low:,} to {high:,}"
+    return noun if low is None else f"{noun} of at least {low:,}"
+
+
+def _within(value: Any, low: float | None, high: float | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def number(low: float | None = None, high: float | None = None) -> Kind:
+    """A float between two bounds, both included."""
+
+    def read(value: Any) -> float:
+        result = float(_as_number(value))
+        return result if _within(result, low, high) else _refuse()
+
+    return Kind(_range_words("a number", low, high), read)
+
+
+def whole(low: int | None = None, high: int | None = None) -> Kind:
+    """An int between two bounds; 1e5 counts as one."""
+
+    def read(value: Any) -> int:
+        given = _as_number(value)
+        return int(given) if given == int(given) and _within(given, low, high) else _refuse()
+
+    return Kind(_range_words("a whole number", low, high), read)
+
+
+def text() -> Kind:
+    """A string; a bare YAML number (`name: 2024`) is read as its digits."""
+
+    def read(value: Any) -> str:
+        return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else _refuse()
+
+    return Kind("text", read, literal=True)
+
+
+def flag() -> Kind:
+    return Kind("true or false", lambda value: value if isinstance(value, bool) else _refuse())
+
+
+def choice(*names: str, aliases: dict[str, str] | None = None) -> Kind:
+    """One of `names`; `aliases` are other spellings (compared as text, so 16 and "16" are the same)."""
+    spellings = (aliases or {}) | {name: name for name in names}
+    return Kind("one of " + ", ".join(names), lambda value: spellings.get(str(value)) or _refuse(), literal=True)
+
+
+def list_of(item: Kind, length: int | None = None) -> Kind:
+    def read(value: Any) -> list[Any]:
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+            raise ValueError
+        return [item.read(entry) for entry in value]
+
+    count = "a list" if length is None else f"a list of {length}"
+    return Kind(f"{count}, each {item.words}", read, literal=item.literal)
+
+
+def either(*kinds: Kind) -> Kind:
+    """The first kind that can read the value."""
+
+    def read(value: Any) -> Any:
+        for kind in kinds:
+            try:
+                return kind.read(value)
+            except (ValueError, TypeError, OverflowError):
+                continue
+        raise ValueError
+
+    return Kind(" or ".join(kind.words for kind in kinds), read, literal=any(kind.literal for kind in kinds))
+
+
+def nullable(kind: Kind) -> Kind:
+    def read(value: Any) -> Any:
+        return None if value is None else kind.read(value)
+
+    return Kind(f"{kind.words}, or null", read, nullable=True, literal=kind.literal)
+
+
+def size() -> Kind:
+    """[height, width] in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
+
+    def read(value: Any) -> list[int]:
+        parts = value.split(",") if isinstance(value, str) else value
+        numbers = [int(part) for part in parts] if isinstance(parts, (list, tuple)) else [int(parts)] * 2
+        return numbers if len(numbers) == 2 and min(numbers) >= 1 else _refuse()
+
+    return Kind('pixels as one number, [height, width] or "height, width"', read, literal=True)
+
+
+def mapping() -> Kind:
+    """A free mapping whose keys we do not name."""
+    return Kind("a mapping", lambda value: value if isinstance(value, dict) else _refuse(), free=True)
+
+
+def anything() -> Kind:
+    return Kind("anything", lambda value: value, nullable=True, literal=True, free=True)

@@ -1,0 +1,91 @@
+"""`key=value` on the command line: Hydra's grammar (bare, +, ++, ~), applied to a plain tree."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from latentsmith.config import schema
+from latentsmith.files.errors import BadInput
+
+PLACE = "command line"
+SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<text>.*))?", re.DOTALL)
+
+
+def parse(override: str) -> tuple[bool, str, Any]:
+    """(delete, key, value) of one override.
+
+    For text options the value is the text itself wherever Hydra would read something else: a path such as ~/data or
+    shard-{000..010}.tar, a name such as 2024, a size such as 512,512.
+    Raises BadInput for what has neither form, for a sweep, and for a key that is not an option.
+    """
+    shape = SHAPE.fullmatch(override)
+    if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
+        raise BadInput(f"{PLACE}: {override!r} is not an override; write key=value (or ~key to drop a key)")
+    key = shape["key"]
+    option = schema.find(key)
+    if option is None and key not in schema.groups():
+        raise schema.unknown_key(key, PLACE)
+    literal = option is not None and option.kind.literal
+    return shape["mark"] == "~", key, _value(shape["text"], key, literal)
+
+
+def _value(text: str | None, key: str, literal: bool) -> Any:
+    if text is None:
+        return None
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"key={text}")
+    except HydraException:
+        if literal:
+            return text
+        raise BadInput(f"{PLACE}: {key}={text} is outside Hydra's grammar; quote the value: '{key}=\"...\"'") from None
+    if parsed.is_sweep_override():
+        if literal:
+            return text
+        raise BadInput(f"{PLACE}: {key}={text} is a sweep; a command makes one run, write lists as [1,2]")
+    value: Any = parsed.value()
+    return text if literal and isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def apply(tree: dict[str, Any], override: str) -> list[str]:
+    """Change `tree` as one override says; returns the keys that it set."""
+    delete, key, value = parse(override)
+    *path, leaf = key.split(".")
+    node = tree
+    for name in path:
+        if not isinstance(node.get(name), dict):
+            node[name] = {}
+        node = node[name]
+    if delete:
+        node.pop(leaf, None)
+        return []
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict):
+        merge(node[leaf], value)
+    else:
+        node[leaf] = value
+    return [f"{key}.{name}" for name in leaves(value)] if isinstance(value, dict) else [key]
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Write `over` into `base`; mappings are merged, anything else is replaced."""
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.optim.lr": 1e-4, ...}; a free mapping and an empty one count as one leaf."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        option = schema.table().get(key)
+        if isinstance(value, dict) and value and not (option and option.kind.free):
+            found |= leaves(value, f"{key}.")
+        else:
+            found[key] = value
+    return found

@@ -1,0 +1,66 @@
+"""The one table of `_target_` paths: NeMo's, LDM's and ours. A path that is not in it is never imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from latentsmith.files.errors import BadInput
+
+UNET = "latentsmith.models.UNetModel"
+VAE = "latentsmith.models.AutoencoderKL"
+TEXT = "latentsmith.models.ClipTextEncoder"
+LOSS = "latentsmith.training.losses.ReconstructionLoss"
+IDENTITY = "torch.nn.Identity"
+
+_NEMO = "nemo.collections.multimodal."
+_NEMO_VAE = _NEMO + "models.text_to_image.stable_diffusion.ldm.autoencoder."
+_NEMO_TEXT = _NEMO + "modules.stable_diffusion.encoders.modules."
+_LDM_TEXT = "ldm.modules.encoders.modules."
+_CLIP_L = {"arch": "ViT-L-14", "version": "openai/clip-vit-large-patch14"}
+_CLIP_H = {"arch": "ViT-H-14", "version": "laion2b_s32b_b79k"}
+
+# path -> (our class, what the path implies where the config says nothing)
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{path: (path, {}) for path in (UNET, VAE, TEXT, LOSS, IDENTITY)},
+    "latentsmith.UNetModel": (UNET, {}),
+    "latentsmith.AutoencoderKL": (VAE, {}),
+    "latentsmith.ClipTextEncoder": (TEXT, {}),
+    _NEMO + "modules.stable_diffusion.diffusionmodules.openaimodel.UNetModel": (UNET, {}),
+    "ldm.modules.diffusionmodules.openaimodel.UNetModel": (UNET, {}),
+    _NEMO_VAE + "AutoencoderKL": (VAE, {}),
+    _NEMO_VAE + "AutoencoderKLInferenceWrapper": (VAE, {}),
+    "ldm.models.autoencoder.AutoencoderKL": (VAE, {}),
+    _NEMO_TEXT + "FrozenCLIPEmbedder": (TEXT, _CLIP_L),
+    _LDM_TEXT + "FrozenCLIPEmbedder": (TEXT, _CLIP_L),
+    _NEMO_TEXT + "FrozenOpenCLIPEmbedder": (TEXT, _CLIP_H),
+    _LDM_TEXT + "FrozenOpenCLIPEmbedder": (TEXT, _CLIP_H),
+    _NEMO_TEXT + "FrozenMegatronCLIPEmbedder": (TEXT, {}),  # its .nemo decides; here, as wide as context_dim
+}
+
+
+def flatten(node: Any) -> Any:
+    """`target:` + `params:` (LDM) and `cls:` (NeMo's precaching) rewritten as `_target_:` beside its arguments."""
+    if isinstance(node, list):
+        return [flatten(entry) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    flat = {str(key): flatten(value) for key, value in node.items()}
+    spelling = next((name for name in ("target", "cls") if isinstance(flat.get(name), str)), None)
+    if spelling is None or "_target_" in flat:
+        return flat
+    params = flat.pop("params", None) or {}
+    return {"_target_": flat.pop(spelling), **flat, **params}
+
+
+def canonical(node: dict[str, Any], place: str) -> dict[str, Any]:
+    """`node` with our class in `_target_`, and what its old path implies filled in.
+
+    place: key of the node, for messages. Raises BadInput for a path outside the table.
+    """
+    path = node.get("_target_")
+    if path not in ALIASES:
+        known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
+        raise BadInput(f"{place}._target_: {path!r} is not among the classes a config may name: {known}")
+    target, implied = ALIASES[path]
+    missing = {key: value for key, value in implied.items() if node.get(key) is None}
+    return {**node, **missing, "_target_": target}
