@@ -59,7 +59,7 @@ def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return star_of(5, 0.45)(x / 1.06, (y - 0.1) / 1.06) * 1.06
+    return star_of(5, 0.45)(x / 1.05, (y - 0.1) / 1.05) * 1.05
 
 
 def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -92,7 +92,8 @@ def star_of(points: int, inner: float) -> Distance:
         angle = abs((angle + half) % (2 * half) - half)
         along, across = radius * np.cos(angle), radius * np.sin(angle)
         edge = np.array([inner * np.cos(half) - 1, inner * np.sin(half)])
-        return ((along - 1) * edge[1] - across * edge[0]) / np.hypot(*edge)
+        beside = ((along - 1) * edge[1] - across * edge[0]) / np.hypot(*edge)
+        return np.maximum(beside, radius - 1)  # the line alone would be near for more than a pixel past a sharp tip
 
     return distance
 
@@ -175,6 +176,18 @@ def shape_masks(size: int = 64) -> dict[str, np.ndarray]:
     """Each shape filling its picture: how much of each pixel is covered, float64 (size, size) in [0, 1]."""
     x, y = (2 * axis for axis in pixel_grid(size))
     return {name: coverage(distance(x, y) * size / 2) for name, distance in SHAPES.items()}
+
+
+def vocabulary() -> dict[str, dict]:
+    """What a reader of scenes has to know, as keywords: every word's colour, mask, half width or place (fractions)."""
+    places = {name: (column * OFFSET, row * OFFSET) for name, (column, row) in POSITIONS.items()}
+    return {
+        "palette": COLOURS,
+        "backgrounds": BACKGROUNDS,
+        "shape_masks": shape_masks(),
+        "sizes": SIZES,
+        "positions": places,
+    }
 
 
 def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:

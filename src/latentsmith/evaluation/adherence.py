@@ -1,0 +1,241 @@
+"""Did the picture follow its prompt? Reads a scene's five words back from the pixels, without ever seeing the prompt.
+
+Everything is measured: the background at the border, the object as what differs from it, its colour at its core,
+shape, size and place by laying each known shape over it. What matches nothing well is `unreadable`, which
+is never right: a smudge scores nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+
+UNREADABLE = "unreadable"
+
+LEAST_CONTRAST = 45.0  # length in 0..255 RGB between background and object; noise stays below, every colour above
+LEAST_AREA = 0.008  # of the picture: about a third of the smallest shape
+LEAST_OVERLAP = 0.85  # intersection over union with the known shape; two different ones reach 0.842
+LEAST_PURE = 0.7  # share of the object's core, and of the border, that has its colour
+SIZE_TOLERANCE = 1.22  # a half width this many times off is of neither size
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One word for each attribute, or UNREADABLE."""
+
+    colour: str = UNREADABLE
+    shape: str = UNREADABLE
+    size: str = UNREADABLE
+    position: str = UNREADABLE
+    background: str = UNREADABLE
+
+
+ATTRIBUTES = tuple(field.name for field in fields(Reading))
+
+
+class Described(Protocol):
+    """Whatever has the five words: the scene that a prompt was made of."""
+
+    @property
+    def colour(self) -> str: ...
+    @property
+    def shape(self) -> str: ...
+    @property
+    def size(self) -> str: ...
+    @property
+    def position(self) -> str: ...
+    @property
+    def background(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Adherence:
+    """Shares of `count` pictures, in [0, 1], whose reading equals their prompt's word; all_right: every word."""
+
+    count: int
+    colour: float
+    shape: float
+    size: float
+    position: float
+    background: float
+    all_right: float
+
+    def __str__(self) -> str:
+        words = ", ".join(f"{name} {getattr(self, name):.1%}" for name in ATTRIBUTES)
+        return f"all right {self.all_right:.1%} ({words}; {self.count} pictures)"
+
+
+class SceneReader:
+    """Reads scenes drawn with a vocabulary that the caller hands in.
+
+    palette, backgrounds: sRGB of each word, 0..255. shape_masks: each shape filling a square picture, (n, n) in [0, 1].
+    sizes: half the width of an object, positions: (x, y) of its middle from the picture's, in fractions of the side.
+    """
+
+    def __init__(
+        self,
+        palette: Mapping[str, Sequence[int]],
+        backgrounds: Mapping[str, Sequence[int]],
+        shape_masks: Mapping[str, np.ndarray],
+        sizes: Mapping[str, float],
+        positions: Mapping[str, tuple[float, float]],
+    ) -> None:
+        self.palette = {name: to_lab(np.array(colour)) for name, colour in palette.items()}
+        self.backgrounds = {name: to_lab(np.array(colour)) for name, colour in backgrounds.items()}
+        self.shapes = {name: KnownShape(mask) for name, mask in shape_masks.items()}
+        self.sizes = {name: np.array([np.log(half_width)]) for name, half_width in sizes.items()}
+        self.positions = {name: np.array(place) for name, place in positions.items()}
+
+    def read_scene(self, image: np.ndarray) -> Reading:
+        """image: uint8 (height, width, 3), square or nearly so."""
+        pixels = image.astype(np.float64)
+        ground = np.median(border(pixels), axis=0)
+        background = self._colour_of(border(pixels), ground, self.backgrounds)
+        solid = solid_part(pixels, ground)
+        if solid.mean() < LEAST_AREA:
+            return Reading(background=background)
+        core = eroded(solid)
+        core = core if core.any() else solid
+        colour = np.median(pixels[core], axis=0)
+        mask = sharpened(covered(pixels, ground, colour))
+        fits = {name: shape.fit(mask) for name, shape in self.shapes.items()}
+        shape = max(fits, key=lambda name: fits[name].overlap)
+        fit = fits[shape]
+        return Reading(
+            colour=self._colour_of(pixels[core], colour, self.palette),
+            shape=shape if fit.overlap >= LEAST_OVERLAP else UNREADABLE,
+            size=nearest(np.log([fit.half_width]), self.sizes, np.log(SIZE_TOLERANCE)),
+            position=nearest(fit.middle, self.positions, 0.4 * least_distance(self.positions)),
+            background=background,
+        )
+
+    def _colour_of(self, pixels: np.ndarray, colour: np.ndarray, words: Mapping[str, np.ndarray]) -> str:
+        """The word for a colour, if most of the pixels (n, 3) have it: nearer than half way to any other word's."""
+        reach = least_distance(words) / 2
+        pure = np.linalg.norm(to_lab(pixels) - to_lab(colour), axis=-1) < max(reach, 20)
+        return nearest(to_lab(colour), words, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
+
+    def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[Described]) -> Adherence:
+        """How often images[i] shows what scenes[i] says; at least one of each, equally many."""
+        assert len(images) == len(scenes) > 0, f"{len(images)} pictures for {len(scenes)} scenes"
+        readings = [self.read_scene(image) for image in images]
+        right = np.array(
+            [
+                [getattr(reading, name) == getattr(scene, name) for name in ATTRIBUTES]
+                for reading, scene in zip(readings, scenes, strict=True)
+            ]
+        )
+        shares = dict(zip(ATTRIBUTES, right.mean(axis=0).tolist(), strict=True))
+        return Adherence(count=len(scenes), all_right=float(right.all(axis=1).mean()), **shares)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A known shape laid over an object, lengths in fractions of the picture's side."""
+
+    overlap: float  # intersection over union, in [0, 1]
+    middle: np.ndarray  # (2,): x, y of the shape's frame from the picture's middle
+    half_width: float
+
+
+class KnownShape:
+    """A shape to lay over an object of any size and place.
+
+    mask: (n, n) in [0, 1], the shape in the frame [-1, 1] x [-1, 1].
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = np.asarray(mask)
+        self.area, self.centroid = moments(self.mask, -1, 2)
+
+    def fit(self, mask: np.ndarray) -> "Fit":
+        """Lay the shape over mask (height, width), in [0, 1], so that areas and centroids agree."""
+        area, centroid = moments(mask, -0.5, 1)
+        half_width = (area / self.area) ** 0.5
+        middle = centroid - half_width * self.centroid
+        laid = self.laid_over(mask.shape, middle, half_width)
+        return Fit(float(np.minimum(laid, mask).sum() / np.maximum(laid, mask).sum()), middle, half_width)
+
+    def laid_over(self, shape: tuple[int, ...], middle: np.ndarray, half_width: float) -> np.ndarray:
+        """The shape drawn there, from 3 x 3 points a pixel."""
+        height, width = shape
+        columns = self._cells((np.arange(3 * width) + 0.5) / (3 * width) - 0.5, middle[0], half_width)
+        rows = self._cells((np.arange(3 * height) + 0.5) / (3 * height) - 0.5, middle[1], half_width)
+        points = np.pad(self.mask, 1)[np.ix_(rows, columns)]
+        return sharpened(points.reshape(height, 3, width, 3).mean(axis=(1, 3)))
+
+    def _cells(self, axis: np.ndarray, middle: float, half_width: float) -> np.ndarray:
+        """Index into the padded mask of each point; all outside falls on the padding."""
+        side = len(self.mask)
+        return np.clip(np.floor(((axis - middle) / half_width + 1) / 2 * side).astype(int) + 1, 0, side + 1)
+
+
+def to_lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b*, white D65, of sRGB values 0..255 in the last axis, where distance is about visible difference.
+
+    Source: IEC 61966-2-1 (sRGB), CIE 15 (Lab).
+    """
+    value = np.asarray(rgb) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+    xyz = linear @ to_xyz.T / (0.95047, 1.0, 1.08883)
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = root[..., 0], root[..., 1], root[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def border(pixels: np.ndarray) -> np.ndarray:
+    """(n, 3): the outermost 1/32 of the picture on every side, where no object reaches far."""
+    height, width = pixels.shape[:2]
+    inside = np.zeros((height, width), dtype=bool)
+    edge = max(1, min(height, width) // 32)
+    inside[edge:-edge, edge:-edge] = True
+    return pixels[~inside]
+
+
+def solid_part(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """Where the picture is nearer to its object than to its background, bool (height, width)."""
+    contrast = np.linalg.norm(pixels - ground, axis=-1)
+    differs = contrast > LEAST_CONTRAST
+    return contrast > 0.5 * np.percentile(contrast[differs], 80) if differs.any() else differs
+
+
+def covered(pixels: np.ndarray, ground: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """How far each pixel has gone from the background towards the object, or as far towards anything else."""
+    return np.linalg.norm(pixels - ground, axis=-1) / max(float(np.linalg.norm(colour - ground)), 1.0)
+
+
+def sharpened(mask: np.ndarray) -> np.ndarray:
+    """The middle half of [0, 1] stretched over it: below is noise, and blur counts less."""
+    return np.clip(2 * mask - 0.5, 0, 1)
+
+
+def eroded(mask: np.ndarray) -> np.ndarray:
+    """The pixels of a bool mask whose four neighbours are in it too."""
+    padded = np.pad(mask, 1)
+    sides = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & sides
+
+
+def moments(mask: np.ndarray, start: float, length: float) -> tuple[float, np.ndarray]:
+    """Area and centroid (x, y) of a mask whose sides run from start over length."""
+    height, width = mask.shape
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    total = mask.sum()
+    centroid = np.array([(mask.sum(axis=0) @ x) / total, (mask.sum(axis=1) @ y) / total])
+    return float(total / mask.size * length**2), start + length * centroid
+
+
+def nearest(point: np.ndarray, words: Mapping[str, np.ndarray], reach: float) -> str:
+    """The word at the least distance from the point, UNREADABLE beyond reach."""
+    distances = {name: float(np.linalg.norm(point - place)) for name, place in words.items()}
+    best = min(distances, key=distances.__getitem__)
+    return best if distances[best] <= reach else UNREADABLE
+
+
+def least_distance(words: Mapping[str, np.ndarray]) -> float:
+    """Between the two words most alike."""
+    places = np.array(list(words.values()))
+    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    return float(distances[~np.eye(len(places), dtype=bool)].min())
