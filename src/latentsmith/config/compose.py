@@ -74,7 +74,7 @@ def find_file(name_or_path: str | Path) -> Path:
 
 def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """The tree of a YAML file over those in its `defaults:` list, and which file gave each key."""
-    tree = targets.flatten(_read_yaml(path))
+    tree = _read_yaml(path)
     bases = tree.pop("defaults", [])
     if path in inside or not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise BadInput(f"{path.name}: defaults must be a list of presets or YAML files, none of them above itself")
@@ -93,15 +93,15 @@ def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(path)
-        plain = OmegaConf.to_container(loaded, resolve=False)
+        plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise BadInput(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise BadInput(f"{path.name}: a config is a mapping of options, not a {type(plain).__name__}")
-    ldm = isinstance(plain.get("model"), dict) and "params" in plain["model"]
-    if ldm:  # LDM keeps the model's options one level down
-        plain["model"] = {**{k: v for k, v in plain["model"].items() if k != "params"}, **plain["model"]["params"]}
+    model = plain.get("model")
+    if isinstance(model, dict):
+        model |= model.pop("params", None) or {}  # LDM keeps the model's options one level down
+        plain["model"] = {str(key): targets.flatten(value) for key, value in model.items()}
     return plain
 
 
@@ -188,6 +188,8 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         model["optim"]["lr"] = model["base_learning_rate"]
     if model["scale_by_std"]:
         model["scale_factor"] = "measured"
+    for part in (data["train"], data["validation"]):
+        part.setdefault("augmentations", {})
     if model["cond_stage_trainable"]:
         text["freeze"] = False
     if data["validation"]["dataset_path"] is None:

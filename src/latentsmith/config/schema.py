@@ -30,6 +30,7 @@ class Option:
     fate: Fate = "used"
     reason: str = ""
     also: tuple[str, ...] = ()  # what people call it elsewhere; used only to suggest the right key
+    optional: bool = False  # a step taken only if named, in the order of the names: never filled in
 
     @property
     def leaf(self) -> str:
@@ -42,7 +43,7 @@ class Option:
     @property
     def filled(self) -> bool:
         """Whether the default is written into a composed config (keys without effect appear only if given)."""
-        return self.fate in ("used", "mapped")
+        return self.fate in ("used", "mapped") and not self.optional
 
     def read(self, value: Any, source: str) -> Any:
         """The value as a run uses it. Raises BadInput for a wrong type or range, or a refused value."""
@@ -57,8 +58,8 @@ class Option:
         return result
 
 
-def used(key: str, kind: Kind, default: Any, meaning: str, also: Iterable[str] = ()) -> Option:
-    return Option(key, kind, default, meaning, also=tuple(also))
+def used(key: str, kind: Kind, default: Any, meaning: str, also: Iterable[str] = (), optional: bool = False) -> Option:
+    return Option(key, kind, default, meaning, also=tuple(also), optional=optional)
 
 
 def mapped(key: str, kind: Kind, default: Any, meaning: str) -> Option:

@@ -192,11 +192,11 @@ OPTIM = group(
     ),
 )
 
-AUGMENTATIONS = (
-    used("resize_smallest_side", nullable(whole(1)), None, "pixels; bicubic with antialiasing", also=["resolution"]),
-    used("center_crop_h_w", nullable(size()), None, "cut this out of the middle", also=["center_crop"]),
-    used("random_crop_h_w", nullable(size()), None, "cut this out at an addressed random place", also=["random_crop"]),
-    used("horizontal_flip", flag(), False, "mirror half of the pictures", also=["random_flip", "flip"]),
+AUGMENTATIONS = (  # applied in the order in which a config names them
+    used("resize_smallest_side", whole(1), None, "pixels; bicubic with antialiasing", ["resolution"], optional=True),
+    used("center_crop_h_w", size(), None, "cut this out of the middle", ["center_crop"], optional=True),
+    used("random_crop_h_w", size(), None, "cut this out at an addressed random place", ["random_crop"], optional=True),
+    used("horizontal_flip", flag(), False, "mirror half of the pictures", ["random_flip", "flip"], optional=True),
 )
 FILTERINGS = no_effect(
     "filterings", mapping(), {}, "leave pictures out by size", "`latentsmith data import` decides what enters a set"

@@ -1,0 +1,54 @@
+"""Train, fine-tune, run and evaluate Stable Diffusion v1 and v2.
+
+The names below are the whole public surface; each is imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentsmith.config import build, load_config
+    from latentsmith.diffusion import NoiseSchedule
+    from latentsmith.inference import Pipeline
+    from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+    from latentsmith.runs.convert import convert
+    from latentsmith.runs.precache import precache
+    from latentsmith.runs.train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoencoderKL",
+    "ClipTextEncoder",
+    "NoiseSchedule",
+    "Pipeline",
+    "UNetModel",
+    "build",
+    "convert",
+    "load_config",
+    "precache",
+    "train",
+]
+
+_ROOMS = {
+    "AutoencoderKL": "models",
+    "ClipTextEncoder": "models",
+    "NoiseSchedule": "diffusion",
+    "Pipeline": "inference",
+    "UNetModel": "models",
+    "build": "config",
+    "convert": "runs.convert",
+    "load_config": "config",
+    "precache": "runs.precache",
+    "train": "runs.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'latentsmith' has no attribute {name!r}")
+    return getattr(import_module(f"latentsmith.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,7 @@
+"""`python -m latentsmith` is the command `latentsmith`."""
+
+import sys
+
+from latentsmith.cli import main
+
+sys.exit(main())

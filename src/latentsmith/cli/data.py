@@ -1,0 +1,72 @@
+"""`latentsmith data ...`: sets of pictures and captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make sets of captioned pictures.", no_args_is_help=True, rich_markup_mode=None)
+
+Source = Annotated[Path, typer.Argument(help="Folder of pictures with captions beside them, or a CSV or JSONL file.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write.")]
+Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Another seed draws other scenes.")]
+
+
+@app.command("import")
+def import_(
+    source: Source,
+    out: Out,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 1000,
+    max_bad: Annotated[int | None, typer.Option(min=0, help="Stop once more than this many are set aside.")] = None,
+    no_duplicates: Annotated[bool, typer.Option("--no-duplicates", help="Keep the first of equal pictures.")] = False,
+) -> None:
+    """Turn pictures and captions into indexed shards; what cannot be read is set aside with its reason.
+
+    \b
+    Examples:
+      latentsmith data import photos shards            photos/a.jpg beside photos/a.txt
+      latentsmith data import photos/captions.csv shards
+      latentsmith data import metadata.jsonl shards --max-bad 100 --no-duplicates
+    """
+    from latentsmith.runs.data_import import import_data
+
+    import_data(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, no_duplicates=no_duplicates)
+
+
+@app.command()
+def scenes(
+    out: Out,
+    count: Count = 1000,
+    seed: Seed = 0,
+    doodles: Annotated[float, typer.Option(min=0, max=1, help="Share of free drawings, to train a VAE on.")] = 0.0,
+) -> None:
+    """Draw synthetic scenes with their captions: a folder that `data import` reads.
+
+    \b
+    Examples:
+      latentsmith data scenes scenes --count 5000
+      latentsmith data scenes pictures --count 20000 --seed 1 --doodles 0.5
+    """
+    from latentsmith.runs.data_import import write_scenes
+
+    write_scenes(out, count=count, seed=seed, doodles=doodles)
+
+
+@app.command()
+def vocabulary(
+    source: Annotated[Path, typer.Argument(metavar="SET", help="Shards whose captions are read.")],
+    out: Annotated[Path, typer.Argument(help="Folder for vocab.json and merges.txt.")],
+    size: Annotated[int, typer.Option(min=1, help="Tokens in all.")] = 1000,
+) -> None:
+    """Learn a small vocabulary from a set's captions, for a text encoder trained from nothing.
+
+    \b
+    Examples:
+      latentsmith data vocabulary shards tokenizer --size 200
+    """
+    from latentsmith.runs.data_import import train_vocabulary
+
+    train_vocabulary(source, out, size=size)

@@ -1,0 +1,25 @@
+"""`latentsmith inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, shard, set, cache or run folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare it with its hashes.")] = False,
+) -> None:
+    """Say what is in a checkpoint, a set of shards, a cache or a run folder.
+
+    \b
+    Examples:
+      latentsmith inspect v1-5-pruned.ckpt
+      latentsmith inspect cache --verify
+      latentsmith inspect runs/sd1
+    """
+    from latentsmith.runs.inspect import inspect as run
+
+    run(path, verify=verify)

@@ -1,0 +1,85 @@
+"""Commands gathered, and errors turned into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from latentsmith.cli import configs, convert, data, demo, generate, inspect, precache, train
+from latentsmith.files.errors import BadInput
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="latentsmith",
+    help="Train, fine-tune and run Stable Diffusion v1 and v2.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 75 stopped and asks to be queued again, 130 interrupted. "
+    "Any command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo.demo)
+app.command("train")(train.train)
+app.command("train-vae")(train.train_vae)
+app.command()(precache.precache)
+app.command()(generate.generate)
+app.command()(convert.convert)
+app.command()(inspect.inspect)
+app.add_typer(data.app, name="data")
+app.add_typer(configs.app, name="config")
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+    if version:
+        from latentsmith import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation; nothing imported it yet
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    command = typer.main.get_command(app)
+    return _guarded(lambda: command([item for item in given if item != "--debug"], standalone_mode=False), debug)
+
+
+def _guarded(run: Callable[[], Any], debug: bool) -> int:
+    try:
+        code = run()
+        return code if isinstance(code, int) else DONE
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `latentsmith config show sd1 | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, code = _describe(error)
+        print(f"latentsmith: {message}", file=sys.stderr)
+        return code
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """One line for a person, and the exit code."""
+    if isinstance(error, BadInput):
+        return _one_line(str(error)), BAD_INPUT
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+        return _one_line(error.format_message()), BAD_INPUT
+    return f"{type(error).__name__}: {_one_line(str(error))} (--debug shows where)", FAILED
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,27 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Config = Annotated[
+    str, typer.Option("--config", "-c", help="A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the config, in Hydra's grammar.")
+]
+OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+
+
+def load(config: str, overrides: list[str] | None) -> Any:
+    """The composed config; options without effect are named on stderr, once."""
+    from latentsmith.config import compose
+
+    composed = compose(config, overrides or [])
+    for note in composed.notes:
+        print(note, file=sys.stderr)
+    return composed.config

@@ -1,0 +1,48 @@
+"""`latentsmith train` and `latentsmith train-vae`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from latentsmith.cli.options import Config, Overrides, load
+
+Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from; the same as model.ckpt_path=FILE.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, train nothing.")]
+
+
+def train(config: Config, overrides: Overrides = None, init: Init = None, dry_run: DryRun = False) -> None:
+    """Train or fine-tune a latent diffusion model.
+
+    \b
+    Examples:
+      latentsmith train --config sd1 model.data.train.dataset_path=shards
+      latentsmith train --config sd1 model.data.train.dataset_path=cache \\
+          model.first_stage_key=image_encoded model.cond_stage_key=captions_encoded
+      latentsmith train --config my.yaml trainer.precision=bf16 model.unet_config.use_checkpoint=True
+      latentsmith train --config sd1 --init v1-5-pruned.safetensors model.optim.lr=1e-5
+      latentsmith train --config sd2_v --dry-run
+    """
+    loaded = load(config, _with_init(overrides, init))
+    from latentsmith.runs.train import train as run
+
+    run(loaded, dry_run=dry_run)
+
+
+def train_vae(config: Config, overrides: Overrides = None, init: Init = None) -> None:
+    """Train the VAE (model.first_stage_config) on images.
+
+    \b
+    Examples:
+      latentsmith train-vae --config demo_vae model.data.train.dataset_path=scenes
+      latentsmith train-vae --config demo_vae --init runs/demo_vae trainer.max_steps=40000
+    """
+    loaded = load(config, _with_init(overrides, init))
+    from latentsmith.runs.train_vae import train_vae as run
+
+    run(loaded)
+
+
+def _with_init(overrides: list[str] | None, init: str | None) -> list[str]:
+    return [*(overrides or []), *([f"model.ckpt_path={init}"] if init else [])]
