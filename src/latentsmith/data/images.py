@@ -2,7 +2,8 @@
 
 import difflib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from math import ceil
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from latentsmith.data.errors import BadSample
 from latentsmith.data.order import integer_below
 from latentsmith.files.errors import BadInput
 
@@ -26,50 +28,55 @@ UPRIGHT = {
 }
 
 
-class BadImage(BadInput):
-    """A picture that cannot be used; `reason` is one of "zero bytes", "not an image", "truncated", "corrupt", "too many
-    pixels", "unsupported", "too small"."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-
-
 def decode_image(
     data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
 ) -> Image.Image:
     """The picture in `data` as an upright 8-bit sRGB image: first frame, alpha over white, colour profile applied.
 
     smallest_side: pixels that will be wanted of the shorter side; lets a much larger JPEG be decoded at 1/2, 1/4 or 1/8
-    of its size, never below this. Raises BadImage, which says what is wrong and how much of the file there is.
+    of its size, never below this. Raises BadSample, which says what is wrong; its reason: "zero bytes", "not an image",
+    "truncated", "corrupt", "too many pixels", "unsupported pixels".
     """
+    return rgb_of(load_image(data, max_pixels=max_pixels, smallest_side=smallest_side), data)
+
+
+def load_image(
+    data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
+) -> Image.Image:
+    """The first frame as the file has it, in its own mode, decoded. Arguments and errors as `decode_image`."""
     if not len(data):
-        raise BadImage("zero bytes", "the file is empty (0 bytes)")
+        raise BadSample("zero bytes", "the image file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
-    except Exception as error:
+        raise BadSample("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
         reason = "truncated" if _is_cut_short(data) else "not an image"
-        raise BadImage(reason, f"{reason} ({len(data):,} bytes; {error})") from None
+        raise BadSample(reason, f"{reason} ({len(data):,} bytes; {type(error).__name__})") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImage("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
-    try:
-        return to_rgb(_load(image, smallest_side))
-    except BadImage:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
-        cut = _is_cut_short(data) or "truncated" in str(error).lower() or "broken data stream" in str(error)
-        reason = "truncated" if cut else "corrupt"
-        raise BadImage(reason, f"{reason} {image.format} ({len(data):,} bytes; {error})") from None
+        raise BadSample("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
+    if smallest_side:
+        scale = smallest_side / min(width, height)
+        image.draft(None, (ceil(width * scale), ceil(height * scale)))  # type: ignore[arg-type]
+    with _damage_reported(image, data):
+        image.load()
+    return image
+
+
+def rgb_of(image: Image.Image, data: bytes | memoryview) -> Image.Image:
+    """`to_rgb` of an image loaded from `data`, with damage reported as `decode_image` does."""
+    with _damage_reported(image, data):
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any loaded Pillow image as upright 8-bit sRGB; BadImage for float pixels, which have no agreed range."""
+    """Any loaded Pillow image as upright 8-bit sRGB; BadSample for float pixels, which have no agreed range."""
     profile, orientation = image.info.get("icc_profile"), _orientation(image)
     if image.mode == "F":
-        raise BadImage("unsupported", "32-bit float pixels have no agreed range; save the picture as 8 or 16 bits")
+        raise BadSample(
+            "unsupported pixels", "32-bit float pixels have no agreed range; save the picture as 8 or 16 bits"
+        )
     if image.mode.startswith("I"):  # 16 bits a pixel, whatever integer type holds them
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode in ("P", "1") or image.has_transparency_data:
@@ -81,11 +88,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return colour.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else colour
 
 
-def is_plain_rgb(image: Image.Image) -> bool:
-    """Whether any decoder shows an opened image as `to_rgb` does: upright RGB, one frame, opaque, no foreign profile."""
+def is_plain(image: Image.Image) -> bool:
+    """Whether any decoder shows a loaded image as `to_rgb` does: upright RGB or grey, one frame, opaque, sRGB."""
     profile = image.info.get("icc_profile")
     return (
-        image.mode == "RGB"
+        image.mode in ("RGB", "L")
         and not image.has_transparency_data
         and getattr(image, "n_frames", 1) == 1
         and _orientation(image) not in UPRIGHT
@@ -93,12 +100,16 @@ def is_plain_rgb(image: Image.Image) -> bool:
     )
 
 
-def _load(image: Image.Image, smallest_side: int | None) -> Image.Image:
-    if smallest_side:
-        scale = smallest_side / min(image.size)
-        image.draft(None, (ceil(image.width * scale), ceil(image.height * scale)))  # type: ignore[arg-type]
-    image.load()
-    return image
+@contextmanager
+def _damage_reported(image: Image.Image, data: bytes | memoryview) -> Iterator[None]:
+    try:
+        yield
+    except BadSample:
+        raise
+    except Exception as error:  # as above
+        cut = _is_cut_short(data) or "truncated" in str(error).lower() or "broken data stream" in str(error)
+        reason = "truncated" if cut else "corrupt"
+        raise BadSample(reason, f"{reason} {image.format} image ({len(data):,} bytes; {error})") from None
 
 
 def _is_cut_short(data: bytes | memoryview) -> bool:
@@ -180,12 +191,12 @@ class Transforms:
         return np.ascontiguousarray(pixels) / np.float32(127.5) - np.float32(1)
 
     def decode(self, data: bytes | memoryview, rng_seed: int = 0) -> np.ndarray:
-        """The same from a file's bytes, decoding no more of a large JPEG than is needed. Raises BadImage."""
+        """The same from a file's bytes, decoding no more of a large JPEG than is needed. Raises BadSample."""
         return self(decode_image(data, smallest_side=self.smallest_side), rng_seed)
 
-    def describe(self) -> dict[str, Any]:
-        """The steps in order, for a fingerprint: `{"resize_smallest_side": 512, "center_crop_h_w": [512, 512]}`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._steps if value}
+    def describe(self) -> list[list[Any]]:
+        """The steps in order, for a fingerprint: `[["resize_smallest_side", 512], ["center_crop_h_w", [512, 512]]]`."""
+        return [[key, list(value) if isinstance(value, tuple) else value] for key, value in self._steps if value]
 
     def _resizes_last(self) -> bool:
         keys = [key for key, _ in self._steps if key != "horizontal_flip"]
@@ -232,7 +243,7 @@ def _spare(image: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
         detail = (
             f"a picture of {image.height}x{image.width} (height x width) is too small for a crop of {size[0]}x{size[1]}"
         )
-        raise BadImage("too small", f"{detail}; put resize_smallest_side before the crop")
+        raise BadSample("too small", f"{detail}; put resize_smallest_side before the crop")
     return spare_h, spare_w
 
 

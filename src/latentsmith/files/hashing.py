@@ -27,7 +27,12 @@ def fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
 
 def fingerprint_text(text: str) -> str:
     """Hex fingerprint of a text."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+    return fingerprint_bytes(text.encode("utf-8", "surrogatepass"))
+
+
+def fingerprint_bytes(data: bytes | memoryview) -> str:
+    """Hex fingerprint of bytes: that of a file which holds them."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def hash_file(path: str | os.PathLike) -> str:

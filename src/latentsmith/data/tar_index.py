@@ -1,0 +1,106 @@
+"""The index of a tar: one row per sample, with the offset and size of each of its members.
+
+A structured array: the field `key`, and for each extension in the tar the field `.EXTENSION` with `(offset, size)` in
+bytes, offset 0 where a sample has no such member. It lies beside the tar as `.index.npy` and is read as a memory map.
+"""
+
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latentsmith.files.atomic import atomic_open
+from latentsmith.files.errors import BadInput
+
+Row = tuple[str, dict[str, tuple[int, int]]]  # key, then (offset, size) of each member by extension
+
+MAX_EXTENSIONS = 64
+BLOCK = tarfile.BLOCKSIZE
+# WebDataset's rule: the extension starts at the first dot of the file's name.
+SAMPLE_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of `shard-000000.tar` lies: `shard-000000.index.npy`."""
+    return tar.with_suffix(".index.npy")
+
+
+def build_index(path: Path) -> np.ndarray:
+    """The index of a tar, one row per run of members with one key; BadInput naming the byte if the tar is damaged."""
+    rows: list[Row] = []
+    for name, offset, size in _members(path):
+        match = SAMPLE_NAME.fullmatch(name)
+        if not match:
+            continue  # WebDataset passes over names without an extension as well
+        key, extension = match[1], match[2].lower()
+        if not rows or rows[-1][0] != key:
+            rows.append((key, {}))
+        if extension in rows[-1][1]:
+            raise BadInput(f"{path}: two members named {name!r}, the second at byte {offset:,}; rebuild the tar")
+        rows[-1][1][extension] = (offset, size)
+    return index_array(path, rows)
+
+
+def index_array(path: Path, rows: Sequence[Row]) -> np.ndarray:
+    """Rows as the structured array; `path` is for the message of BadInput, when members have too many extensions."""
+    extensions = sorted({extension for _, spans in rows for extension in spans})
+    if len(extensions) > MAX_EXTENSIONS:
+        raise BadInput(f"{path}: {len(extensions)} kinds of members; a tar of samples has a few (jpg, txt, json)")
+    keys = [key.encode("utf-8", "surrogateescape") for key, _ in rows]
+    width = max(map(len, keys), default=1)
+    index = np.zeros(len(rows), dtype=[("key", f"S{width}")] + [(f".{name}", "<u8", (2,)) for name in extensions])
+    index["key"] = keys
+    for name in extensions:
+        index[f".{name}"] = [spans.get(name, (0, 0)) for _, spans in rows]
+    return index
+
+
+def load_index(path: Path, tar: bytes) -> np.ndarray | None:
+    """The stored index at `path`, memory-mapped; None if there is none, or it is damaged or not of the mapped `tar`."""
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except (ValueError, OSError, EOFError):
+        return None
+    return index if _fits(index, tar) else None
+
+
+def save_index(path: Path, index: np.ndarray) -> None:
+    with atomic_open(path) as file:
+        np.save(file, index, allow_pickle=False)
+
+
+def padded(size: int) -> int:
+    """Bytes that a member of `size` bytes fills in a tar."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def _members(path: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of each regular file in a tar, which must be whole to its end-of-archive mark."""
+    total = path.stat().st_size
+    with open(path, "rb") as file:
+        try:
+            with tarfile.TarFile(fileobj=file) as tar:
+                members = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+                stopped = tar.offset  # past an unreadable header tarfile ends as if the archive did
+        except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+            where = f"near byte {file.tell():,} of {total:,}"
+            raise BadInput(f"{path}: truncated or garbage, no plain tar {where} ({error}); make it again") from None
+        file.seek(stopped)
+        block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise BadInput(f"{path}: the tar is truncated: it ends at byte {total:,} without its end mark; make it again")
+    if any(block):
+        raise BadInput(f"{path}: garbage instead of a tar header at byte {stopped:,} of {total:,}; make the tar again")
+    return members
+
+
+def _fits(index: np.ndarray, tar: bytes) -> bool:
+    """Whether the index is one of ours and ends exactly where the tar does: at the zero block after the last member."""
+    names = index.dtype.names or ()
+    if not len(index) or names[:1] != ("key",) or any(index.dtype[name].shape != (2,) for name in names[1:]):
+        return False
+    last = max((index[name][-1].tolist() for name in names[1:]), default=[0, 0])
+    end = last[0] + padded(last[1])
+    return tar[end : end + BLOCK] == bytes(BLOCK)

@@ -1,0 +1,218 @@
+import io
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+
+from latentsmith.data.shards import (
+    UNFINISHED_FILE,
+    Shard,
+    ShardSet,
+    ShardWriter,
+    expand_braces,
+    read_set_file,
+    write_set_file,
+)
+from latentsmith.data.tar_index import index_path
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import hash_file
+
+
+def members_of(number: int) -> dict[str, bytes]:
+    random = np.random.default_rng(number)
+    return {
+        "txt": f"caption {number}".encode(),
+        "image_encoded.npy": random.bytes(512 * (number % 3)),  # none, one and two whole blocks
+        "json": random.bytes(number + 1),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with ShardWriter(tmp_path / "set", samples_per_shard=10) as writer:
+        for number in range(25):
+            writer.write(f"{number:06d}", members_of(number))
+    write_set_file(tmp_path / "set", writer.finished)
+    return tmp_path / "set"
+
+
+def contents(shards) -> list[tuple[str, dict[str, bytes]]]:
+    return [(sample.key, {name: bytes(data) for name, data in sample.members.items()}) for sample in shards]
+
+
+EXPECTED = [(f"{number:06d}", members_of(number)) for number in range(25)]
+
+
+def test_round_trip(folder):
+    shards = ShardSet(folder)
+    assert len(shards) == 25 and shards.counts == [10, 10, 5]
+    assert contents(shards) == EXPECTED
+    assert contents([shards[i] for i in (24, 0, 10, 9)]) == [EXPECTED[i] for i in (24, 0, 10, 9)]
+    with pytest.raises(IndexError):
+        shards[25]
+
+
+def test_real_webdataset_reads_our_shards(folder):
+    urls = [str(path) for path in ShardSet(folder).paths]
+    read = [
+        (sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")})
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+    assert read == EXPECTED
+
+
+def test_we_read_what_webdataset_writes(tmp_path):
+    """In place, with nested folders, long names that need extra headers, and samples of differing members."""
+    samples = [
+        ("a/b.c/0001", {"jpg": b"x" * 700, "seg.png": b"y"}),
+        ("a/b.c/0002", {"jpg": b"z"}),
+        ("long/" * 30 + "ünï", {"JPG": b"w" * 512, "txt": b""}),
+    ]
+    with webdataset.TarWriter(str(tmp_path / "w.tar"), encoder=False) as writer:
+        for key, members in samples:
+            writer.write({"__key__": key, **members})
+    expected = [(key, {name.lower(): data for name, data in members.items()}) for key, members in samples]
+    assert contents(ShardSet(tmp_path)) == expected
+    assert contents(ShardSet(tmp_path / "w.tar")) == expected  # now with the index that the first reading left
+    assert index_path(tmp_path / "w.tar").exists()
+
+
+def test_stored_index_equals_the_rebuilt_one(folder):
+    stored = Shard(folder / "shard-000001.tar").index.copy()
+    index_path(folder / "shard-000001.tar").unlink()
+    rebuilt = Shard(folder / "shard-000001.tar").index
+    assert (stored == rebuilt).all() and stored.dtype == rebuilt.dtype
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\x93NUMPY\x01\x00 but not quite"])
+def test_damaged_index_is_rebuilt(folder, damage):
+    index_path(folder / "shard-000000.tar").write_bytes(damage)
+    assert contents(ShardSet(folder)) == EXPECTED
+
+
+def test_index_of_another_tar_is_rebuilt(folder):
+    os.replace(index_path(folder / "shard-000002.tar"), index_path(folder / "shard-000000.tar"))
+    assert contents(ShardSet(folder)) == EXPECTED
+
+
+def test_index_is_mapped_not_loaded(folder):
+    index = Shard(folder / "shard-000000.tar").index
+    assert not index.flags.owndata and not index.flags.writeable
+
+
+def test_travels_to_workers_without_its_maps(folder):
+    shards = ShardSet(folder)
+    assert shards[3].key == "000003"
+    copy = pickle.loads(pickle.dumps(shards))
+    assert not copy._open and contents(copy) == EXPECTED
+
+
+def test_equal_samples_give_equal_bytes_and_checksums(folder, tmp_path):
+    with ShardWriter(tmp_path / "again", samples_per_shard=10) as writer:
+        for key, members in EXPECTED:
+            writer.write(key, members)
+    for record in read_set_file(folder):
+        assert (tmp_path / "again" / record.file).read_bytes() == (folder / record.file).read_bytes()
+        assert record.checksum == hash_file(folder / record.file)
+        assert record.bytes == (folder / record.file).stat().st_size
+    write_set_file(tmp_path / "again", writer.finished)
+    assert ShardSet(tmp_path / "again").fingerprint() == ShardSet(folder).fingerprint()
+    writer.finished.pop()
+    write_set_file(tmp_path / "again", writer.finished)
+    assert ShardSet(tmp_path / "again").fingerprint() != ShardSet(folder).fingerprint()
+
+
+def test_an_error_discards_the_open_shard(tmp_path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, samples_per_shard=2) as writer:
+        for number in range(3):
+            writer.write(f"{number}", {"txt": b"x"})
+        raise RuntimeError
+    assert sorted(os.listdir(tmp_path)) == ["shard-000000.index.npy", "shard-000000.tar"]
+
+
+@pytest.mark.parametrize("keep", [100, 512, 5000, 10_240, 20_000])
+def test_truncated_tar_is_refused_with_its_byte(folder, keep):
+    path = folder / "shard-000000.tar"
+    os.truncate(path, keep)
+    with pytest.raises(BadInput, match=r"shard-000000\.tar: .*truncated.* byte [\d,]+.*again"):
+        Shard(path)
+    with pytest.raises(BadInput, match=r"shard-000000\.tar"):
+        ShardSet(folder)[0]
+
+
+def test_garbage_is_refused_with_its_byte(folder, tmp_path):
+    path = folder / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    header_of_second = data.index(b"000001.txt")
+    data[header_of_second : header_of_second + 200] = os.urandom(200)
+    path.write_bytes(data)
+    index_path(path).unlink()
+    with pytest.raises(BadInput, match=rf"garbage instead of a tar header at byte {header_of_second:,}"):
+        Shard(path)
+    for content, message in ((b"", "0 bytes"), (os.urandom(3000), "garbage"), (b"\x1f\x8b" * 1000, "garbage")):
+        (tmp_path / "bad.tar").write_bytes(content)
+        with pytest.raises(BadInput, match=rf"bad\.tar: .*{message}"):
+            Shard(tmp_path / "bad.tar")
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for data in (b"1", b"2"):
+            header = tarfile.TarInfo("0001.txt")
+            header.size = 1
+            tar.addfile(header, io.BytesIO(data))
+    with pytest.raises(BadInput, match=r"two members named '0001.txt', the second at byte 1,536"):
+        ShardSet(tmp_path)
+
+
+def test_vanished_changed_and_unfinished_sets_are_refused(folder):
+    shards = ShardSet(folder)
+    (folder / "shard-000001.tar").unlink()
+    assert shards[0].key == "000000"
+    with pytest.raises(BadInput, match=r"shard-000001\.tar: No such file.*moved or deleted"):
+        shards[10]
+    os.replace(folder / "shard-000002.tar", folder / "shard-000001.tar")
+    with pytest.raises(BadInput, match=r"5 in [\d,]+, but set\.json counted 10 samples"):
+        shards[10]
+    (folder / UNFINISHED_FILE).write_text("{}")
+    with pytest.raises(BadInput, match="unfinished; run the command that filled it again"):
+        ShardSet(folder)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(BadInput, match="no such folder or tar"):
+        ShardSet(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match=r"no \.tar shards here"):
+        ShardSet(tmp_path)
+    (tmp_path / "set.json").write_text('{"shards": [{"file": 1}]}')
+    with pytest.raises(BadInput, match=r"set\.json: not a listing"):
+        ShardSet(tmp_path)
+
+
+def test_patterns_and_lists(folder):
+    whole = contents(ShardSet(folder))
+    assert contents(ShardSet(f"{folder}/shard-*.tar")) == whole
+    assert contents(ShardSet(f"{folder}/shard-{{000000..000002}}.tar")) == whole
+    assert contents(ShardSet([f"{folder}/shard-000002.tar", folder / "shard-000000.tar"])) == whole[20:] + whole[:10]
+    assert expand_braces("a{08..10}{x,y}") == ["a08x", "a08y", "a09x", "a09y", "a10x", "a10y"]
+
+
+def test_missing_member_is_named(folder):
+    shard = ShardSet(folder).shard(0)
+    assert bytes(shard.member(3, "txt")) == b"caption 3"
+    with pytest.raises(BadInput, match=r"shard-000000\.tar: sample '000003' has no \.jpg member"):
+        shard.member(3, "jpg")
+
+
+def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentsmith.data.shards.OPEN_SHARDS", 3)
+    with ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for number in range(10):
+            writer.write(f"{number}", {"txt": b"%d" % number})
+    shards = ShardSet(tmp_path)
+    first = shards[0].members["txt"]
+    assert [bytes(sample.members["txt"]) for sample in shards] == [b"%d" % number for number in range(10)]
+    assert len(shards._open) == 3 and bytes(first) == b"0"  # a view outlives its shard's place among the open ones
