@@ -20,8 +20,7 @@ class CrossAttention(nn.Module):
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         context = tokens if context is None else context
         query, key, value = (
-            split_heads(project, self.heads)
-            for project in (self.to_q(tokens), self.to_k(context), self.to_v(context))
+            split_heads(project, self.heads) for project in (self.to_q(tokens), self.to_k(context), self.to_v(context))
         )
         return self.to_out(join_heads(attention(query, key, value, fused=self.fused)))
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .layers import attention, group_norm
 from .loading import load_pretrained
 
+FIRST_LOGVAR = -6.0  # fresh weights draw latents with a deviation of 0.05: the decoder sees something from the start
+
 
 class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, dropout: float, groups: int):
@@ -189,7 +191,7 @@ class AutoencoderKL(nn.Module):
         lossconfig: Mapping[str, Any] | None = None,
         monitor: str | None = None,
         from_pretrained: str | None = None,
-        from_NeMo: bool | None = None,  # noqa: N803 - the documented key
+        from_NeMo: bool | None = None,
     ):
         super().__init__()
         sizes = dict(resolution=256, attn_resolutions=(), dropout=0.0, num_groups=32, in_channels=3, out_ch=3)
@@ -201,6 +203,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(out_ch=out_ch, **sizes)
         self.quant_conv = nn.Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, sizes["z_channels"], 1)
+        nn.init.constant_(self.quant_conv.bias[embed_dim:], FIRST_LOGVAR)
         self.embed_dim = embed_dim
         self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)
         load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo)

@@ -125,7 +125,7 @@ class UNetModel(nn.Module):
         resblock_gn_groups: int = 32,
         image_size: int | None = None,
         from_pretrained: str | None = None,
-        from_NeMo: bool | None = None,  # noqa: N803 - the documented key
+        from_NeMo: bool | None = None,
     ):
         super().__init__()
         levels = len(channel_mult)

@@ -1,0 +1,43 @@
+"""A run is a folder: its config, versions, command, checkpoints, logs and pictures."""
+
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from latentsmith.files.atomic import write_text
+from latentsmith.files.errors import BadInput
+from latentsmith.training.checkpoint import checkpoints_in
+
+CHECKPOINTS = "checkpoints"
+FROZEN = "frozen"
+
+
+def run_folder(config: DictConfig) -> Path:
+    """`exp_manager.exp_dir` / `exp_manager.name`; the first is ./runs if it is not given."""
+    return Path(config.exp_manager.exp_dir or "runs") / config.exp_manager.name
+
+
+def open_run_folder(config: DictConfig) -> Path:
+    """Make the run folder and write what made the run into it."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "command": shlex.join(sys.argv)}
+    write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+    return folder
+
+
+def checkpoint_to_resume(config: DictConfig, folder: Path) -> Path | None:
+    """The checkpoint that the config says to go on from, or None to start at step 0."""
+    manager = config.exp_manager
+    if manager.resume_from_checkpoint:
+        return Path(manager.resume_from_checkpoint)
+    found = checkpoints_in(folder / CHECKPOINTS) if manager.resume_if_exists else []
+    if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+        raise BadInput(f"{folder}: no checkpoint to resume from; set exp_manager.resume_ignore_no_checkpoint=true")
+    return found[-1] if found else None

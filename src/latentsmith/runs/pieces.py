@@ -1,0 +1,119 @@
+"""From the config to the pieces that the commands put together."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from latentsmith.data.images import Transforms
+from latentsmith.data.shards import ShardSet
+from latentsmith.diffusion import NoiseSchedule
+from latentsmith.files.errors import BadInput
+from latentsmith.training.module import Optimisation
+from latentsmith.training.optimizers import lr_schedule
+
+
+def noise_schedule(config: DictConfig) -> NoiseSchedule:
+    model = config.model
+    return NoiseSchedule.from_config(
+        model.linear_start, model.linear_end, model.beta_schedule, model.timesteps, cosine_s=model.cosine_s
+    )
+
+
+def optimisation(config: DictConfig, processes: int) -> Optimisation:
+    """The optimizer of a run; BadInput for batch sizes that do not divide."""
+    optim, sched = config.model.optim, config.model.optim.sched
+    options: dict[str, Any] = {
+        key: optim[key] for key in ("lr", "weight_decay", "betas", "eps") if optim[key] is not None
+    }
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    hold = sched.hold_steps if sched.hold_steps is not None else math.inf
+    least = sched.min_lr / optim.lr if sched.min_lr else 0.0
+    last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else config.trainer.max_steps
+    schedule = lr_schedule(
+        sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
+    )
+    return Optimisation(optim.name, options, schedule, global_batch(config, processes))
+
+
+def global_batch(config: DictConfig, processes: int) -> int:
+    """Samples of one optimizer step: model.global_batch_size, or one micro batch on every process."""
+    micro = config.model.micro_batch_size
+    wanted = config.model.global_batch_size or micro * processes * config.trainer.accumulate_grad_batches
+    if wanted % (micro * processes):
+        raise BadInput(
+            f"model.global_batch_size={wanted} does not divide into micro batches of {micro} on {processes} processes"
+        )
+    return wanted
+
+
+def training_set(config: DictConfig) -> ShardSet:
+    path = config.model.data.train.dataset_path
+    if not path:
+        raise BadInput("model.data.train.dataset_path is not set; give the folder that `latentsmith data import` made")
+    return ShardSet(path)
+
+
+def transforms(config: DictConfig) -> Transforms:
+    """The picture transforms of the training set; BadInput if they do not make pictures of one size."""
+    augmentations = config.model.data.train.augmentations
+    made = Transforms(**{key: value for key, value in (augmentations or {}).items() if value is not None})
+    if made.size is None:
+        raise BadInput(
+            "model.data.train.augmentations needs center_crop_h_w or random_crop_h_w: batches are of one size"
+        )
+    return made
+
+
+def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of pictures of `size` (height, width)."""
+    vae = config.model.first_stage_config
+    factor = 2 ** (len(vae.ddconfig.ch_mult) - 1)
+    if size[0] % factor or size[1] % factor:
+        raise BadInput(f"pictures of {size[0]}x{size[1]} do not divide by {factor}, the downsampling of the VAE")
+    return vae.embed_dim, size[0] // factor, size[1] // factor
+
+
+def read_images(samples: ShardSet, made: Transforms, seed: int) -> Callable[[int, int], dict[str, Any]]:
+    """A reader of (index, position): `images` (3, height, width) in [-1, 1], `captions`, `keys`."""
+    from latentsmith.data.cache import caption_of, image_member
+    from latentsmith.data.order import sample_seed
+    from latentsmith.training.draws import CROPS
+
+    def read(index: int, position: int) -> dict[str, Any]:
+        number, inside = samples.locate(index)
+        sample = samples.shard(number)[inside]
+        picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
+        caption = caption_of(samples.shard(number), sample)
+        return {"images": torch.from_numpy(picture), "captions": caption, "keys": sample.key}
+
+    return read
+
+
+def process_count(config: DictConfig) -> int:
+    """Training processes of the run, over all machines."""
+    devices = config.trainer.devices
+    if devices in (-1, "auto"):
+        devices = torch.cuda.device_count() or 1
+    return (len(devices) if isinstance(devices, list | tuple) else int(devices)) * config.trainer.num_nodes
+
+
+def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
+    """The options of the config that are Lightning's own."""
+    trainer = config.trainer
+    micro_batches = global_batch(config, processes) // (processes * config.model.micro_batch_size)
+    return dict(
+        devices=trainer.devices,
+        num_nodes=trainer.num_nodes,
+        accelerator=trainer.accelerator,
+        strategy=trainer.strategy,
+        precision=trainer.precision,
+        gradient_clip_val=trainer.gradient_clip_val,
+        accumulate_grad_batches=micro_batches,
+        deterministic=trainer.deterministic,
+        benchmark=trainer.benchmark,
+        max_time=trainer.max_time,
+    )

@@ -1,0 +1,105 @@
+"""Checkpoints of a run: a folder of safetensors for each, written aside, synced and renamed.
+
+step-00001000/unet.safetensors   the trained weights, one file for each trained part
+              ema/unet.safetensors   their averages, if there are any
+              optimizer.safetensors  the optimizer's state, by parameter number
+              state.json             counters, and a checksum of every file above
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentsmith.files.atomic import sync_folder, write_text
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import hash_file
+from latentsmith.files.tensors import open_tensors, save_safetensors
+
+from .module import Progress, TrainingModule
+
+STATE_FILE = "state.json"
+
+
+def save_checkpoint(folder: Path, module: TrainingModule, keep: int, description: Mapping[str, Any]) -> Path:
+    """Write the state of `module` into `folder/step-N` and remove all but the newest `keep` (-1 for all).
+
+    description: kept as model.json beside the weights, so that a checkpoint says what it is.
+    """
+    final = folder / f"step-{module.progress.global_step:08d}"
+    aside = folder / f"{final.name}.INCOMPLETE"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name, tensors in parts_of(module).items():
+        save_safetensors(aside / f"{name}.safetensors", tensors)
+    write_text(aside / "model.json", json.dumps(description, indent=1) + "\n")
+    checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+    state = {**asdict(module.progress), "ema_updates": {n: e.updates for n, e in module.ema.items()}}
+    write_text(aside / STATE_FILE, json.dumps({**state, "checksums": checksums}, indent=1) + "\n")
+    sync_folder(aside)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    sync_folder(folder)
+    for old in checkpoints_in(folder)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
+    return final
+
+
+def parts_of(module: TrainingModule) -> dict[str, dict[str, Tensor]]:
+    """Everything of a training that has to be kept, as tensors by file name."""
+    files = {name: dict(module.parts[name].state_dict()) for name in module.trained}
+    files |= {f"ema/{name}": average.state_dict() for name, average in module.ema.items()}
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    state = optimizer.state_dict()["state"]  # type: ignore[union-attr]
+    files["optimizer"] = {
+        f"{i}.{key}": torch.as_tensor(value) for i, row in state.items() for key, value in row.items()
+    }
+    return files
+
+
+def load_checkpoint(path: Path, module: TrainingModule) -> None:
+    """Put `module`, its averages and its optimizer back to the state in `path`; BadInput if it does not fit."""
+    state = read_state(path)
+    for name in module.trained:
+        fill(module.parts[name], path / f"{name}.safetensors")
+    for name, average in module.ema.items():
+        average.load_state_dict(open_tensors(path / "ema" / f"{name}.safetensors"), state["ema_updates"][name])
+    optimizer = module.optimizers(use_pl_optimizer=False)
+    rows: dict[int, dict[str, Tensor]] = {}
+    for key, value in open_tensors(path / "optimizer.safetensors").items():
+        number, _, name = key.partition(".")
+        rows.setdefault(int(number), {})[name] = value.clone()
+    groups = optimizer.state_dict()["param_groups"]  # type: ignore[union-attr]
+    optimizer.load_state_dict({"state": rows, "param_groups": groups})  # type: ignore[union-attr]
+    module.progress = Progress(state["global_step"], state["consumed_samples"])
+
+
+def fill(module: torch.nn.Module, path: Path) -> None:
+    """Load a part of a checkpoint, strictly; BadInput names the file and the first name that does not fit."""
+    try:
+        module.load_state_dict(dict(open_tensors(path)))
+    except RuntimeError as error:
+        raise BadInput(f"{path}: does not fit this config ({str(error).splitlines()[1].strip()})") from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose files are all as they were written; BadInput says which is not."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not a checkpoint of a run ({error})") from None
+    for name, checksum in state["checksums"].items():
+        if not (path / name).is_file() or hash_file(path / name) != checksum:
+            raise BadInput(f"{path / name}: damaged or missing; go on from another checkpoint of the run")
+    return state
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The finished checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file() and path.suffix == "")

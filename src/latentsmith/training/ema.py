@@ -1,0 +1,52 @@
+"""An exponential moving average of weights, kept beside them."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """Averages of a module's trained parameters: average = decay * average + (1 - decay) * weight.
+
+    decay: reached as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages follow the weights.
+    every_n_steps: optimizer steps between updates. cpu_offload: keep the averages in the memory of the CPU.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, *, every_n_steps: int = 1, cpu_offload: bool = False):
+        self.decay, self.every_n_steps, self.updates = decay, every_n_steps, 0
+        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+        device = "cpu" if cpu_offload else None
+        self.averages = [p.detach().to(device=device, dtype=torch.float32, copy=True) for p in self._trained(module)]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Fold in the weights after optimizer step number `step` (1, 2, ...)."""
+        if step % self.every_n_steps:
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [p.to(a.device, torch.float32) for p, a in zip(self._trained(module), self.averages, strict=True)]
+        torch._foreach_lerp_(self.averages, weights, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name, float32."""
+        return dict(zip(self.names, self.averages, strict=True))
+
+    def load_state_dict(self, averages: Mapping[str, Tensor], updates: int) -> None:
+        """Continue from stored averages; KeyError if a parameter has none."""
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(averages[name])
+        self.updates = updates
+
+    @torch.no_grad()
+    def swap(self, module: nn.Module) -> None:
+        """Exchange the module's trained weights and the averages; twice is back."""
+        for parameter, average in zip(self._trained(module), self.averages, strict=True):
+            weight = parameter.detach().to(average.device, torch.float32, copy=True)
+            parameter.copy_(average)
+            average.copy_(weight)
+
+    def _trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
+        parameters = dict(module.named_parameters())
+        return (parameters[name] for name in self.names)

@@ -1,0 +1,46 @@
+"""Optimizers and learning rates, under NeMo's names."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+Schedule = Callable[[int], float]  # optimizer steps done so far -> factor of the learning rate
+
+
+def build_optimizer(name: str, parameters: Iterable[nn.Parameter], **options) -> torch.optim.Optimizer:
+    """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, or any class of torch.optim; options it lacks are errors."""
+    if name in ("fused_adam", "adamw"):
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    kind = getattr(torch.optim, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ValueError(f"optim.name {name!r} is neither fused_adam, adamw nor a class of torch.optim")
+    return kind(parameters, **options)
+
+
+def lr_schedule(
+    name: str, *, warmup_steps: int = 0, hold_steps: float = math.inf, max_steps: int = -1, min_factor: float = 0.0
+) -> Schedule:
+    """The factor of the learning rate after `step` optimizer steps.
+
+    constant; WarmupPolicy and WarmupHoldPolicy, which rise linearly as (step + 1) / (warmup_steps + 1) and stay at 1;
+    linear and CosineAnnealing, which after the same rise and `hold_steps` fall to min_factor at max_steps.
+    ValueError for another name, or a falling one without max_steps.
+    """
+    falls = {"linear": lambda share: 1 - share, "CosineAnnealing": lambda share: (1 + math.cos(math.pi * share)) / 2}
+    if name not in ("constant", "WarmupPolicy", "WarmupHoldPolicy", *falls):
+        raise ValueError(f"optim.sched.name {name!r} is not a schedule")
+    if name in falls and max_steps <= 0:
+        raise ValueError(f"optim.sched.name {name} needs max_steps")
+
+    def factor(step: int) -> float:
+        if name != "constant" and step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if name not in falls:
+            return 1.0
+        start = warmup_steps + (hold_steps if math.isfinite(hold_steps) else 0)
+        share = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
+        return min_factor + (1 - min_factor) * falls[name](share)
+
+    return factor

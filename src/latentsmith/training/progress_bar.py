@@ -1,0 +1,58 @@
+"""The live line of a training: loss, speed, time left."""
+
+import sys
+import time
+
+import lightning as L
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .module import TrainingModule
+
+SMOOTHING = 0.95  # share of the old value in the smoothed loss
+PLAIN_SECONDS = 20.0  # between two lines where the output is no terminal
+
+
+class ProgressLine(L.Callback):
+    """A bar on a terminal, else a plain line now and then: step, smoothed loss, lr, samples/s, time left."""
+
+    def __init__(self, max_steps: int):
+        self.max_steps = max_steps
+        self.console = Console(file=sys.stderr)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.loss = float("nan")
+
+    def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
+        self.first = module.progress.global_step
+        self.started = self.printed = time.monotonic()
+        self.task = self.bar.add_task("training", total=self.max_steps, completed=self.first, line="")
+        self.bar.start()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        metrics = module.metrics.read()
+        loss = metrics.get("loss", float("nan"))
+        self.loss = loss if self.loss != self.loss else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        step, now = module.progress.global_step, time.monotonic()
+        rate = (step - self.first) / max(1e-9, now - self.started)
+        metrics["samples_per_second"] = rate * module.optimisation.global_batch
+        module.record(samples_per_second=metrics["samples_per_second"])
+        line = f"loss {self.loss:.4f}  lr {metrics.get('lr', 0):.2e}  {metrics['samples_per_second']:.1f} samples/s"
+        self.bar.update(self.task, completed=step, line=line)
+        if not self.console.is_terminal and (now - self.printed > PLAIN_SECONDS or step == self.max_steps):
+            self.printed = now
+            left = (self.max_steps - step) / max(rate, 1e-9)
+            print(f"step {step}/{self.max_steps}  {line}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.bar.stop()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self.bar.stop()

@@ -1,0 +1,75 @@
+"""Batches of a run: the sample at every position, with what training draws for it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from latentsmith.data.order import index_at
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunSamples(Dataset):
+    """The run as a sequence: position -> what `read` makes of the sample there, and what `draw` adds.
+
+    read(index, position): tensors and text of one sample of the set, whose crops may depend on the position.
+    length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch.
+    """
+
+    read: Callable[[int, int], Record]
+    draw: Callable[[int], Mapping[str, torch.Tensor]]
+    length: int
+    seed: int
+
+    def __getitem__(self, position: int) -> Record:
+        index = index_at(self.seed, position, self.length)
+        return {**self.read(index, position), **self.draw(position)}
+
+
+@dataclass(frozen=True)
+class RunPositions(Sampler):
+    """Micro batches of positions for one process, from `start` on, without end.
+
+    global_batch: samples of one optimizer step over all processes and micro batches; start divides by it.
+    """
+
+    start: int
+    global_batch: int
+    micro_batch: int
+    rank: int = 0
+    processes: int = 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.start
+        share = self.global_batch // self.processes
+        while True:
+            mine = range(first + self.rank * share, first + (self.rank + 1) * share)
+            for at in range(0, share, self.micro_batch):
+                yield list(mine[at : at + self.micro_batch])
+            first += self.global_batch
+
+
+def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> DataLoader:
+    """Collated batches of a run; the number of workers changes nothing but speed."""
+    return DataLoader(
+        samples,
+        batch_sampler=positions,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=False,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def collate(records: Sequence[Record]) -> Record:
+    """Records of equal names as one: tensors and arrays stacked, anything else in a list."""
+    return {name: _gathered([record[name] for record in records]) for name in records[0]}
+
+
+def _gathered(values: list[Any]) -> Any:
+    return torch.stack(values) if isinstance(values[0], torch.Tensor) else values
