@@ -1,0 +1,229 @@
+"""CLIP's vocabulary: its layout, where to find it on this machine, and the files it is published as."""
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentsmith.files.errors import BadInput
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+MERGES_OF_CLIP = 48_894  # of the 262,144 in bpe_simple_vocab_16e6.txt.gz
+LARGEST_FILE = 64 * 2**20  # bytes; CLIP's files have 1 to 4 MB
+VARIABLE = "LATENTSMITH_CLIP_VOCAB"
+OPEN_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
+HUB_NAMES = (
+    "openai/clip-vit-large-patch14",
+    "openai/clip-vit-base-patch32",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """tokens: id of each, 0 to n - 1, START and END among them. merges: the pairs to join, first come first.
+    pad: the token that its files name for padding, None if they name none."""
+
+    tokens: dict[str, int]
+    merges: tuple[tuple[str, str], ...]
+    pad: str | None = None
+
+
+def byte_symbols() -> list[str]:
+    """The 256 characters that stand for bytes, in CLIP's order: first the visible ones, as themselves."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+
+
+def laid_out(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Token ids in CLIP's order: bytes, bytes ending a word, merges, START, END."""
+    symbols = byte_symbols()
+    joined = ["".join(pair) for pair in merges]
+    names = [*symbols, *(symbol + WORD_END for symbol in symbols), *joined, START, END]
+    return {name: index for index, name in enumerate(dict.fromkeys(names))}  # two merges may join to one token
+
+
+def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
+    """The file or folder of CLIP's vocabulary, the first there is of: given, the checkpoint's own, the environment
+    variable LATENTSMITH_CLIP_VOCAB, the installed open_clip package (not imported), the hub cache.
+
+    given: a path, or a name in the hub cache such as "openai/clip-vit-large-patch14". checkpoint: a folder, or a file
+    in one. BadInput if given or the variable name nothing, or if nothing is found: it says what to put where.
+    """
+    if given is not None:
+        return _named("tokenizer", given)
+    own = [folder for folder in _folders_of(checkpoint) if _has_vocabulary(folder)]
+    if own:
+        return own[0]
+    if os.environ.get(VARIABLE):
+        return _named(VARIABLE, os.environ[VARIABLE])
+    for found in (_open_clip_file(), *map(_in_hub_cache, HUB_NAMES)):
+        if found is not None:
+            return found
+    raise BadInput(
+        f"CLIP's vocabulary is not on this machine: `pip install --no-deps open_clip_torch`, or put a tokenizer folder"
+        f" (vocab.json and merges.txt) or {OPEN_CLIP_FILE} anywhere and set {VARIABLE} or the option tokenizer to it"
+    )
+
+
+def _named(what: str, given: str | Path) -> Path:
+    path = Path(given).expanduser()
+    if path.exists():
+        return path
+    cached = _in_hub_cache(str(given))
+    if cached is None:
+        raise BadInput(f"{what}: {str(given)!r} is no file, no folder and no name in the hub cache; correct it")
+    return cached
+
+
+def _folders_of(checkpoint: str | Path | None) -> list[Path]:
+    if checkpoint is None:
+        return []
+    folder = Path(checkpoint).expanduser()
+    return [folder / "tokenizer", folder] if folder.is_dir() else []
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+
+
+def _open_clip_file() -> Path | None:
+    try:
+        package = importlib.util.find_spec("open_clip")  # a top-level name: looked up, not executed
+    except ValueError:  # a module of that name put in place by hand, without a spec
+        return None
+    file = Path(package.origin).with_name(OPEN_CLIP_FILE) if package and package.origin else None
+    return file if file and file.is_file() else None
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The vocabulary folder in the newest cached snapshot of a hub repository, at its root or under tokenizer/."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    snapshots = (cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")
+    newest_first = sorted(snapshots, key=lambda folder: folder.stat().st_mtime, reverse=True)
+    folders = [folder for snapshot in newest_first for folder in _folders_of(snapshot)]
+    return next(filter(_has_vocabulary, folders), None)
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """From tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt.
+
+    BadInput for anything missing, damaged or not a byte-level BPE with CLIP's word ends and special tokens.
+    """
+    path = Path(path)
+    if path.is_dir():
+        single = path / "tokenizer.json"
+        tokens, merges = _read_tokenizer_json(single) if single.is_file() else _read_pair(path)
+    elif path.suffix == ".gz":
+        tokens, merges = _read_open_clip(path)
+    elif path.suffix == ".json":
+        tokens, merges = _read_tokenizer_json(path)
+    else:
+        raise BadInput(
+            f"{path}: no vocabulary; give a folder with vocab.json and merges.txt, tokenizer.json or .txt.gz"
+        )
+    folder = path if path.is_dir() else path.parent
+    return _checked(path, Vocabulary(tokens, merges, None if path.suffix == ".gz" else _pad_of(folder)))
+
+
+def _checked(path: Path, vocabulary: Vocabulary) -> Vocabulary:
+    tokens = vocabulary.tokens
+    missing = [token for token in laid_out([]) if token not in tokens]
+    if missing:
+        raise BadInput(f"{path}: has no token {missing[0]!r}; this is not a CLIP vocabulary, give one of CLIP's layout")
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise BadInput(f"{path}: its ids are not 0 to {len(tokens) - 1}, each once; get the file again")
+    for pair in vocabulary.merges:
+        if not {*pair, "".join(pair)} <= tokens.keys():
+            raise BadInput(
+                f"{path}: the merge {' '.join(pair)!r} has no token; vocabulary and merges do not belong together"
+            )
+    return vocabulary
+
+
+def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    whole = _read_json(path)
+    model = whole.get("model")
+    if not isinstance(model, dict) or model.get("end_of_word_suffix") != WORD_END:
+        raise BadInput(f"{path}: no byte-pair vocabulary with words ending in {WORD_END}; give CLIP's tokenizer.json")
+    tokens = _token_ids(path, model.get("vocab"))
+    for added in whole.get("added_tokens") or []:
+        name = added.get("content") if isinstance(added, dict) else added
+        if not isinstance(name, str) or name not in tokens:
+            raise BadInput(f"{path}: adds the token {name!r}; added tokens are not supported, give CLIP's own file")
+    merges = model.get("merges")
+    merges = merges if isinstance(merges, list) else [merges]
+    return tokens, _pairs(path, [merge.split(" ") if isinstance(merge, str) else merge for merge in merges])
+
+
+def _read_pair(folder: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    tokens = _token_ids(folder / "vocab.json", _read_json(folder / "vocab.json"))
+    lines = _read_text(folder / "merges.txt").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return tokens, _pairs(folder / "merges.txt", pairs)
+
+
+def _read_open_clip(path: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    lines = _read_text(path).split("\n")[1 : MERGES_OF_CLIP + 1]
+    if len(lines) < MERGES_OF_CLIP:
+        raise BadInput(f"{path}: has {len(lines)} merges of {MERGES_OF_CLIP}; get {OPEN_CLIP_FILE} again")
+    merges = _pairs(path, [line.split() for line in lines])
+    return laid_out(merges), merges
+
+
+def _pairs(path: Path, merges: list[Any]) -> tuple[tuple[str, str], ...]:
+    for number, pair in enumerate(merges, start=1):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise BadInput(f"{path}: merge {number} is {pair!r}, not two symbols; get the file again")
+    return tuple((first, second) for first, second in merges)
+
+
+def _token_ids(path: Path, tokens: Any) -> dict[str, int]:
+    if not isinstance(tokens, dict) or not all(type(index) is int for index in tokens.values()):
+        raise BadInput(f"{path}: holds no table of tokens and their numbers; get the file again")
+    return tokens
+
+
+def _pad_of(folder: Path) -> str | None:
+    """special_tokens_map.json goes before tokenizer_config.json, as in transformers: Stable Diffusion 2's disagree."""
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            pad = _read_json(folder / name).get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad
+            if isinstance(pad, str):
+                return pad
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error}); get the file again") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a {type(value).__name__}, not an object; get the file again")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: cannot be read ({error}); get the file again") from error
+    if len(data) > LARGEST_FILE:
+        raise BadInput(f"{path}: holds more than {LARGEST_FILE} bytes, so is no vocabulary; give another file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text at byte {error.start}; get the file again") from error
