@@ -95,7 +95,11 @@ def ours(sampler, steps, prediction_type, schedule, options=None, **settings):
 
 
 def assert_equal_step_for_step(sampler, grid, states, reference):
-    """Their states are scaled to unit variance in some schedulers and doubled by extra calls in others."""
+    """Their states are scaled to unit variance in some schedulers and doubled by extra calls in others.
+
+    Networks get their timesteps in float32, which fractional ones do not survive exactly.
+    """
+    tolerance = 1e-9 if (grid.timesteps == grid.timesteps.round()).all() else 1e-6
     variance_preserving = sampler in ("ddim", "ddpm", "plms", "unipc") or sampler.startswith("dpmsolver")
     if sampler == "heun":
         reference = [*reference[1::2], reference[-1]]
@@ -106,7 +110,7 @@ def assert_equal_step_for_step(sampler, grid, states, reference):
         last = index == len(states) - 1
         scale = 1.0 if last or not variance_preserving else (1 + grid.sigmas[index + 1].item() ** 2) ** 0.5
         torch.testing.assert_close(
-            state / scale, expected, rtol=1e-9, atol=1e-9, msg=lambda m, i=index: f"step {i}: {m}"
+            state / scale, expected, rtol=tolerance, atol=tolerance, msg=lambda m, i=index: f"step {i}: {m}"
         )
 
 
@@ -181,7 +185,6 @@ def test_zero_terminal_snr(sampler, monkeypatch):
     schedule = NoiseSchedule.from_config(0.00085, 0.012).zero_terminal_snr()
     grid, states = ours(sampler, 10, "v_prediction", schedule, spacing="trailing")
     assert grid.sigmas[0].item() == pytest.approx(4096, rel=1e-6)
-    # States near sigma = 4096 carry 16 - 7 digits of the latents.
     assert_equal_step_for_step(sampler, grid, states, theirs(scheduler, 10))
 
 
