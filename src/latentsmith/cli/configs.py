@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from latentsmith.cli.options import Overrides, load
+from latentsmith.cli.options import Overrides
 
 app = typer.Typer(help="Show, validate, explain and compare configs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -37,7 +37,10 @@ def validate(config: Name, overrides: Overrides = None) -> None:
       latentsmith config validate my.yaml
       latentsmith config validate sd1 model.unet_config.num_head_channels=64
     """
-    load(config, overrides)
+    from latentsmith.config import compose
+
+    for note in compose(config, overrides or []).notes:
+        typer.echo(note)
     typer.echo(f"{config} is valid")
 
 

@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _guarded(run: Callable[[], Any], debug: bool) -> int:
     try:
         code = run()
+        if code == INTERRUPTED:  # how newer typers report Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else DONE
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

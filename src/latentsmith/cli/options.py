@@ -14,14 +14,16 @@ Config = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the config, in Hydra's grammar.")
 ]
+EXPLAIN = "`latentsmith config validate` says why"
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 
 
 def load(config: str, overrides: list[str] | None) -> Any:
-    """The composed config; options without effect are named on stderr, once."""
+    """The composed config; options that have no effect here are named on stderr, in one line."""
     from latentsmith.config import compose
 
     composed = compose(config, overrides or [])
-    for note in composed.notes:
-        print(note, file=sys.stderr)
+    if composed.notes:
+        keys = ", ".join(note.split()[0] for note in composed.notes)
+        print(f"{config}: without effect here ({EXPLAIN}): {keys}", file=sys.stderr)
     return composed.config

@@ -148,9 +148,9 @@ def _get(tree: Any, key: str) -> Any:
 
 def _resolve(tree: dict[str, Any], source: str) -> dict[str, Any]:
     config = OmegaConf.create(tree)
-    if missing := OmegaConf.missing_keys(config):
-        raise BadInput(f"{source}: {min(missing)} is mandatory (???): give it as {min(missing)}=VALUE")
     try:
+        if missing := OmegaConf.missing_keys(config):
+            raise BadInput(f"{source}: {min(missing)} is mandatory (???): give it as {min(missing)}=VALUE")
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
@@ -197,6 +197,6 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _notes(given: dict[str, Any]) -> list[str]:
-    options = [schema.find(key) for key in given]
-    idle = dict.fromkeys(option for option in options if option and option.fate == "no effect")
-    return [f"{option.key} has no effect here: {option.reason}" for option in idle]
+    found = (schema.find(key) for key, value in given.items() if value is not None)
+    idle = {option.key: option.reason for option in found if option and option.fate == "no effect"}
+    return [f"{key} has no effect here: {reason}" for key, reason in idle.items()]

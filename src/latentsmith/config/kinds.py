@@ -112,7 +112,7 @@ def size() -> Kind:
     """[height, width] in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
 
     def read(value: Any) -> list[int]:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = value.split(",") if isinstance(value, str) and "," in value else value
         numbers = [int(part) for part in parts] if isinstance(parts, (list, tuple)) else [int(parts)] * 2
         return numbers if len(numbers) == 2 and min(numbers) >= 1 else _refuse()
 

@@ -112,13 +112,18 @@ def unknown_key(key: str, source: str) -> BadInput:
     return BadInput(f"{source}: {key} is not an option; {advice}")
 
 
+def _ratio(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second).ratio()
+
+
 def nearest(key: str) -> str | None:
-    """The known key most like this one, judged by last name first and by place second."""
+    """The known key most like this one in name and place; None where no name is like it."""
     parent, _, leaf = key.rpartition(".")
 
-    def likeness(option: Option) -> float:
-        by_name = max(SequenceMatcher(None, leaf.lower(), name).ratio() for name in (option.leaf.lower(), *option.also))
-        return by_name + 0.3 * SequenceMatcher(None, parent, option.parent).ratio()
+    def name_likeness(option: Option) -> float:
+        elsewhere = max((_ratio(leaf.lower(), name) for name in option.also), default=0.0)
+        return max(_ratio(leaf.lower(), option.leaf.lower()), 0.9 * elsewhere)
 
-    best = max(table().values(), key=likeness)
-    return best.key if likeness(best) >= 0.85 else None
+    alike = [(name_likeness(option), option) for option in table().values()]
+    candidates = {option.key: name + 0.5 * _ratio(parent, option.parent) for name, option in alike if name >= 0.6}
+    return max(candidates, key=candidates.__getitem__, default=None)

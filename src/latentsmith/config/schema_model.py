@@ -171,7 +171,13 @@ OPTIM = group(
         "fused_adam and adamw are AdamW, fused where it can be; else the class of torch.optim of that name",
         also=["optimizer"],
     ),
-    used("lr", number(0), 1e-4, "learning rate after warm-up", also=["learning_rate", "base_lr", "rate"]),
+    used(
+        "lr",
+        number(0),
+        1e-4,
+        "learning rate after warm-up (NeMo's null was 1e-3)",
+        also=["learning_rate", "base_lr", "rate"],
+    ),
     used("weight_decay", number(0), 0.0, "decoupled: weights shrink by lr * weight_decay a step", also=["decay"]),
     used("betas", list_of(number(0, 1), 2), [0.9, 0.999], "decay of the two moments", also=["adam_beta1"]),
     used("eps", number(0), 1e-8, "added to the root of the second moment", also=["epsilon", "adam_epsilon"]),
@@ -198,7 +204,7 @@ AUGMENTATIONS = (  # applied in the order in which a config names them
     used("random_crop_h_w", size(), None, "cut this out at an addressed random place", ["random_crop"], optional=True),
     used("horizontal_flip", flag(), False, "mirror half of the pictures", ["random_flip", "flip"], optional=True),
 )
-FILTERINGS = no_effect(
+FILTERINGS = refused(
     "filterings", mapping(), {}, "leave pictures out by size", "`latentsmith data import` decides what enters a set"
 )
 PATHS = nullable(either(text(), list_of(text())))
@@ -306,16 +312,15 @@ SCALARS = group(
     no_effect("native_amp_init_scale", number(0), 65536, "first loss scale", "Lightning's scaler has its own"),
     no_effect("native_amp_growth_interval", whole(1), 1000, "loss scaling", "Lightning's scaler has its own"),
     no_effect("hysteresis", whole(1), 2, "loss scaling", "Lightning's scaler has its own"),
-    no_effect("num_timesteps_cond", whole(1), 1, "noise on the conditioning", "latent diffusion left it behind"),
     no_effect("v_posterior", number(0, 1), 0.0, "variance of the posterior", "neither loss nor samplers use it"),
     no_effect("log_every_t", whole(1), 200, "LDM's picture strips", "exp_manager.sample_images draws samples"),
     no_effect("concat_mode", flag(), True, "read where conditioning_key is null", "conditioning_key is crossattn"),
     no_effect("use_ema", flag(), False, "LDM's average", "exp_manager.ema decides"),
     no_effect("monitor", nullable(text()), None, "metric of the best", "a diffusion loss does not rank checkpoints"),
-    no_effect("load_only_unet", flag(), False, "part of ckpt_path", "unet_config.from_pretrained loads a U-Net alone"),
-    no_effect("load_vae", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
-    no_effect("load_unet", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
-    no_effect("load_encoder", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
+    refused("load_only_unet", flag(), False, "part of ckpt_path", "unet_config.from_pretrained loads a U-Net alone"),
+    refused("load_vae", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
+    refused("load_unet", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
+    refused("load_encoder", flag(), True, "part of ckpt_path", "each component has its own from_pretrained"),
     no_effect("fused_opt", flag(), True, "NeMo: stored, never read", "the optimizer is fused where it can be"),
     no_effect("clip_denoised", flag(), False, "clip the clean estimate", "latents have no natural bounds to clip to"),
     no_effect("inductor_cudagraphs", flag(), False, "CUDA graphs when compiling", "torch.compile decides"),
@@ -325,6 +330,7 @@ SCALARS = group(
     no_effect("ddp_overlap", flag(), False, "overlap of DDP", LIGHTNING_DDP),
     no_effect("nsys_profile", mapping(), {}, "window of NVIDIA's profiler", "start nsys around the command"),
     no_effect("show_prog_bar_metric", flag(), True, "loss in the progress bar", "it is always shown"),
+    refused("num_timesteps_cond", whole(1), 1, "noise on the conditioning", "the text is given as it is"),
     refused("ignore_keys", list_of(text()), [], "keys of ckpt_path to skip", "loading is strict"),
     refused("conditioning_key", text(), "crossattn", "how text enters", "Stable Diffusion attends to it"),
     refused("cond_stage_forward", nullable(text()), None, "method to call for encoding", "an encoder has one"),

@@ -32,7 +32,6 @@ TRAINER = group(
         choice("auto", "cpu", "gpu", "cuda", "mps"),
         "auto",
         "auto takes the first there is of cuda, mps, cpu",
-        also=["device"],
     ),
     used("strategy", text(), "auto", "Lightning's strategy: auto, ddp, model_parallel (sharded), ...", also=["fsdp"]),
     used(
@@ -166,7 +165,7 @@ EXP_MANAGER = [
         ),
         refused("create_wandb_logger", flag(), False, "log to Weights & Biases", NO_WANDB),
         no_effect("wandb_logger_kwargs", mapping(), {}, "arguments of that logger", NO_WANDB),
-        no_effect(
+        refused(
             "explicit_log_dir", nullable(text()), None, "the run folder itself", "exp_dir and name say where it is"
         ),
     ),

@@ -1,0 +1,162 @@
+import textwrap
+
+import pytest
+from omegaconf import DictConfig
+
+from latentsmith.config import build, compose, load_config
+from latentsmith.files.errors import BadInput
+
+
+def write(folder, text, name="my.yaml"):
+    path = folder / name
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def message(path, *overrides):
+    """The one line that a wrong config gives."""
+    with pytest.raises(BadInput) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_file_over_defaults(tmp_path):
+    config = load_config(write(tmp_path, "model: {optim: {lr: 2e-5}}"))
+    assert isinstance(config, DictConfig)
+    assert config.model.optim.lr == 2e-5 and config.model.optim.eps == 1e-8
+    assert config.model.unet_config.num_heads == 8  # neither head key given
+    assert config.model.cond_stage_config.arch == "ViT-L-14"  # as wide as context_dim
+
+
+def test_interpolations_absolute_relative_and_of_defaults(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        name: mine
+        exp_manager: {resume_from_checkpoint: "${model.resume_from_checkpoint}"}
+        model:
+          resume_from_checkpoint: runs/old
+          micro_batch_size: 4
+          global_batch_size: ${.micro_batch_size}
+          optim: {sched: {max_steps: "${trainer.max_steps}"}}
+        trainer: {max_steps: 1e3}
+        """,
+    )
+    config = load_config(path, ["model.micro_batch_size=8"])
+    assert config.exp_manager.name == "mine" and config.exp_manager.resume_from_checkpoint == "runs/old"
+    assert config.model.global_batch_size == 8 and config.model.optim.sched.max_steps == 1000
+
+
+def test_origins_and_notes(tmp_path):
+    path = write(tmp_path, "model: {optim: {lr: 1e-5}, image_size: 32, use_ema: true}")
+    composed = compose(path, ["model.seed=3"])
+    assert composed.origins["model.optim.lr"] == "my.yaml"
+    assert composed.origins["model.seed"] == "command line"
+    assert "model.optim.eps" not in composed.origins
+    assert composed.notes == ["model.use_ema has no effect here: exp_manager.ema decides"]
+
+
+def test_order_of_augmentations_is_the_files(tmp_path):
+    text = "model: {data: {train: {augmentations: {horizontal_flip: true, center_crop_h_w: '64, 48'}}}}"
+    augmentations = load_config(write(tmp_path, text)).model.data.train.augmentations
+    assert list(augmentations.items()) == [("horizontal_flip", True), ("center_crop_h_w", [64, 48])]
+
+
+def test_defaults_list(tmp_path):
+    write(tmp_path, "name: base\nmodel: {seed: 1, optim: {lr: 1}}", "base.yaml")
+    path = write(tmp_path, "defaults: [sd1, base.yaml]\nmodel: {seed: 2}")
+    composed = compose(path)
+    assert (composed.config.name, composed.config.model.seed, composed.config.model.optim.lr) == ("base", 2, 1)
+    assert composed.config.model.optim.weight_decay == 0.01  # sd1's
+    assert composed.origins["model.optim.lr"] == "base.yaml" and composed.origins["model.seed"] == "my.yaml"
+    path = write(tmp_path, "defaults: [_self_, base.yaml]\nmodel: {seed: 2}")
+    assert load_config(path).model.seed == 1
+
+
+def test_null_means_not_set_unless_it_is_a_value(tmp_path):
+    config = load_config(write(tmp_path, "model: {seed: null, optim: null, global_batch_size: null}\npeft: null"))
+    assert config.model.seed == 1234 and config.model.optim.lr == 1e-4 and config.model.global_batch_size is None
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [("16", "16-mixed"), ("bf16", "bf16-mixed"), ("32", "32-true"), ("'32'", "32-true"), ("bf16-mixed", "bf16-mixed")],
+)
+def test_precision_takes_lightnings_name(tmp_path, given, used):
+    assert load_config(write(tmp_path, f"trainer: {{precision: {given}}}")).trainer.precision == used
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "model: {optim: {learing_rate: 1}}",
+            "my.yaml: model.optim.learing_rate is not an option; did you mean model.optim.lr?",
+        ),
+        (
+            "model: {optim: {learning_rate: 1}}",
+            "my.yaml: model.optim.learning_rate is not an option; did you mean model.optim.lr?",
+        ),
+        ("model: {unet_config: {contxt_dim: 1}}", "did you mean model.unet_config.context_dim?"),
+        ("trainer: {max_step: 1}", "did you mean trainer.max_steps?"),
+        ("max_steps: 1", "did you mean trainer.max_steps?"),
+        ("model: {optim: {xyzzy: 1}}", "`latentsmith config explain` lists every option"),
+        ("model: {optim: 3}", "my.yaml: model.optim must be a mapping of options, not 3"),
+        ("model: {optim: {lr: {a: 1}}}", "my.yaml: model.optim.lr.a is not an option"),
+        ("model: {optim: {lr: fast}}", "my.yaml: model.optim.lr must be a number of at least 0, not 'fast'"),
+        ("model: {optim: {lr: -1}}", "model.optim.lr must be a number of at least 0, not -1"),
+        ("model: {optim: {betas: [0.9]}}", "model.optim.betas must be a list of 2, each a number from 0 to 1"),
+        ("trainer: {max_steps: 1.5}", "trainer.max_steps must be a whole number of at least -1, not 1.5"),
+        ("trainer: {max_steps: .inf}", "trainer.max_steps must be a whole number of at least -1, not inf"),
+        ("trainer: {precision: 8}", "trainer.precision must be one of 32-true, bf16-mixed, 16-mixed, not 8"),
+        ("model: {channels_last: maybe}", "model.channels_last must be true or false, not 'maybe'"),
+        ("model: {data: {train: {augmentations: {center_crop_h_w: '1, 2, 3'}}}}", 'or "height, width"'),
+        ("model: {conditioning_key: concat}", "model.conditioning_key=concat is refused: Stable Diffusion attends"),
+        ("model:\n  seed: ???", "model.seed is mandatory (???): give it as model.seed=VALUE"),
+        ("model: {seed: '${nothing}'}", "model.seed cannot be resolved: Interpolation key 'nothing' not found"),
+        ("- 1\n- 2", "my.yaml: a config is a mapping of options, not a list"),
+        ("a: [1", "my.yaml: not readable as YAML"),
+        ("name: a\nname: b", "my.yaml: not readable as YAML"),
+        ("name: !!python/object/apply:os.getcwd []", "my.yaml: not readable as YAML"),
+        ("defaults: [my.yaml]", "my.yaml: defaults must be a list of presets or YAML files, none of them above itself"),
+        ("defaults: [nothing]", "nothing: neither a config file nor a preset (demo, "),
+        ("model: {unet_config: {_target_: os.system}}", "model.unet_config._target_: 'os.system' is not among"),
+        ("model: {first_stage_config: {lossconfig: {target: evil.Loss}}}", "'evil.Loss' is not among the classes"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, expected):
+    assert expected in message(write(tmp_path, text))
+
+
+def test_missing_file(tmp_path):
+    assert "nowhere.yaml: neither a config file nor a preset" in message(tmp_path / "nowhere.yaml")
+
+
+def test_wrong_value_on_the_command_line_is_called_that():
+    assert message("sd1", "model.optim.lr=fast").startswith("command line: model.optim.lr must be a number")
+
+
+def test_old_spellings_are_carried_over(tmp_path):
+    text = "model: {base_learning_rate: 3e-5, scale_by_std: true, cond_stage_trainable: true}"
+    model = load_config(write(tmp_path, text)).model
+    assert (model.optim.lr, model.scale_factor, model.cond_stage_config.freeze) == (3e-5, "measured", False)
+    both = load_config(write(tmp_path, "model: {base_learning_rate: 3e-5, optim: {lr: 1}}"))
+    assert both.model.optim.lr == 1
+
+
+def test_validation_path_of_nemo(tmp_path):
+    config = load_config(write(tmp_path, "model: {data: {validation: {data_path: [a.tar]}}}"))
+    assert config.model.data.validation.dataset_path == ["a.tar"]
+
+
+def test_composed_config_composes_again(tmp_path):
+    from omegaconf import OmegaConf
+
+    first = load_config("sd2_v")
+    OmegaConf.save(first, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == first
+
+
+def test_a_bare_name_is_a_preset_and_build_is_exported():
+    assert load_config("demo").name == "demo" and callable(build)
