@@ -134,6 +134,13 @@ def test_written_scenes_read_back(tmp_path):
         assert text.read_text(encoding="utf-8") == caption(scene) + "\n"
 
 
+def test_written_for_training_means_nothing_held_out(tmp_path):
+    write_pictures(tmp_path, 300, seed=0, doodles=0.1, size=8)
+    texts = [file.read_text() for file in tmp_path.glob("scene-*.txt")]
+    assert len(texts) == 270
+    assert not [text for text in texts for colour, shape in HELD_OUT if f" {colour} {shape} " in text]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_share_of_doodles(tmp_path, share):
     write_pictures(tmp_path, 20, seed=0, doodles=share, size=16)

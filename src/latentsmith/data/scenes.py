@@ -208,19 +208,26 @@ def to_bytes(picture: np.ndarray) -> np.ndarray:
 
 def write_scenes(folder: str | Path, count: int, seed: int, *, size: int = 64, held_out: bool | None = False) -> None:
     """Write `count` scenes as scene-000000.png with the caption in scene-000000.txt, and so on."""
-    for index, scene in enumerate(sample_scenes(count, seed, held_out)):
-        _write_pair(_made(folder) / f"scene-{index:06d}", draw(scene, size), caption(scene))
+    write_pictures(folder, count, seed, doodles=0, size=size, held_out=held_out)
 
 
-def write_pictures(folder: str | Path, count: int, seed: int, *, doodles: float = 0.5, size: int = 64) -> None:
-    """Write a mix to train a general VAE on: a share `doodles` of doodles, evenly spread, the rest any scenes."""
+def write_pictures(
+    folder: str | Path,
+    count: int,
+    seed: int,
+    *,
+    doodles: float = 0.5,
+    size: int = 64,
+    held_out: bool | None = False,
+) -> None:
+    """Write a mix to train a general VAE on: a share `doodles` of doodles, evenly spread, the rest scenes."""
+    folder = _made(folder)
     for index in range(count):
         if int((index + 1) * doodles) > int(index * doodles):
-            name, picture, text = f"doodle-{index:06d}", draw_doodle(seed, index, size), "a drawing"
+            _write_pair(folder / f"doodle-{index:06d}", draw_doodle(seed, index, size), "a drawing")
         else:
-            scene = scene_at(seed, index)
-            name, picture, text = f"scene-{index:06d}", draw(scene, size), caption(scene)
-        _write_pair(_made(folder) / name, picture, text)
+            scene = scene_at(seed, index, held_out)
+            _write_pair(folder / f"scene-{index:06d}", draw(scene, size), caption(scene))
 
 
 def _made(folder: str | Path) -> Path:
