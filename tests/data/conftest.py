@@ -21,7 +21,7 @@ def png():
     return _png
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def photographs() -> dict[str, Path]:
     """Photographs by file name, among them grey, RGBA and palette ones, an animated GIF and a multi-page TIFF."""
     skimage = pytest.importorskip("skimage")

@@ -52,7 +52,8 @@ def load_image(
         raise BadSample("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
         reason = "truncated" if _is_cut_short(data) else "not an image"
-        raise BadSample(reason, f"{reason} ({len(data):,} bytes; {type(error).__name__})") from None
+        detail = f"{reason} in a known format" if reason == "not an image" else reason
+        raise BadSample(reason, f"{detail} ({len(data):,} bytes; {type(error).__name__})") from None
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
@@ -107,8 +108,7 @@ def _damage_reported(image: Image.Image, data: bytes | memoryview) -> Iterator[N
     except BadSample:
         raise
     except Exception as error:  # as above
-        cut = _is_cut_short(data) or "truncated" in str(error).lower() or "broken data stream" in str(error)
-        reason = "truncated" if cut else "corrupt"
+        reason = "truncated" if _is_cut_short(data) or "truncated" in str(error).lower() else "corrupt"
         raise BadSample(reason, f"{reason} {image.format} image ({len(data):,} bytes; {error})") from None
 
 

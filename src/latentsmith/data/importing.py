@@ -169,8 +169,8 @@ class _Import:
 
 def prepare(item: SourceItem, min_size: int = 1) -> dict[str, bytes]:
     """The members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
-    caption = checked_caption(item.caption())
     data = item.image()
+    caption = checked_caption(item.caption())
     image = load_image(data, max_pixels=MAX_PIXELS)
     if min(image.size) < min_size:
         raise BadSample("too small", f"{image.width}x{image.height}: the shorter side is under {min_size} pixels")

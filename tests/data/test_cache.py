@@ -1,0 +1,253 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import webdataset
+
+from latentsmith.data.cache import Encoders, LatentCache, npy_bytes, parsed_header, write_cache
+from latentsmith.data.images import Transforms
+from latentsmith.data.importing import import_dataset
+from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.files.errors import BadInput
+
+TRANSFORMS = Transforms(resize_smallest_side=16, center_crop_h_w="16, 16")
+FINGERPRINTS = {"vae": "aaaa", "text_encoder": "bbbb", "layer": "last", "tokenizer": "cccc"}
+
+
+def encode_images(images):
+    """Stands in for a VAE of factor 4 and z = 2: means of 4x4 blocks, and a constant."""
+    means = images[:, :2].reshape(len(images), 2, 4, 4, 4, 4).mean((3, 5))
+    return np.concatenate([means, np.full_like(means, -3.0)], 1)
+
+
+def encode_captions(captions):
+    """Stands in for a text encoder of length 5 and width 3."""
+    codes = [[len(text), sum(map(ord, text)) % 97, index] for text in captions for index in range(5)]
+    return np.array(codes, dtype=np.float32).reshape(len(captions), 5, 3) / 7
+
+
+def encoders(**changes):
+    return Encoders(
+        **{"images": encode_images, "captions": encode_captions, "fingerprints": FINGERPRINTS, "versions": {}} | changes
+    )
+
+
+@pytest.fixture
+def source(tmp_path, png):
+    with ShardWriter(tmp_path / "set", samples_per_shard=4) as writer:
+        for number in range(10):
+            members = {"png": png(seed=number), "txt": f"caption {number}".encode(), "json": b"{}"}
+            writer.write(f"{number:03}", members)
+    write_set_file(tmp_path / "set", writer.finished)
+    return ShardSet(tmp_path / "set")
+
+
+def expected(source, index):
+    sample = source[index]
+    picture = TRANSFORMS.decode(sample.members["png"])
+    return {
+        "image_encoded": encode_images(picture[None])[0].astype(np.float16),
+        "captions_encoded": encode_captions([sample.text("txt")])[0].astype(np.float16),
+    }
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all((a[key] == b[key]).all() and a[key].dtype == b[key].dtype for key in a)
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_holds_what_the_encoders_make(tmp_path, source):
+    seen = []
+    cache = write_cache(
+        source, tmp_path / "c", TRANSFORMS, encoders(), batch_size=3, progress=lambda *a: seen.append(a)
+    )
+    assert len(cache) == 10 and cache.encoded == ["image_encoded", "captions_encoded"]
+    assert all(same(cache[i], expected(source, i)) for i in range(10))
+    assert (cache.empty_prompt == encode_captions([""])[0].astype(np.float16)).all()
+    assert cache.caption(7) == "caption 7"
+    assert seen[-1] == (10, 10) and [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert [path.name for path in cache.shards.paths] == [path.name for path in source.paths]
+    info = json.loads((tmp_path / "c" / "cache.json").read_text())
+    assert info["samples"] == 10 and info["members"]["image_encoded"] == {"shape": [4, 4, 4], "dtype": "float16"}
+    assert info["fingerprints"]["source"] == source.fingerprint() and info["fingerprints"]["vae"] == "aaaa"
+
+
+def test_batches_are_stacked_and_samples_are_views(tmp_path, source):
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    batch = cache.read_batch(np.array([9, 0, 4, 4]))
+    assert {name: array.shape for name, array in batch.items()} == {
+        "image_encoded": (4, 4, 4, 4),
+        "captions_encoded": (4, 5, 3),
+    }
+    for row, index in enumerate([9, 0, 4, 4]):
+        assert same({name: array[row] for name, array in batch.items()}, expected(source, index))
+    view = cache[0]["image_encoded"]
+    assert not view.flags.owndata and not view.flags.writeable and view.flags.aligned
+    with pytest.raises(IndexError):
+        cache[10]
+
+
+def test_batch_size_changes_nothing(tmp_path, source):
+    write_cache(source, tmp_path / "1", TRANSFORMS, encoders(), batch_size=1)
+    write_cache(source, tmp_path / "7", TRANSFORMS, encoders(), batch_size=7)
+    assert everything(tmp_path / "1") == everything(tmp_path / "7")
+
+
+def test_real_webdataset_reads_a_cache(tmp_path, source):
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    urls = [str(path) for path in cache.shards.paths]
+    read = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [f"{i:03}" for i in range(10)]
+    for index, sample in enumerate(read):
+        assert (np.load(io.BytesIO(sample["image_encoded.npy"])) == cache[index]["image_encoded"]).all()
+        assert sample["txt"] == f"caption {index}".encode()
+
+
+@pytest.mark.parametrize("part", ["images", "captions"])
+def test_one_part_alone(tmp_path, source, part):
+    other = {"images": "captions", "captions": "images"}[part]
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders(**{other: None}))
+    name = {"images": "image_encoded", "captions": "captions_encoded"}[part]
+    assert cache.encoded == [name] and (cache[3][name] == expected(source, 3)[name]).all()
+    assert ("png" in cache.shards[3].members) == (part == "captions")
+    assert (cache.empty_prompt is None) == (part == "images") and cache.caption(3) == "caption 3"
+
+
+def test_pictures_of_their_own_shapes(tmp_path, png):
+    with ShardWriter(tmp_path / "set") as writer:
+        for number, size in enumerate([(16, 16), (16, 16), (16, 32), (16, 16)]):
+            writer.write(f"{number}", {"png": png(size, number), "txt": b"x"})
+    shapes = []
+
+    def encode(images):
+        shapes.append(images.shape)
+        return images[:, :, ::4, ::4]
+
+    cache = write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", Transforms(), encoders(images=encode))
+    assert shapes == [(2, 3, 16, 16), (1, 3, 32, 16), (1, 3, 16, 16)]
+    assert cache.info["members"]["image_encoded"]["shape"] == [3, None, 4]
+    assert cache[2]["image_encoded"].shape == (3, 8, 4)
+    with pytest.raises(ValueError, match="same shape"):
+        cache.read_batch([1, 2])
+
+
+def test_random_transforms_follow_seed_and_index(tmp_path, source):
+    flips = Transforms(resize_smallest_side=16, center_crop_h_w="16, 16", horizontal_flip=True)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        write_cache(source, tmp_path / name, flips, encoders(), batch_size=1 + (name == "b"), seed=seed)
+    a, b, c = (everything(tmp_path / name)["shard-000000.tar"] for name in "abc")
+    assert a == b != c
+
+
+def test_check_names_the_difference_and_compares_only_what_is_stated(tmp_path, source):
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    cache.check({**FINGERPRINTS, "transforms": TRANSFORMS.describe(), "source": None})
+    cache.check({"vae": None})
+    cache.check({})
+    with pytest.raises(BadInput, match=r"c: made with vae 'aaaa', but this run has 'zzzz'; run precache again"):
+        cache.check({**FINGERPRINTS, "vae": "zzzz"})
+    with pytest.raises(BadInput, match=r"made with lora None, but this run has 'x'"):
+        cache.check({"lora": "x"})
+    with pytest.raises(BadInput, match=r"made with transforms .*16.*, but this run has .*32"):
+        cache.check({"transforms": Transforms(resize_smallest_side=32, center_crop_h_w="16, 16").describe()})
+
+
+def test_check_shapes(tmp_path, source):
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    cache.check_shapes(latent_channels=2, context_dim=3)
+    cache.check_shapes()
+    with pytest.raises(
+        BadInput, match=r"image_encoded has shape \(4, 4, 4\), and unet_config.in_channels wants 8 at axis 0"
+    ):
+        cache.check_shapes(latent_channels=4)
+    with pytest.raises(BadInput, match=r"captions_encoded has shape \(5, 3\), and unet_config.context_dim wants 768"):
+        cache.check_shapes(context_dim=768)
+
+
+def test_other_weights_do_not_go_on_with_a_cache(tmp_path, source):
+    write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    before = everything(tmp_path / "c")
+    other = encoders(fingerprints={**FINGERPRINTS, "text_encoder": "dddd"})
+    with pytest.raises(BadInput, match=r'fingerprints\.text_encoder "bbbb", and now it is "dddd"'):
+        write_cache(source, tmp_path / "c", TRANSFORMS, other)
+    assert everything(tmp_path / "c") == before
+
+
+def test_rerun_of_a_finished_cache_encodes_nothing(tmp_path, source):
+    write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    assert len(write_cache(source, tmp_path / "c", TRANSFORMS, encoders(images=pytest.fail))) == 10
+
+
+def test_values_beyond_float16_are_refused(tmp_path, source):
+    for bad in (1e6, np.nan):
+        broken = encoders(captions=lambda texts, bad=bad: np.full((len(texts), 5, 3), bad if texts != [""] else 0))
+        with pytest.raises(BadInput, match=r"shard-000000\.tar: 000: its encoding is not finite in float16"):
+            write_cache(source, tmp_path / str(bad), TRANSFORMS, broken)
+        with pytest.raises(BadInput, match="unfinished"):
+            LatentCache(tmp_path / str(bad))
+
+
+def test_picture_gone_bad_stops_with_shard_and_key(tmp_path, png):
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write("0", {"png": png(), "txt": b"x"})
+        writer.write("1", {"png": png()[:300], "txt": b"x"})
+    with pytest.raises(BadInput, match=r"shard-000000\.tar: sample '1': truncated PNG image .* import the set again"):
+        write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", TRANSFORMS, encoders())
+
+
+def test_what_is_no_cache(tmp_path, source):
+    with pytest.raises(BadInput, match=r"no cache\.json here, so this is not a latent cache"):
+        LatentCache(source.paths[0].parent)
+    write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    (tmp_path / "c" / "cache.json").write_text("[]")
+    with pytest.raises(BadInput, match="not the JSON that precache writes"):
+        LatentCache(tmp_path / "c")
+
+
+def test_headers_that_are_not_plain_arrays_are_refused():
+    dtype, shape = parsed_header(npy_bytes(np.zeros((2, 3), np.float16))[:128])
+    assert (dtype, shape) == (np.float16, (2, 3))
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    for header in (b"garbage", buffer.getvalue()[:128]):
+        with pytest.raises(ValueError):
+            parsed_header(header)
+
+
+def test_killed_precache_goes_on_where_it_stopped(tmp_path, png):
+    (tmp_path / "in").mkdir()
+    for number in range(30):
+        (tmp_path / "in" / f"{number:02}.png").write_bytes(png(seed=number))
+        (tmp_path / "in" / f"{number:02}.txt").write_text(f"caption {number}")
+    import_dataset(tmp_path / "in", tmp_path / "set", samples_per_shard=4)
+    program = (
+        f"import sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from test_cache import *\n"
+        "slow = encoders(images=lambda images: (time.sleep(0.05), encode_images(images))[1])\n"
+        "write_cache(ShardSet(sys.argv[1]), sys.argv[2], TRANSFORMS, slow, batch_size=2)\n"
+    )
+    out = tmp_path / "c"
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "set"), str(out)]) as process:
+        until = time.monotonic() + 60
+        while not (out / "shard-000001.done.json").exists():
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(0.07)
+        process.send_signal(signal.SIGKILL)
+    with pytest.raises(BadInput, match="unfinished; run the command"):
+        LatentCache(out)
+    encoded = []
+    counting = encoders(images=lambda images: (encoded.append(len(images)), encode_images(images))[1])
+    cache = write_cache(ShardSet(tmp_path / "set"), out, TRANSFORMS, counting, batch_size=2)
+    assert 0 < sum(encoded) <= 30 - 8 and len(cache) == 30
+    write_cache(ShardSet(tmp_path / "set"), tmp_path / "reference", TRANSFORMS, encoders(), batch_size=2)
+    assert everything(out) == everything(tmp_path / "reference")

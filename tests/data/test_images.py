@@ -1,0 +1,261 @@
+import io
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+from torch.nn.functional import interpolate
+
+from latentsmith.data.errors import BadSample
+from latentsmith.data.images import Transforms, decode_image, is_plain, load_image
+from latentsmith.files.errors import BadInput
+
+GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 128), -1).astype(np.uint8)
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixels(data: bytes, **options) -> np.ndarray:
+    image = decode_image(data, **options)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def test_plain_formats():
+    image = Image.fromarray(GRADIENT)
+    for kind, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert (pixels(saved(image, kind, **options)) == GRADIENT).all(), kind
+    assert abs(pixels(saved(image, "JPEG", quality=95)) - GRADIENT).max() <= 6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    """Stored so that a viewer that obeys the tag shows the gradient upright (the table of the EXIF standard)."""
+    undo = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1]}
+    undo |= {5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1)}
+    undo |= {7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](GRADIENT)))
+    assert (pixels(saved(stored, exif=exif)) == GRADIENT).all()
+    assert is_plain(load_image(saved(stored, exif=exif))) == (orientation == 1)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_garbled_exif_is_no_reason_to_refuse():
+    data = saved(Image.fromarray(GRADIENT), "JPEG", exif=b"Exif\x00\x00II*\x00" + b"\xff" * 40)
+    assert pixels(data).shape == GRADIENT.shape
+
+
+def test_alpha_goes_over_white():
+    alpha = np.broadcast_to(np.arange(80, dtype=np.uint8) * 3, (60, 80))
+    rgba = np.dstack([GRADIENT, alpha])
+    expected = (GRADIENT * (alpha / 255.0)[..., None] + 255 * (1 - alpha / 255.0)[..., None]).round()
+    assert abs(pixels(saved(Image.fromarray(rgba))) - expected).max() <= 1
+    grey = np.dstack([GRADIENT[..., 0], alpha])
+    assert abs(pixels(saved(Image.fromarray(grey, "LA")))[..., 1] - expected[..., 0]).max() <= 1
+
+
+def test_transparent_palette_and_colour_key():
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8), "P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert pixels(saved(palette, transparency=1)).tolist() == [[[255, 0, 0], [255] * 3], [[255] * 3, [255, 0, 0]]]
+    keyed = Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8))
+    assert pixels(saved(keyed, transparency=(1, 2, 3))).tolist() == [[[255] * 3, [9] * 3]]
+
+
+def test_grey_one_bit_and_sixteen_bits():
+    grey = GRADIENT[..., 0]
+    assert (pixels(saved(Image.fromarray(grey))) == grey[..., None]).all()
+    assert set(pixels(saved(Image.fromarray(grey).convert("1"))).ravel()) == {0, 255}
+    wide = grey.astype(np.uint16) * 257
+    for kind in ("PNG", "TIFF"):
+        assert (pixels(saved(Image.fromarray(wide), kind)) == grey[..., None]).all(), kind
+
+
+def test_cmyk():
+    cmyk = Image.new("CMYK", (32, 32), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
+    for kind in ("JPEG", "TIFF"):
+        assert abs(pixels(saved(cmyk, kind)) - [255, 0, 0]).max() <= 4, kind
+
+
+def test_float_pixels_are_refused():
+    with pytest.raises(BadSample, match="no agreed range") as error:
+        decode_image(saved(Image.new("F", (8, 8), 0.5), "TIFF"))
+    assert error.value.reason == "unsupported pixels"
+
+
+def matrix_profile(gamma: float, swap: bool = False) -> bytes:
+    """A minimal RGB profile of sRGB's primaries, in other order if `swap`, with a pure power curve (ICC.1:2010)."""
+
+    def xyz(x, y, z):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in (x, y, z)))
+
+    primaries = [xyz(0.4361, 0.2225, 0.0139), xyz(0.3851, 0.7169, 0.0971), xyz(0.1431, 0.0606, 0.7139)]
+    if swap:
+        primaries.reverse()
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 79
+    tags = [(b"desc", text), (b"wtpt", xyz(0.9642, 1, 0.8249))]
+    tags += list(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True))
+    tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, data in tags:
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head += b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + body
+
+
+def test_colour_profile_becomes_srgb():
+    """Linear light 0.5 is 188 in sRGB (IEC 61966-2-1); swapped primaries turn red into blue."""
+    grey = saved(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=matrix_profile(1.0))
+    assert abs(pixels(grey) - 188).max() <= 1
+    red = saved(Image.new("RGB", (4, 4), (255, 0, 0)), icc_profile=matrix_profile(2.2, swap=True))
+    assert abs(pixels(red) - [0, 0, 255]).max() <= 2
+    assert not is_plain(load_image(red))
+
+
+def test_profiles_that_say_nothing_new_change_nothing():
+    image = Image.fromarray(GRADIENT)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"not a profile at all"):
+        data = saved(image, icc_profile=profile)
+        assert (pixels(data) == GRADIENT).all()
+        assert is_plain(load_image(data))
+    cmyk_with_rgb_profile = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", icc_profile=matrix_profile(1.0))
+    assert abs(pixels(cmyk_with_rgb_profile) - [255, 0, 0]).max() <= 4
+
+
+def test_first_frame_of_animations():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert (pixels(data) == [255, 0, 0]).all(), kind
+        assert not is_plain(load_image(data)), kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
+def test_truncated_files_are_refused(kind, part):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise), kind)
+    with pytest.raises(BadSample) as error:
+        decode_image(data[: int(len(data) * part)])
+    assert error.value.reason in ("truncated", "corrupt", "not an image")
+    if kind in ("JPEG", "PNG", "WEBP", "BMP"):
+        assert error.value.reason == "truncated" and "bytes" in str(error.value)
+
+
+def test_what_is_no_picture():
+    for data, reason in (
+        (b"", "zero bytes"),
+        (b"hello", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 99, "not an image"),
+    ):
+        with pytest.raises(BadSample) as error:
+            decode_image(data)
+        assert error.value.reason == reason
+
+
+def test_pixel_limit():
+    data = saved(Image.new("1", (20_000, 20_000)))
+    with pytest.raises(BadSample, match=r"pixels") as error:
+        decode_image(data)
+    assert error.value.reason == "too many pixels"
+    with pytest.raises(BadSample, match="80x60 is more than 4,799 pixels"):
+        decode_image(saved(Image.fromarray(GRADIENT)), max_pixels=4799)
+
+
+def test_scaled_jpeg_decoding_keeps_enough_and_looks_the_same():
+    big = Image.fromarray(GRADIENT).resize((1600, 1200), Image.Resampling.BICUBIC)
+    data = saved(big, "JPEG", quality=95)
+    assert decode_image(data, smallest_side=64).size == (200, 150)
+    assert decode_image(data, smallest_side=151).size == (400, 300)
+    assert decode_image(data, smallest_side=1200).size == (1600, 1200)
+    transforms = Transforms(resize_smallest_side=60)
+    assert abs(transforms.decode(data) - transforms(big)).max() < 10 / 127.5
+
+
+def test_resize_and_crop_are_the_antialiased_bicubic_of_torch():
+    """PyTorch's own kernel; Pillow rounds to 8 bits twice, once for each axis."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
+    result = Transforms(resize_smallest_side=32, center_crop_h_w="32, 40")(image)
+    batch = torch.from_numpy(np.asarray(image).transpose(2, 0, 1)[None].copy()).float()
+    resized = interpolate(batch, size=(32, int(32 * 131 / 90)), mode="bicubic", antialias=True).clamp(0, 255)[0].numpy()
+    expected = resized[:, :, 3:43] / 127.5 - 1  # (46 - 40) / 2
+    assert result.shape == (3, 32, 40) and result.dtype == np.float32 and result.flags.c_contiguous
+    assert abs(result - expected).max() < 2.5 / 127.5
+
+
+def test_range_is_exact():
+    extremes = Image.fromarray(np.array([[[0, 127, 255]]], np.uint8))
+    assert Transforms()(extremes).ravel().tolist() == pytest.approx([-1, 127 / 127.5 - 1, 1])
+
+
+def test_keys_are_done_in_their_order():
+    image = Image.fromarray(GRADIENT)  # 60 high, 80 wide
+    crop_first = Transforms(center_crop_h_w=[40, 20], resize_smallest_side=40)
+    resize_first = Transforms(resize_smallest_side=40, center_crop_h_w=[40, 20])
+    assert crop_first(image).shape == (3, 80, 40) and crop_first.size is None and crop_first.smallest_side is None
+    assert resize_first(image).shape == (3, 40, 20) and resize_first.size == (40, 20)
+    assert crop_first.describe() != resize_first.describe()
+    assert resize_first.describe() == [["resize_smallest_side", 40], ["center_crop_h_w", [40, 20]]]
+
+
+def test_random_transforms_are_functions_of_the_seed():
+    image = Image.fromarray(GRADIENT)
+    transforms = Transforms(random_crop_h_w="58, 79", horizontal_flip=True)
+    assert transforms.is_random and not Transforms(center_crop_h_w="8, 8", horizontal_flip=False).is_random
+    results = [transforms(image, seed).tobytes() for seed in range(300)]
+    assert results == [transforms(image, seed).tobytes() for seed in range(300)]
+    assert len(set(results)) == 3 * 2 * 2  # every place and both ways round
+    flipped = [transforms(image, seed)[1, 0, 0] > 0 for seed in range(300)]
+    assert 110 < sum(flipped) < 190
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "message"),
+    [
+        (
+            {"resize_smalest_side": 64},
+            r"\.resize_smalest_side is not a transform; did you mean resize_smallest_side",
+        ),
+        ({"rotate": 5}, r"augmentations\.rotate is not a transform; known: resize_smallest_side"),
+        ({"resize_smallest_side": "big"}, r"resize_smallest_side='big': a number of pixels is wanted"),
+        ({"center_crop_h_w": "512"}, r'center_crop_h_w=.512.: "height, width" is wanted'),
+        ({"center_crop_h_w": [0, 4]}, "is wanted"),
+        ({"horizontal_flip": "yes"}, "true or false is wanted"),
+        (
+            {"resize_smallest_side": 64, "center_crop_h_w": "128, 96"},
+            "crop of 128x96 does not fit in resize_smallest_side=64",
+        ),
+    ],
+)
+def test_wrong_augmentations(augmentations, message):
+    with pytest.raises(BadInput, match=message):
+        Transforms(**augmentations)
+
+
+def test_a_picture_too_small_for_the_crop_is_never_padded():
+    with pytest.raises(BadSample, match=r"60x80 \(height x width\) is too small for a crop of 64x64; put resize"):
+        Transforms(center_crop_h_w="64, 64")(Image.fromarray(GRADIENT))
+
+
+def test_real_photographs(photographs):
+    """Every picture that scikit-image and scikit-learn ship becomes a square in range, and not an empty one."""
+    transforms = Transforms(resize_smallest_side=64, center_crop_h_w="64, 64")
+    floats = photographs.pop("multipage_rgb.tif")  # 64-bit floating point
+    with pytest.raises(BadSample, match="not an image in a known format"):
+        transforms.decode(floats.read_bytes())
+    for name, path in photographs.items():
+        picture = transforms.decode(path.read_bytes())
+        assert picture.shape == (3, 64, 64) and picture.min() >= -1 and picture.max() <= 1, name
+        assert picture.std() > 0.02, name
