@@ -40,6 +40,8 @@ CONTRADICTIONS = [
         ["trainer.devices=1", "model.global_batch_size=64", "trainer.accumulate_grad_batches=2"],
         "makes steps of 32 images, but model.global_batch_size=64",
     ),
+    (["model.optim.name=sgd", "model.optim.betas=[0.9,0.99]"], "means nothing to model.optim.name=SGD; drop it"),
+    (["model.optim.name=sgd", "model.optim.eps=1e-6"], "model.optim.eps=1e-06 means nothing"),
     (["model.linear_start=0.1"], "model.linear_start=0.1 is above model.linear_end=0.012"),
     (["model.optim.sched.name=CosineAnnealing", "trainer.max_steps=-1"], "needs an end: give trainer.max_steps"),
 ]

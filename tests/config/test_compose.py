@@ -24,7 +24,7 @@ def message(path, *overrides):
 def test_file_over_defaults(tmp_path):
     config = load_config(write(tmp_path, "model: {optim: {lr: 2e-5}}"))
     assert isinstance(config, DictConfig)
-    assert config.model.optim.lr == 2e-5 and config.model.optim.eps == 1e-8
+    assert config.model.optim.lr == 2e-5 and config.model.optim.weight_decay == 0
     assert config.model.unet_config.num_heads == 8  # neither head key given
     assert config.model.cond_stage_config.arch == "ViT-L-14"  # as wide as context_dim
 

@@ -58,7 +58,7 @@ def scenes(
 @app.command()
 def vocabulary(
     source: Annotated[Path, typer.Argument(metavar="SET", help="Shards whose captions are read.")],
-    out: Annotated[Path, typer.Argument(help="Folder for vocab.json and merges.txt.")],
+    out: Annotated[Path, typer.Argument(help="Folder, or tokenizer.json, to write.")],
     size: Annotated[int, typer.Option(min=1, help="Tokens in all.")] = 1000,
 ) -> None:
     """Learn a small vocabulary from a set's captions, for a text encoder trained from nothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from latentsmith.config.schema_model import WITH_BETAS
 from latentsmith.files.errors import BadInput
 
 TRANSFORMER_GROUPS = 32  # of the norm before a spatial transformer, the same in every Stable Diffusion
@@ -23,6 +24,7 @@ def check(values: Mapping[str, Any]) -> None:
     _check_unconditional(model)
     _check_batches(model, values["trainer"])
     _check_schedules(model, values["trainer"])
+    _check_optimizer(model["optim"])
 
 
 def check_training(values: Mapping[str, Any]) -> None:
@@ -148,3 +150,10 @@ def _check_schedules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> No
     falls = sched["name"] in ("CosineAnnealing", "linear")
     if falls and sched["max_steps"] is None and trainer["max_steps"] == -1:
         raise BadInput(f"model.optim.sched.name={sched['name']} needs an end: give trainer.max_steps")
+
+
+def _check_optimizer(optim: Mapping[str, Any]) -> None:
+    takes = {"betas": optim["name"] in WITH_BETAS, "eps": optim["name"] != "SGD"}
+    for key, taken in takes.items():
+        if optim[key] is not None and not taken:
+            raise BadInput(f"model.optim.{key}={optim[key]} means nothing to model.optim.name={optim['name']}; drop it")

@@ -19,10 +19,8 @@ ONE_LOADER = "every sample is addressed by its position; a run repeats its set u
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
 NO_LOGVAR = "the per-timestep log-variance is not trained here"
 NO_VLB = "only the simple loss is trained here"
-OPTIMIZERS = (
-    *("fused_adam", "adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam", "Adadelta", "Adafactor", "Adagrad", "ASGD"),
-    *("RMSprop", "Rprop", "SGD"),
-)
+WITH_BETAS = ("fused_adam", "adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
+OPTIMIZERS = (*WITH_BETAS, "Adadelta", "Adagrad", "RMSprop", "SGD")
 LIGHTNING_DDP = "Lightning's DDP decides on its buckets"
 
 
@@ -179,9 +177,20 @@ OPTIM = group(
         also=["learning_rate", "base_lr", "rate"],
     ),
     used("weight_decay", number(0), 0.0, "decoupled: weights shrink by lr * weight_decay a step", also=["decay"]),
-    used("betas", list_of(number(0, 1), 2), [0.9, 0.999], "decay of the two moments", also=["adam_beta1"]),
-    used("eps", number(0), 1e-8, "added to the root of the second moment", also=["epsilon", "adam_epsilon"]),
-    used("momentum", nullable(number(0, 1)), None, "of optimizers that have it (SGD, RMSprop)"),
+    used(
+        "betas",
+        nullable(list_of(number(0, 1), 2)),
+        None,
+        "decay of the two moments; null: the optimizer's own, 0.9 and 0.999",
+        also=["adam_beta1"],
+    ),
+    used(
+        "eps",
+        nullable(number(0)),
+        None,
+        "added to the root of the second moment; null: the optimizer's own, 1e-8",
+        also=["epsilon", "adam_epsilon"],
+    ),
     *group(
         "sched",
         used(
