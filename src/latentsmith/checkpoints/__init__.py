@@ -9,9 +9,30 @@ from pathlib import Path
 from torch import Tensor
 
 from latentsmith.checkpoints.accounting import Shapes, match
+from latentsmith.checkpoints.describe import Description, PartDescription, describe
+from latentsmith.checkpoints.export_diffusers import export_diffusers
+from latentsmith.checkpoints.export_ldm import export_ldm
+from latentsmith.checkpoints.export_nemo import export_nemo
 from latentsmith.checkpoints.opening import Checkpoint, open_checkpoint
+from latentsmith.checkpoints.spec import ModelSpec, architecture, prediction_of, spec_of
 
-__all__ = ["Checkpoint", "check_component", "load_component", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Description",
+    "ModelSpec",
+    "PartDescription",
+    "architecture",
+    "check_component",
+    "describe",
+    "export_diffusers",
+    "export_ldm",
+    "export_nemo",
+    "load_component",
+    "match",
+    "open_checkpoint",
+    "prediction_of",
+    "spec_of",
+]
 
 
 def load_component(

@@ -28,14 +28,32 @@ def match(checkpoint: Checkpoint, name: str, shapes: Shapes, from_nemo: bool | N
     part = checkpoint.parts[name]
     if name != "text_encoder":
         check_from_nemo(part, from_nemo)
-    table = table_for(part, shapes, checkpoint.config)
-    found = {ours: _at_slot(part, slot, shapes[ours], ours) for ours, slot in table.items()}
-    missing = [ours for ours, tensor in found.items() if tensor is None]
-    mismatched = [ours for ours, tensor in found.items() if tensor is not None and tensor.shape != tuple(shapes[ours])]
-    unread = unread_keys(part, table, shapes)
+    found, unread = _fill(checkpoint, part, shapes)
+    missing, mismatched = _faults(found, shapes)
     if missing or mismatched or unread:
         raise BadInput(_complaint(part, shapes, found, missing, mismatched, unread))
     return {ours: tensor for ours, tensor in found.items() if tensor is not None}
+
+
+def audit(checkpoint: Checkpoint, name: str, shapes: Shapes) -> tuple[list[str], list[str], list[str]]:
+    """(missing, extra, mismatched) keys of one part against `shapes`; extra as the file spells them."""
+    part = checkpoint.parts[name]
+    found, unread = _fill(checkpoint, part, shapes)
+    missing, mismatched = _faults(found, shapes)
+    return missing, [part.keys.get(key, key) for key in unread], mismatched
+
+
+def _fill(checkpoint: Checkpoint, part: Part, shapes: Shapes) -> tuple[dict[str, LazyTensor | None], list[str]]:
+    """What lies at each canonical name, and the keys nothing reads."""
+    table = table_for(part, shapes, checkpoint.config)
+    found = {ours: _at_slot(part, slot, shapes[ours], ours) for ours, slot in table.items()}
+    return found, unread_keys(part, table, shapes)
+
+
+def _faults(found: Mapping[str, LazyTensor | None], shapes: Shapes) -> tuple[list[str], list[str]]:
+    missing = [ours for ours, tensor in found.items() if tensor is None]
+    wrong = [ours for ours, tensor in found.items() if tensor is not None and tensor.shape != tuple(shapes[ours])]
+    return missing, wrong
 
 
 def table_for(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Slot]:

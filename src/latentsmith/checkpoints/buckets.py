@@ -31,9 +31,9 @@ RULES = [
     ("vae", r"(?=(encoder|decoder)\.(conv_in|conv_out|down|up|mid|norm_out)\.)"),
     ("vae", r"(?=(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_norm_out)\.)"),
     ("vae", r"(?=(quant_conv|post_quant_conv)\.)"),
-    ("text_encoder", r"(?=(text|text_model|transformer|embeddings|final_layer_norm)\.)"),
-    ("text_encoder", r"(?=(token_embedding|ln_final)\.|(positional_embedding|attn_mask|position_ids)$)"),
-    ("text_encoder", r"(?=(language_model|embedding|decoder\.layers|final_layernorm|head)\.)"),
+    ("text_encoder", r"(?=(model\.)?(text|text_model|transformer|embeddings|final_layer_norm)\.)"),
+    ("text_encoder", r"(?=(model\.)?((token_embedding|ln_final)\.|(positional_embedding|attn_mask|position_ids)$))"),
+    ("text_encoder", r"(?=(model\.)?(language_model|embedding|decoder\.layers|final_layernorm|head)\.)"),
 ]  # fmt: skip
 COMPILED = [(bucket, re.compile(pattern)) for bucket, pattern in RULES]
 

@@ -37,7 +37,7 @@ INERT_NAMES = frozenset(
         "pathlib.PosixPath",
         "collections.defaultdict",
         *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in
-          ("dict", "list", "tuple", "set", "frozenset", "str", "int", "float", "bool", "bytes", "complex")),
+          ("dict", "list", "tuple", "set", "frozenset", "str", "int", "long", "float", "bool", "bytes", "complex")),
     }
 )  # fmt: skip
 STORAGES = {

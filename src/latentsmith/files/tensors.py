@@ -6,7 +6,7 @@ one tensor at a time, so a 3.4 GB file needs little more memory than its largest
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,15 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def save_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor | LazyTensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, Tensor | LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    written: Callable[[str], None] | None = None,
 ) -> None:
-    """Write `tensors` atomically, contiguous, one at a time; byte for byte what the safetensors library writes."""
+    """Write `tensors` atomically, contiguous, one at a time; byte for byte what the safetensors library writes.
+
+    written: told each name once its tensor is in the file.
+    """
     # Wider types first, then names: every tensor starts aligned without padding, as the library does it.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, _dtype_rank(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -91,6 +97,8 @@ def save_safetensors(
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
             file.write(tensor_bytes(tensors[name]))
+            if written:
+                written(name)
 
 
 def tensor_bytes(tensor: Tensor | LazyTensor) -> memoryview:

@@ -1,0 +1,168 @@
+"""What `inspect` says, and full-size key accounting on the meta device: section 0's figures of the published models."""
+
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from latentsmith.checkpoints import (
+    ModelSpec,
+    architecture,
+    describe,
+    open_checkpoint,
+    prediction_of,
+    spec_of,
+    text_keys,
+    unet_keys,
+    vae_keys,
+)
+from latentsmith.checkpoints.opening import Checkpoint, Part
+from latentsmith.files.errors import BadInput
+from latentsmith.files.pickles import LazyTensor
+from latentsmith.models.autoencoder import AutoencoderKL
+from latentsmith.models.text_encoder import ClipTextEncoder
+from latentsmith.models.unet import UNetModel
+
+DDCONFIG = dict(double_z=True, z_channels=4, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2)
+
+
+def shapes_of(module):
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["sd1", "sd2"])
+def full(request):
+    """Names and shapes of the full-size models: ours, and the libraries'. No memory is allocated."""
+    v2 = request.param == 2
+    text = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
+    )
+    text = text if v2 else dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    with torch.device("meta"):
+        heads = dict(num_head_channels=64, use_linear_in_transformer=True) if v2 else dict(num_heads=8)
+        ours = dict(
+            unet=UNetModel(context_dim=1024 if v2 else 768, **heads),
+            vae=AutoencoderKL(ddconfig=DDCONFIG),
+            text_encoder=ClipTextEncoder(arch="ViT-H-14" if v2 else "ViT-L-14", layer="penultimate" if v2 else "last"),
+        )
+        theirs = dict(
+            unet=diffusers.UNet2DConditionModel(
+                cross_attention_dim=1024 if v2 else 768, use_linear_projection=v2,
+                attention_head_dim=[5, 10, 20, 20] if v2 else 8),
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+            text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=49408, **text)),
+        )  # fmt: skip
+    named = {name: shapes_of(module) for name, module in ours.items()}
+    return SimpleNamespace(v2=v2, ours=named, theirs={name: shapes_of(module) for name, module in theirs.items()})
+
+
+def parameters(shapes):
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def test_counts_of_the_published_models(full):
+    assert (len(full.ours["unet"]), parameters(full.ours["unet"])) == (686, 865_910_724 if full.v2 else 859_520_964)
+    assert (len(full.ours["vae"]), parameters(full.ours["vae"])) == (248, 83_653_863)
+    text = (372, 340_387_840) if full.v2 else (196, 123_060_480)
+    assert (len(full.ours["text_encoder"]), parameters(full.ours["text_encoder"])) == text
+
+
+def test_every_full_size_key_maps_one_to_one(full):
+    unet = unet_keys.rename(full.ours["unet"], unet_keys.DIFFUSERS)
+    assert {theirs: full.ours["unet"][ours] for ours, theirs in unet.items()} == full.theirs["unet"]
+    vae = vae_keys.rename(full.ours["vae"], "diffusers")
+    assert set(vae.values()) == set(full.theirs["vae"]) and len(set(vae.values())) == 248
+    changed = [ours for ours, theirs in vae.items() if full.ours["vae"][ours] != full.theirs["vae"][theirs]]
+    assert len(changed) == 8 and all(".mid.attn_1." in name for name in changed)
+    text = {name.removeprefix("text_model."): shape for name, shape in full.theirs["text_encoder"].items()}
+    ours = full.ours["text_encoder"]
+    assert {slot.key: ours[name] for name, slot in text_keys.slots(ours, "hf", None).items()} == text
+
+
+def test_nemo_and_openclip_figures(full):
+    names = full.ours["unet"]
+    renamed = unet_keys.rename(names, unet_keys.NEMO_V2)
+    assert sum(ours != theirs for ours, theirs in renamed.items()) == 250 and len(set(renamed.values())) == 686
+    if full.v2:
+        assert len({slot.key for slot in text_keys.slots(full.ours["text_encoder"], "openclip", None).values()}) == 280
+
+
+def checkpoint_of(full, path, kind="ldm", extras=None, metadata=None):
+    def never():
+        raise AssertionError("weights were read")
+
+    parts = {
+        name: Part(name, path, {key.removeprefix("text_model."): LazyTensor(torch.float32, shape, never)
+                                for key, shape in shapes.items()}, {})
+        for name, shapes in full.ours.items()
+    }  # fmt: skip
+    return Checkpoint(path, kind, parts, extras=extras or {}, metadata=metadata or {})
+
+
+def test_architecture_is_told_from_shapes(full, tmp_path):
+    found = architecture(checkpoint_of(full, tmp_path / "m.ckpt"))
+    with torch.device("meta"):
+        modules = dict(unet=UNetModel, vae=AutoencoderKL, text_encoder=ClipTextEncoder)
+        for part, make in modules.items():
+            assert shapes_of(make(**found[part])) == full.ours[part]
+    assert (found["unet"].get("num_heads"), found["unet"].get("num_head_channels")) == (
+        (None, 64) if full.v2 else (8, None)
+    )
+    assert found["text_encoder"]["activation"] == ("gelu" if full.v2 else "quick_gelu")
+
+
+def test_prediction_type_is_told_or_asked_for(full, tmp_path):
+    path = tmp_path / "m.ckpt"
+    assert prediction_of(checkpoint_of(full, path, metadata={"modelspec.prediction_type": "v"}))[0] == "v_prediction"
+    if not full.v2:
+        assert prediction_of(checkpoint_of(full, path)) == ("epsilon", "v1 weights")
+        return
+    base = prediction_of(checkpoint_of(full, path, extras={"global_step": 875000}))
+    assert base == ("epsilon", "global_step 875,000")
+    assert prediction_of(checkpoint_of(full, path, extras={"global_step": 140000}))[0] == "v_prediction"
+    with pytest.raises(BadInput, match="its weights do not show their prediction type; give prediction_type=epsilon"):
+        spec_of(checkpoint_of(full, path))
+    spec = spec_of(checkpoint_of(full, path), "v_prediction")
+    assert (spec.prediction_type, spec.image_size, spec.penultimate, spec.open_clip) == ("v_prediction", 96, True, True)
+
+
+def test_odd_sizes_need_their_config(tmp_path, make_shapes):
+    shapes = make_shapes(1)["unet"]
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m.ckpt")
+    with pytest.raises(BadInput, match="head counts are not in the weights of a U-Net of this size"):
+        architecture(open_checkpoint(tmp_path / "m.ckpt"))
+
+
+def test_describe_a_diffusers_folder(reference, reference_folder, shapes):
+    found = describe(reference_folder, shapes)
+    assert (found.kind, found.version) == ("diffusers", "")
+    assert found.prediction == ("epsilon" if reference.version == 1 else "v_prediction")
+    assert found.prediction_source == "scheduler_config.json"
+    unet = found.parts["unet"]
+    assert (unet.dialect, unet.tensors, unet.missing, unet.extra) == ("diffusers", len(shapes["unet"]), (), ())
+    assert unet.parameters == parameters(shapes["unet"]) and unet.dtypes == {"float32": len(shapes["unet"])}
+
+
+def test_describe_names_missing_extra_and_ignored(tmp_path, make_shapes):
+    shapes = make_shapes(1)
+    state = {f"model.diffusion_model.{name}": torch.zeros(shape).half() for name, shape in shapes["unet"].items()}
+    del state["model.diffusion_model.out.0.bias"]
+    state |= {"model.diffusion_model.label_emb.weight": torch.ones(1), "betas": torch.ones(3)}
+    torch.save({"state_dict": state, "global_step": 5}, tmp_path / "m.ckpt")
+    torch.save({}, tmp_path / "m-EMA.ckpt")
+    found = describe(tmp_path / "m.ckpt", shapes)
+    assert found.kind == "ldm" and found.ignored == {"schedule and scalars": 1} and not found.has_ema
+    unet = found.parts["unet"]
+    assert unet.missing == ("out.0.bias",) and unet.extra == ("model.diffusion_model.label_emb.weight",)
+    assert found.notes == ("its moving average is m-EMA.ckpt",)
+
+
+def test_spec_survives_json():
+    import json
+
+    spec = ModelSpec(dict(num_heads=8), dict(embed_dim=4, ddconfig={}), dict(arch="ViT-H-14"), "v_prediction", 96)
+    assert ModelSpec(**json.loads(spec.to_json())) == spec and spec.open_clip

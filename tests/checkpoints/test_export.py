@@ -1,0 +1,219 @@
+"""What we write, others open: diffusers without a warning, torch and safetensors bit for bit; and every round trip."""
+
+import json
+import logging
+import tarfile
+import warnings
+
+import diffusers
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from diffusers.loaders import single_file_utils as theirs
+
+from latentsmith.checkpoints import (
+    ModelSpec,
+    export_diffusers,
+    export_ldm,
+    export_nemo,
+    load_component,
+    match,
+    open_checkpoint,
+    prediction_of,
+    spec_of,
+)
+from latentsmith.files.errors import BadInput
+from latentsmith.files.tensors import open_tensors
+
+PARTS = ("unet", "vae", "text_encoder")
+EXPORTERS = {"diffusers": export_diffusers, "ldm": export_ldm, "nemo": export_nemo}
+NAMES = {"diffusers": "folder", "ldm": "model.safetensors", "nemo": "model.nemo"}
+
+
+@pytest.fixture(scope="session")
+def canonical(reference_folder, shapes):
+    return {part: load_component(reference_folder, part, shapes[part]) for part in PARTS}
+
+
+@pytest.fixture(scope="session")
+def spec(reference):
+    v2 = reference.version == 2
+    unet = dict(model_channels=32, channel_mult=[1, 2, 2], num_res_blocks=2, attention_resolutions=[2, 1],
+                num_heads=2, context_dim=32, use_linear_in_transformer=v2)  # fmt: skip
+    ddconfig = dict(z_channels=4, ch=32, ch_mult=[1, 2, 2], num_res_blocks=1)
+    text = dict(width=32, layers=4 if v2 else 3, heads=2, intermediate_size=64, vocab_size=128, max_length=16)
+    text |= dict(activation="gelu", layer="penultimate") if v2 else dict(activation="quick_gelu")
+    return ModelSpec(
+        unet, dict(embed_dim=4, ddconfig=ddconfig), text, "v_prediction" if v2 else "epsilon", image_size=16
+    )
+
+
+def equal(left, right):
+    assert set(left) == set(right), sorted(set(left) ^ set(right))[:6]
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype and torch.equal(tensor, right[name]), name
+
+
+@pytest.mark.parametrize("second", EXPORTERS)
+@pytest.mark.parametrize("first", EXPORTERS)
+def test_round_trips_are_bit_exact(tmp_path, canonical, shapes, spec, first, second):
+    """canonical -> first -> second -> canonical, each step streamed from the file before."""
+    parts = canonical
+    for step, format in enumerate((first, second)):
+        path = tmp_path / str(step) / NAMES[format]
+        EXPORTERS[format](parts, path, spec)
+        checkpoint = open_checkpoint(path)
+        parts = {part: match(checkpoint, part, shapes[part]) for part in PARTS}
+    for part in PARTS:
+        equal({name: tensor.read() for name, tensor in parts[part].items()}, canonical[part])
+
+
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_half_precision(tmp_path, canonical, shapes, spec, format):
+    path = tmp_path / NAMES[format]
+    EXPORTERS[format](canonical, path, spec, dtype=torch.bfloat16)
+    for part in PARTS:
+        half = {name: tensor.bfloat16() for name, tensor in canonical[part].items()}
+        equal(load_component(path, part, shapes[part]), half)
+
+
+def test_diffusers_opens_the_folder_without_a_warning(tmp_path, reference, canonical, spec, caplog):
+    tokens = {chr(33 + i): i for i in range(94)} | {"<|startoftext|>": 94, "<|endoftext|>": 95}
+    files = {"vocab.json": json.dumps(tokens).encode(), "merges.txt": b"#version: 0.2\n"}
+    export_diffusers(canonical, tmp_path / "out", spec, tokenizer=files)
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", low_cpu_mem_usage=False)
+    for logger in loggers:
+        logger.removeHandler(handler)
+    absent = "torchvision"  # a word about what is installed here, not about the folder
+    assert [message for message in messages if absent not in message] == []
+    for part in PARTS:
+        equal(getattr(pipeline, part).state_dict(), getattr(reference, part).state_dict())
+    assert pipeline.scheduler.config.prediction_type == spec.prediction_type
+    for part in ("unet", "vae"):
+        own, given = dict(getattr(pipeline, part).config), dict(getattr(reference, part).config)
+        differing = {key for key in given if own[key] != given[key] and not key.startswith("_")}
+        assert differing <= {"transformer_layers_per_block"}, differing
+    assert pipeline.text_encoder.config.hidden_act == reference.text_encoder.config.hidden_act
+
+
+def test_outputs_agree_with_the_original(tmp_path, reference, canonical, spec):
+    export_diffusers(canonical, tmp_path / "out", spec)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").eval()
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 7, 32)
+    with torch.no_grad():
+        # Not bit for bit: kernels round by the alignment of the weights in memory.
+        torch.testing.assert_close(unet(*inputs).sample, reference.unet.eval()(*inputs).sample, rtol=1e-5, atol=1e-6)
+
+
+def test_ldm_file_is_read_by_diffusers_own_converters(tmp_path, reference, canonical, spec):
+    export_ldm(canonical, tmp_path / "m.safetensors", spec)
+    state = safetensors.torch.load_file(tmp_path / "m.safetensors")
+    unet = theirs.convert_ldm_unet_checkpoint(dict(state), dict(reference.unet.config))
+    equal(unet, reference.unet.state_dict())
+    equal(theirs.convert_ldm_vae_checkpoint(dict(state), dict(reference.vae.config)), reference.vae.state_dict())
+
+
+def test_ldm_key_set(tmp_path, reference, canonical, spec):
+    export_ldm(canonical, tmp_path / "m.safetensors", spec, title="tiny")
+    file = open_tensors(tmp_path / "m.safetensors")
+    text = [name for name in file if name.startswith("cond_stage_model.")]
+    layers, prefix = (
+        3,
+        "cond_stage_model.model." if reference.version == 2 else "cond_stage_model.transformer.text_model.",
+    )
+    assert all(name.startswith(prefix) for name in text)
+    assert len(text) == (12 * layers + 4 if reference.version == 2 else 16 * layers + 4 + 1)
+    assert len(file) == len(canonical["unet"]) + len(canonical["vae"]) + len(text) + 12
+    assert file.metadata["modelspec.title"] == "tiny" and file.metadata["modelspec.resolution"] == "128x128"
+    assert ("latentsmith.omitted" in file.metadata) == (reference.version == 2)
+
+
+def test_schedule_buffers_are_ldms(tmp_path, canonical, spec):
+    export_ldm(canonical, tmp_path / "m.safetensors", spec)
+    file = open_tensors(tmp_path / "m.safetensors")
+    reference = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(file["alphas_cumprod"], reference.alphas_cumprod, rtol=2e-6, atol=0)
+    kept = file["alphas_cumprod"]
+    assert [kept[t].item() for t in (0, 499, 999)] == pytest.approx([0.99915, 0.27766965, 0.0046600985], rel=1e-6)
+    assert all(file.entries[name].shape == (1000,) for name in file if "." not in name)
+    variance = torch.stack([reference._get_variance(t) for t in (1, 500, 999)])
+    torch.testing.assert_close(file["posterior_variance"][[1, 500, 999]], variance, rtol=1e-4, atol=0)
+
+
+def test_nemo_archive_is_torchs_and_tars(tmp_path, reference, canonical, spec):
+    export_nemo(canonical, tmp_path / "m.nemo", spec)
+    with tarfile.open(tmp_path / "m.nemo") as archive:
+        assert archive.getnames() == ["./model_config.yaml", "./model_weights.ckpt"]
+        archive.extractall(tmp_path / "out", filter="data")
+    state = torch.load(tmp_path / "out" / "model_weights.ckpt", weights_only=True)
+    mapped = torch.load(tmp_path / "out" / "model_weights.ckpt", weights_only=True, mmap=True)
+    equal(state, mapped)
+    weight = canonical["unet"]["input_blocks.1.1.transformer_blocks.0.norm3.weight"]
+    assert torch.equal(
+        state["model.model.diffusion_model.input_blocks.1.1.transformer_blocks.0.ff.net.0.weight"], weight
+    )
+    assert torch.equal(state["model.model.diffusion_model.out.1.bias"], canonical["unet"]["out.2.bias"])
+    text = [name for name in state if name.startswith("model.cond_stage_model.")]
+    if reference.version == 2:  # one layer more than the model's three, and the projection, all zero
+        assert len(text) == 12 * 4 + 4 + 2
+        assert not state["model.cond_stage_model.model.transformer.resblocks.3.mlp.c_fc.weight"].any()
+    config = yaml.safe_load((tmp_path / "out" / "model_config.yaml").read_text())
+    assert config["parameterization"] == {"epsilon": "eps", "v_prediction": "v"}[spec.prediction_type]
+    embedder = "FrozenOpenCLIPEmbedder" if reference.version == 2 else "FrozenCLIPEmbedder"
+    assert config["cond_stage_config"]["_target_"].endswith(embedder)
+
+
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_the_spec_comes_back(tmp_path, canonical, spec, format):
+    path = tmp_path / NAMES[format]
+    EXPORTERS[format](canonical, path, spec)
+    back = spec_of(open_checkpoint(path))
+    assert prediction_of(open_checkpoint(path))[0] == spec.prediction_type == back.prediction_type
+    assert (back.image_size, back.scale_factor, back.open_clip) == (16, 0.18215, spec.open_clip)
+    for key, value in spec.unet_config.items():
+        assert back.unet_config[key] == value, key
+    for key, value in spec.first_stage_config["ddconfig"].items():
+        assert back.first_stage_config["ddconfig"][key] == value, key
+    assert back.cond_stage_config["heads"] == 2
+
+
+def test_progress_names_every_tensor(tmp_path, canonical, spec):
+    for format, export in EXPORTERS.items():
+        names = []
+        export(canonical, tmp_path / NAMES[format], spec, written=names.append)
+        assert len(names) >= sum(len(part) for part in canonical.values()) - 3 * 4 and len(set(names)) == len(names)
+
+
+def test_nothing_is_overwritten_or_left_behind(tmp_path, canonical, spec):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    with pytest.raises(BadInput, match="exists already"):
+        export_diffusers(canonical, tmp_path / "out", spec)
+
+    def stop(name):
+        raise KeyboardInterrupt
+
+    for format, export in EXPORTERS.items():
+        with pytest.raises(KeyboardInterrupt):
+            export(canonical, tmp_path / "half" / NAMES[format], spec, written=stop)
+    assert list((tmp_path / "half").iterdir()) == []
+
+
+def test_what_cannot_be_expressed(tmp_path, canonical, spec):
+    from dataclasses import replace
+
+    groups = replace(spec, unet_config={**spec.unet_config, "resblock_gn_groups": 16})
+    with pytest.raises(BadInput, match="resblock_gn_groups 16: diffusers has one number"):
+        export_diffusers(canonical, tmp_path / "out", groups)
+    with pytest.raises(BadInput, match="a whole model was expected, vae is missing"):
+        export_ldm({"unet": canonical["unet"]}, tmp_path / "m.safetensors", spec)
