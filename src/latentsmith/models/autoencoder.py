@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import attention, group_norm
+from .layers import attention, group_norm, zero_init
 from .loading import load_pretrained
 
-FIRST_LOGVAR = -6.0  # fresh weights draw latents with a deviation of 0.05: the decoder sees something from the start
+FIRST_LOGVAR = -6.0  # log variance that fresh weights start with: a deviation of 0.05
 
 
 class ResnetBlock(nn.Module):
@@ -203,10 +203,22 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(out_ch=out_ch, **sizes)
         self.quant_conv = nn.Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, sizes["z_channels"], 1)
-        nn.init.constant_(self.quant_conv.bias[embed_dim:], FIRST_LOGVAR)
         self.embed_dim = embed_dim
+        self.reset_parameters()
         self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)
         load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights that learn from the first step: every residual branch starts as the identity, so that the rest
+        is nearly linear and finds colours at once, and latents are drawn with little noise."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock | AttnBlock):
+                zero_init(module.conv2 if isinstance(module, ResnetBlock) else module.proj_out)
+        nn.init.constant_(self.quant_conv.bias[self.embed_dim :], FIRST_LOGVAR)
 
     def encode(self, images: Tensor) -> Tensor:
         """Moments (batch, 2 * embed_dim, height / f, width / f): mean, then log variance, of unscaled latents.

@@ -1,9 +1,10 @@
 """`latentsmith train-vae`: an autoencoder from pictures, for who has none to start from."""
 
+import json
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latentsmith.config.build import build
 from latentsmith.files.errors import BadInput
@@ -14,6 +15,7 @@ from latentsmith.training.vae_module import VaeTraining
 
 from . import pieces
 from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder
+from .networks import keywords
 
 
 def train_vae(config: DictConfig) -> Path:
@@ -52,7 +54,7 @@ def train_vae(config: DictConfig) -> Path:
             folder / CHECKPOINTS,
             params.every_n_train_steps,
             params.save_top_k,
-            {"vae": OmegaConf.to_container(first_stage, resolve=True)},
+            {"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
             checkpoint_to_resume(config, folder),
         ),
         log_every_n_steps=config.trainer.log_every_n_steps,

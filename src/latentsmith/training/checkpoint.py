@@ -27,18 +27,17 @@ from .module import Progress, TrainingModule
 STATE_FILE = "state.json"
 
 
-def save_checkpoint(folder: Path, module: TrainingModule, keep: int, description: Mapping[str, Any]) -> Path:
+def save_checkpoint(folder: Path, module: TrainingModule, keep: int, metadata: Mapping[str, str]) -> Path:
     """Write the state of `module` into `folder/step-N` and remove all but the newest `keep` (-1 for all).
 
-    description: kept as model.json beside the weights, so that a checkpoint says what it is.
+    metadata: kept in the header of every file of weights, so that each says what it is.
     """
     final = folder / f"step-{module.progress.global_step:08d}"
     aside = folder / f"{final.name}.INCOMPLETE"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name, tensors in parts_of(module).items():
-        save_safetensors(aside / f"{name}.safetensors", tensors)
-    write_text(aside / "model.json", json.dumps(description, indent=1) + "\n")
+        save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
     checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
     state = {**asdict(module.progress), "ema_updates": {n: e.updates for n, e in module.ema.items()}}
     write_text(aside / STATE_FILE, json.dumps({**state, "checksums": checksums}, indent=1) + "\n")

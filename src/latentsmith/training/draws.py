@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.data.order import sample_seed
+from latentsmith.diffusion import NoiseSchedule
 
 DRAWS, CROPS = 1, 2  # streams of the seed of one position: what training adds to a sample; its transforms
 
@@ -14,23 +15,27 @@ DRAWS, CROPS = 1, 2  # streams of the seed of one position: what training adds t
 class DiffusionDraws:
     """What the diffusion loss draws for one sample.
 
-    latent_shape: (channels, height, width). timesteps: 0..timesteps-1, uniform. caption_dropout_rate: chance of the
+    latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly. caption_dropout_rate: chance of the
     empty prompt; text_embedding_dropout_rate: chance of zeros in place of the embedding.
     """
 
     seed: int
     latent_shape: tuple[int, int, int]
-    timesteps: int
+    schedule: NoiseSchedule
     caption_dropout_rate: float = 0.0
     text_embedding_dropout_rate: float = 0.0
 
     def __call__(self, position: int) -> dict[str, Tensor]:
-        """Draws for the sample at `position`: `noise` and `posterior_noise` of latent_shape, `timesteps` and the
-        two flags `empty_caption` and `zero_embedding`, without a batch axis."""
+        """Draws for the sample at `position`, without a batch axis: `noise` and `posterior_noise` of latent_shape,
+        `timesteps` with its `signal` and `noise_level`, and the flags `empty_caption` and `zero_embedding`."""
         generator = generator_at(self.seed, position)
         chances = torch.rand(2, generator=generator)
+        timesteps = torch.randint(self.schedule.timesteps, (), generator=generator)
+        signal, noise_level = self.schedule.signal_and_noise(timesteps)
         return {
-            "timesteps": torch.randint(self.timesteps, (), generator=generator),
+            "timesteps": timesteps,
+            "signal": signal,
+            "noise_level": noise_level,
             "noise": torch.randn(self.latent_shape, generator=generator),
             "posterior_noise": torch.randn(self.latent_shape, generator=generator),
             "empty_caption": chances[0] < self.caption_dropout_rate,

@@ -16,12 +16,13 @@ from .samples import RunPositions, RunSamples, run_loader
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where checkpoints go, how often (0: only the last step), how many stay (-1: all), and their model.json."""
+    """Where checkpoints go, how often (0: only the last step), how many stay (-1: all), and the
+    metadata of their files."""
 
     folder: Path
     every_n_steps: int
     keep: int
-    description: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
     resume: Path | None = None
 
 
@@ -44,7 +45,7 @@ class SaveCheckpoints(L.Callback):
 
     def _save(self, module: TrainingModule) -> None:
         if module.trainer.is_global_zero:
-            save_checkpoint(self.to.folder, module, self.to.keep, self.to.description)
+            save_checkpoint(self.to.folder, module, self.to.keep, self.to.metadata)
 
 
 class Resume(L.Callback):

@@ -1,0 +1,111 @@
+"""The networks of a run, and the spec that travels with its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from latentsmith.checkpoints import ModelSpec
+from latentsmith.config.build import build
+from latentsmith.diffusion import canonical_prediction_type
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_tensors
+from latentsmith.files.tensors import save_safetensors
+from latentsmith.inference.tokenizer import Tokenizer
+
+SOURCES = ("_target_", "from_pretrained", "from_NeMo", "restore_from_path", "monitor", "lossconfig", "device")
+PARTS = {"unet": "unet_config", "vae": "first_stage_config", "text_encoder": "cond_stage_config"}
+
+
+def is_encoded(key: str) -> bool:
+    """Whether a stage key means cached encodings: NeMo's `image_encoded`, `captions_encoded`, `images_moments`."""
+    return key.endswith(("encoded", "moments"))
+
+
+def weights_of(config: DictConfig, part: str) -> str | None:
+    """Where the config says that the weights of a part come from."""
+    node = config.model[PARTS[part]]
+    return node.from_pretrained or node.get("restore_from_path")
+
+
+def build_networks(config: DictConfig) -> dict[str, nn.Module]:
+    """The networks that this training needs or keeps, by name; BadInput where a frozen one has no weights.
+
+    The U-Net always; the VAE if pictures have to be encoded or its weights are given; so the text encoder, and if it
+    is trained. Fresh weights are a function of model.seed.
+    """
+    model = config.model
+    needed = {
+        "unet": True,
+        "vae": not is_encoded(model.first_stage_key),
+        "text_encoder": not is_encoded(model.cond_stage_key) or model.cond_stage_trainable,
+    }
+    networks = {}
+    for part, key in PARTS.items():
+        given = weights_of(config, part)
+        fresh_allowed = part == "unet" or (part == "text_encoder" and model.cond_stage_trainable)
+        if needed[part] and not given and not fresh_allowed:
+            raise BadInput(f"model.{key}.from_pretrained is not set: the {part} is frozen and would stay random")
+        if needed[part] or given:
+            torch.manual_seed(model.seed)
+            networks[part] = build(unfrozen(model[key]) if part == "text_encoder" and fresh_allowed else model[key])
+    return networks
+
+
+def unfrozen(node: DictConfig) -> DictConfig:
+    """The text encoder's config for training it."""
+    return OmegaConf.merge(node, {"freeze": False})  # type: ignore[return-value]
+
+
+def build_tokenizer(config: DictConfig) -> Tokenizer:
+    """The tokenizer of the text encoder: its `tokenizer` key, or the files beside its weights."""
+    node = config.model.cond_stage_config
+    words = Tokenizer.find(node.tokenizer, weights_of(config, "text_encoder"), node.max_length)
+    if words.vocab_size > node.vocab_size:
+        raise BadInput(
+            f"the tokenizer has {words.vocab_size} tokens, cond_stage_config.vocab_size is {node.vocab_size}"
+        )
+    return words
+
+
+def spec_of_run(config: DictConfig, scale_factor: float, latent_size: int) -> ModelSpec:
+    """What the weights of this run do not show, kept in their metadata."""
+    model = config.model
+    zeroed = model.text_embedding_dropout_rate > 0 and not model.caption_dropout_rate
+    return ModelSpec(
+        keywords(model.unet_config),
+        keywords(model.first_stage_config),
+        {k: v for k, v in keywords(model.cond_stage_config).items() if k not in ("tokenizer", "freeze")},
+        canonical_prediction_type(model.parameterization),
+        image_size=latent_size,
+        scale_factor=scale_factor,
+        linear_start=model.linear_start,
+        linear_end=model.linear_end,
+        timesteps=model.timesteps,
+        beta_schedule=model.beta_schedule,
+        null_text="zero" if zeroed else "empty",
+    )
+
+
+def keywords(node: DictConfig) -> dict[str, Any]:
+    """The constructor keywords that shape a network."""
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    return {key: value for key, value in plain.items() if value is not None and key not in SOURCES}
+
+
+def fingerprint(network: nn.Module) -> str:
+    return fingerprint_tensors(network.state_dict())
+
+
+def save_frozen(
+    folder: Path, networks: dict[str, nn.Module], trained: tuple[str, ...], words: Tokenizer | None
+) -> None:
+    """Put what is not trained into the run folder, once, so that the folder is a whole model."""
+    for name, network in networks.items():
+        path = folder / f"{name}.safetensors"
+        if name not in trained and not path.exists():
+            save_safetensors(path, dict(network.state_dict()))
+    if words is not None:
+        words.save(folder / "tokenizer")

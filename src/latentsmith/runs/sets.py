@@ -1,0 +1,126 @@
+"""What training reads: pictures or cached moments, captions or cached embeddings."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, caption_of, image_member
+from latentsmith.data.images import Transforms
+from latentsmith.data.order import sample_seed
+from latentsmith.data.shards import ShardSet
+from latentsmith.files.errors import BadInput
+from latentsmith.inference.tokenizer import Tokenizer
+from latentsmith.training.draws import CROPS
+
+from . import pieces
+from .networks import fingerprint, is_encoded
+
+Reader = Callable[[int, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The samples of a run. cache: None where nothing is encoded. size: (height, width) in latents, of one sample."""
+
+    shards: ShardSet
+    cache: LatentCache | None
+    transforms: Transforms | None
+    latent_shape: tuple[int, int, int]
+
+
+def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Tokenizer | None) -> TrainingSet:
+    """Open model.data.train.dataset_path and check that it is what the stage keys say and the networks need.
+
+    Raises BadInput for raw pictures where encodings are wanted, and the reverse; for encodings of other shapes than
+    the U-Net takes, or made by another VAE, text encoder or tokenizer than the config's.
+    """
+    model = config.model
+    encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
+    shards = pieces.training_set(config)
+    is_cache = any(shard.parent.joinpath("cache.json").is_file() for shard in shards.paths[:1])
+    if any(encoded.values()) and not is_cache:
+        raise BadInput(
+            f"{model.data.train.dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
+            "`latentsmith precache`, or set model.first_stage_key=images model.cond_stage_key=captions"
+        )
+    cache = LatentCache(model.data.train.dataset_path) if is_cache else None
+    if cache:
+        check_cache(config, cache, encoded, networks, words)
+    if encoded[IMAGE_KEY]:
+        assert cache is not None
+        moments = cache.info["members"][IMAGE_KEY]["shape"]
+        return TrainingSet(shards, cache, None, (moments[0] // 2, moments[1], moments[2]))
+    made = pieces.transforms(config)
+    assert made.size is not None
+    return TrainingSet(shards, cache, made, pieces.latent_shape(config, made.size))
+
+
+def check_cache(
+    config: DictConfig,
+    cache: LatentCache,
+    encoded: Mapping[str, bool],
+    networks: Mapping[str, nn.Module],
+    words: Tokenizer | None,
+) -> None:
+    """Refuse a cache that lacks what the stage keys want, does not fit the U-Net, or was made by something else."""
+    for name, wanted in encoded.items():
+        if wanted and name not in cache.encoded:
+            raise BadInput(f"{cache.folder}: holds no {name}, only {', '.join(cache.encoded)}")
+        if not wanted and name == IMAGE_KEY:
+            raise BadInput(f"{cache.folder}: a latent cache holds no pictures; set model.first_stage_key=image_encoded")
+    unet = config.model.unet_config
+    cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
+    text = encoded[CAPTION_KEY] and "text_encoder" in networks
+    cache.check(
+        {
+            "vae": fingerprint(networks["vae"]) if "vae" in networks else None,
+            "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
+            "layer": config.model.cond_stage_config.layer if text else None,
+            "tokenizer": words.fingerprint() if text and words else None,
+            "transforms": stated_transforms(config),
+        }
+    )
+
+
+def stated_transforms(config: DictConfig) -> Any:
+    """The transforms of the config, if it states any."""
+    augmentations = config.model.data.train.augmentations
+    return pieces.transforms(config).describe() if augmentations else None
+
+
+def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
+    """The function (index, position) -> what training needs of that sample, without a batch axis.
+
+    `images` (3, height, width) in [-1, 1] or `moments`; `context` (length, context_dim) or `token_ids` (length,).
+    words: the tokenizer, None where the captions' embeddings are cached.
+    """
+
+    def read(index: int, position: int) -> dict[str, Any]:
+        number, inside = samples.shards.locate(index)
+        shard = samples.shards.shard(number)
+        sample = shard[inside]
+        record: dict[str, Any] = {"keys": sample.key}
+        encoded = samples.cache[index] if samples.cache else {}
+        if samples.transforms is None:
+            record["moments"] = torch.from_numpy(encoded[IMAGE_KEY].copy())
+        else:
+            data = image_member(sample)[1]
+            record["images"] = torch.from_numpy(samples.transforms.decode(data, sample_seed(seed, position, CROPS)))
+        if words is None:
+            record["context"] = torch.from_numpy(encoded[CAPTION_KEY].copy())
+        else:
+            record["token_ids"] = words([caption_of(shard, sample)])[0]
+        return record
+
+    return read
+
+
+def summary(samples: TrainingSet) -> str:
+    """One line for the header of a run."""
+    kind = f"cached latents {json.dumps(samples.latent_shape)}" if samples.transforms is None else "pictures"
+    return f"{len(samples.shards):,} samples in {len(samples.shards.paths)} shards, {kind}"

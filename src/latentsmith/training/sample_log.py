@@ -1,0 +1,54 @@
+"""Pictures for fixed prompts at fixed noise while a model trains."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+
+from latentsmith.files.atomic import atomic_open
+from latentsmith.inference import Pipeline
+
+from .module import TrainingModule
+
+
+class SampleLog(L.Callback):
+    """Draws `prompts` every `every_n_steps` optimizer steps with the averaged weights, if there are any.
+
+    Writes one row of pictures, `folder`/step-N.png. options: of `Pipeline.__call__`.
+    """
+
+    def __init__(self, pipeline: Pipeline, folder: Path, every_n_steps: int, *, prompts: list[str], **options: Any):
+        self.pipeline, self.folder, self.every_n_steps = pipeline, folder, every_n_steps
+        self.prompts, self.options = prompts, options
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self.prompts and module.progress.global_step % self.every_n_steps == 0 and trainer.is_global_zero:
+            self.draw(module)
+
+    def draw(self, module: TrainingModule) -> None:
+        """One row of pictures of the present weights; their training goes on as if nothing had been drawn."""
+        averaged = [(module.ema[name], module.parts[name]) for name in module.ema]
+        modes = [(part, part.training) for part in module.parts.values()]
+        for average, part in averaged:
+            average.swap(part)
+        try:
+            module.eval()
+            with torch.no_grad():
+                pictures = self.pipeline(self.prompts, **self.options)
+        finally:
+            for average, part in averaged:
+                average.swap(part)
+            for part, training in modes:
+                part.train(training)
+        save_row(pictures, self.folder / f"step-{module.progress.global_step:08d}.png")
+
+
+def save_row(pictures: list[Image.Image], path: Path) -> None:
+    """Pictures of one size side by side, as a PNG."""
+    row = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path) as file:
+        row.save(file, format="PNG")
