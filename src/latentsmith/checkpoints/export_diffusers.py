@@ -11,7 +11,7 @@ import torch
 
 from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
 from latentsmith.checkpoints.packing import AnyTensor, Parts, Written, lazy, require_whole, reshaped
-from latentsmith.checkpoints.spec import ModelSpec
+from latentsmith.checkpoints.spec import BETA_SCHEDULES, NULL_TEXT_KEY, ModelSpec
 from latentsmith.files.atomic import INCOMPLETE
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
@@ -63,7 +63,9 @@ def _write_folder(
         (folder / "tokenizer").mkdir(exist_ok=True)
         (folder / "tokenizer" / name).write_bytes(content)
     weights = "diffusion_pytorch_model.safetensors"
-    save_safetensors(folder / "unet" / weights, _unet(parts["unet"], dtype), METADATA, written=written)
+    # diffusers' configs have no place for what "unconditional" means.
+    null_text = {NULL_TEXT_KEY: spec.null_text} if spec.null_text != "empty" else {}
+    save_safetensors(folder / "unet" / weights, _unet(parts["unet"], dtype), METADATA | null_text, written=written)
     save_safetensors(folder / "vae" / weights, _vae(parts["vae"], dtype), METADATA, written=written)
     text = {name: lazy(tensor, dtype) for name, tensor in parts["text_encoder"].items()}
     save_safetensors(folder / "text_encoder" / "model.safetensors", text, METADATA, written=written)
@@ -103,13 +105,16 @@ def model_index(spec: ModelSpec, has_tokenizer: bool) -> dict[str, Any]:
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
     """PNDM for epsilon, DDIM for v-prediction and rescaled schedules, as the published folders have them."""
+    if spec.beta_schedule not in BETA_SCHEDULES.values():
+        raise BadInput(f"beta_schedule {spec.beta_schedule}: diffusers has {', '.join(BETA_SCHEDULES.values())}")
+    schedules = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
     ddim = spec.prediction_type != "epsilon" or spec.zero_terminal_snr
     config = {
         "_class_name": "DDIMScheduler" if ddim else "PNDMScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "beta_start": spec.linear_start,
         "beta_end": spec.linear_end,
-        "beta_schedule": "scaled_linear",
+        "beta_schedule": schedules[spec.beta_schedule],
         "num_train_timesteps": spec.timesteps,
         "trained_betas": None,
         "prediction_type": spec.prediction_type,

@@ -28,7 +28,7 @@ def export_ldm(
         length = parts["text_encoder"]["text_model.embeddings.position_embedding.weight"].shape[0]
         text["transformer.text_model.embeddings.position_ids"] = _position_ids(length)
     tensors |= {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
-    tensors |= schedule_buffers(spec.linear_start, spec.linear_end, spec.timesteps)
+    tensors |= schedule_buffers(spec)
     save_safetensors(out, tensors, model_spec(spec, title or Path(out).stem), written=written)
 
 

@@ -56,7 +56,7 @@ def _padding(size: int) -> bytes:
 def _state(parts: Parts, spec: ModelSpec, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """Keys below the leading `model.`."""
     unet = rename(parts["unet"], NEMO_V2)
-    state = schedule_buffers(spec.linear_start, spec.linear_end, spec.timesteps)
+    state = schedule_buffers(spec)
     state |= {f"model.diffusion_model.{theirs}": lazy(parts["unet"][ours], dtype) for ours, theirs in unet.items()}
     state |= {f"first_stage_model.{name}": lazy(tensor, dtype) for name, tensor in parts["vae"].items()}
     text = text_tower(parts["text_encoder"], spec.open_clip, dtype)
@@ -103,7 +103,7 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "precision": 32,
         "linear_start": spec.linear_start,
         "linear_end": spec.linear_end,
-        "beta_schedule": "linear",
+        "beta_schedule": spec.beta_schedule,
         "timesteps": spec.timesteps,
         "parameterization": {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[spec.prediction_type],
         "first_stage_key": "images",
@@ -113,6 +113,7 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "cond_stage_trainable": False,
         "conditioning_key": "crossattn",
         "scale_factor": spec.scale_factor,
+        "text_embedding_dropout_rate": 0.1 if spec.null_text == "zero" else 0.0,
         "unet_config": _plain(unet),
         "first_stage_config": _plain(vae),
         "cond_stage_config": _plain(_encoder(parts, spec)),

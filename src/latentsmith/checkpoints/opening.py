@@ -10,6 +10,7 @@ from typing import Any
 from latentsmith.checkpoints import text_keys
 from latentsmith.checkpoints.buckets import PARTS, bucket, ema_key
 from latentsmith.files.archives import is_archive, open_nemo
+from latentsmith.files.atomic import INCOMPLETE
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.files.tensors import TensorFile, open_tensors
@@ -82,20 +83,23 @@ def _open_folder(folder: Path, weights: str) -> Checkpoint:
 def own_folder(folder: Path, weights: str) -> dict[str, Path]:
     """Part -> file, for a checkpoint folder of ours or a run folder (whose newest checkpoint counts); {} for any other.
 
-    Frozen parts are stored once per run, so a part a checkpoint lacks is looked for in the folders above it.
+    Averages lie in the checkpoint's `ema/`. Frozen parts are stored once per run, in the run folder itself.
     """
-    if not any((folder / name).is_file() for name in ("unet.safetensors", "ema.safetensors")):
-        inner = [at for at in (folder / "checkpoints").glob("*") if (at / "unet.safetensors").is_file()]
-        if inner:
-            return own_folder(max(inner, key=_step), weights)
-        return {part: folder / name for part, name in OWN_FILES.items() if (folder / name).is_file()}
-    places = [folder, folder.parent, folder.parent.parent]
-    found = {
-        part: next((at / name for at in places if (at / name).is_file()), None) for part, name in OWN_FILES.items()
-    }
-    if weights == "ema" and (folder / "ema.safetensors").is_file():
-        found["unet"] = folder / "ema.safetensors"
+    steps = [at for at in (folder / "checkpoints").glob("*") if not at.name.endswith(INCOMPLETE) and _holds_own(at)]
+    if steps:
+        places = [max(steps, key=_step), folder]
+    elif _holds_own(folder):
+        places = [folder, folder.parent.parent] if folder.parent.name == "checkpoints" else [folder]
+    else:
+        return {}
+    names = ("ema/{}", "{}") if weights == "ema" else ("{}",)
+    files = {part: [at / name.format(file) for at in places for name in names] for part, file in OWN_FILES.items()}
+    found = {part: next((file for file in candidates if file.is_file()), None) for part, candidates in files.items()}
     return {part: file for part, file in found.items() if file}
+
+
+def _holds_own(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in OWN_FILES.values())
 
 
 def _step(folder: Path) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.checkpoints import text_keys
+from latentsmith.checkpoints.spec import ModelSpec
 from latentsmith.checkpoints.text_keys import Slot
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
@@ -51,9 +52,16 @@ def text_tower(tensors: Mapping[str, AnyTensor], open_clip: bool, dtype: torch.d
     return {f"transformer.{name}": lazy(tensor, dtype) for name, tensor in tensors.items()}
 
 
-def schedule_buffers(linear_start: float, linear_end: float, timesteps: int) -> dict[str, LazyTensor]:
+def schedule_buffers(spec: ModelSpec) -> dict[str, LazyTensor]:
     """The twelve float32 tables that LDM and NeMo store, computed in float64 (Ho et al. 2020, equations 4 to 7)."""
-    betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
+    powers = {"linear": 2, "sqrt_linear": 1}
+    if spec.beta_schedule not in powers:
+        raise BadInput(
+            f"beta_schedule {spec.beta_schedule}: only {' and '.join(powers)} can be written to other formats"
+        )
+    power, steps = powers[spec.beta_schedule], spec.timesteps
+    ends = spec.linear_start ** (1 / power), spec.linear_end ** (1 / power)
+    betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
     kept = torch.cumprod(1 - betas, 0)
     before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     variance = betas * (1 - before) / (1 - kept)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
@@ -13,6 +13,8 @@ from latentsmith.files.errors import BadInput
 SPEC_KEY = "latentsmith.spec"  # our own entry in safetensors metadata
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "x0": "sample", "sample": "sample"}  # fmt: skip
+NULL_TEXT_KEY = "latentsmith.null_text"
+BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names -> LDM's, which are ours
 V2_BASE_STEP = 875_000  # global_step of 512-base-ema.ckpt
 
 
@@ -60,8 +62,8 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
     if missing := [part for part in ("unet", "vae", "text_encoder") if part not in checkpoint.parts]:
         raise BadInput(f"{checkpoint.path}: no {missing[0]} inside; a whole model was expected")
     if SPEC_KEY in checkpoint.metadata:
-        stored = ModelSpec(**json.loads(checkpoint.metadata[SPEC_KEY]))
-        return stored if prediction_type is None else ModelSpec(**asdict(stored) | {"prediction_type": prediction_type})
+        stored = _stored(checkpoint)
+        return replace(stored, prediction_type=prediction_type) if prediction_type else stored
     found, _ = prediction_of(checkpoint)
     prediction = prediction_type or found
     if prediction is None:
@@ -72,6 +74,15 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
     configs = architecture(checkpoint)
     extra = _schedule(checkpoint) | _latents(checkpoint, prediction)
     return ModelSpec(configs["unet"], configs["vae"], configs["text_encoder"], prediction, **extra)
+
+
+def _stored(checkpoint: Checkpoint) -> ModelSpec:
+    try:
+        return ModelSpec(**json.loads(checkpoint.metadata[SPEC_KEY]))
+    except (ValueError, TypeError) as error:
+        raise BadInput(
+            f"{checkpoint.path}: its metadata {SPEC_KEY} is damaged or newer than this version ({error})"
+        ) from None
 
 
 def architecture(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -254,14 +265,24 @@ def _text_hints(part: Part, width: int, stated: Mapping[str, Any]) -> dict[str, 
 
 
 def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Noise schedule and null text, from a scheduler config or a NeMo model config."""
     scheduler = read_json(checkpoint.path / "scheduler" / "scheduler_config.json") if checkpoint.path.is_dir() else {}
     renamed = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
                "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
     found = {ours: scheduler[theirs] for theirs, ours in renamed.items() if theirs in scheduler}
-    stated = {
-        key: checkpoint.config[key] for key in ("linear_start", "linear_end", "timesteps") if key in checkpoint.config
+    if scheduler:
+        theirs = scheduler.get("beta_schedule", "scaled_linear")
+        if theirs not in BETA_SCHEDULES:
+            raise BadInput(f"{checkpoint.path}: beta_schedule {theirs} in scheduler_config.json is not supported")
+        found["beta_schedule"] = BETA_SCHEDULES[theirs]
+    if null_text := checkpoint.metadata.get(NULL_TEXT_KEY):
+        found["null_text"] = null_text
+    config = checkpoint.config
+    if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
+        found["null_text"] = "zero"
+    return found | {
+        key: config[key] for key in ("linear_start", "linear_end", "timesteps", "beta_schedule") if key in config
     }
-    return found | stated
 
 
 def _latents(checkpoint: Checkpoint, prediction: str) -> dict[str, Any]:
