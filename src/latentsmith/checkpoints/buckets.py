@@ -5,7 +5,6 @@ put into paths are dropped beforehand.
 """
 
 import re
-from collections.abc import Iterable
 
 PARTS = ("unet", "vae", "text_encoder")
 SCHEDULE = (
@@ -52,11 +51,3 @@ def bucket(key: str) -> tuple[str, str]:
 def ema_key(key: str) -> str:
     """LDM's name of a U-Net tensor's moving average, without `model_ema.`: dots deleted (never to be parsed back)."""
     return f"diffusion_model.{key}".replace(".", "")
-
-
-def count_parts(keys: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for key in keys:
-        name, _ = bucket(key)
-        counts[name] = counts.get(name, 0) + 1
-    return counts
