@@ -17,6 +17,7 @@ from latentsmith.config.schema import Option, group, mapped, no_effect, refused,
 
 ONE_LOADER = "every sample is addressed by its position; a run repeats its set until max_steps or max_epochs"
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
+NOT_BUILT = "it is not built yet"
 NO_LOGVAR = "the per-timestep log-variance is not trained here"
 NO_VLB = "only the simple loss is trained here"
 WITH_BETAS = ("fused_adam", "adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
@@ -221,14 +222,9 @@ PATHS = nullable(either(text(), list_of(text())))
 DATA = group(
     "model.data",
     used("num_workers", whole(0), 0, "processes that read and decode, on each device", also=["workers"]),
-    used("synthetic_data", flag(), False, "random images and captions instead of a set, to time a machine"),
-    used("synthetic_data_length", whole(1), 10000, "samples of that set"),
-    used(
-        "accept_unfingerprinted",
-        flag(),
-        False,
-        "train on a cache that does not say what made it (NeMo's, MLPerf's)",
-    ),
+    refused("synthetic_data", flag(), False, "random images and captions instead of a set", NOT_BUILT),
+    no_effect("synthetic_data_length", whole(1), 10000, "samples of that set", "there is no synthetic set"),
+    refused("accept_unfingerprinted", flag(), False, "a cache that does not say what made it", NOT_BUILT),
     *group(
         "train",
         used("dataset_path", PATHS, None, "folder of shards or cache, tars, or NeMo's wdinfo files", also=["path"]),
@@ -238,14 +234,14 @@ DATA = group(
     ),
     *group(
         "validation",
-        used("dataset_path", PATHS, None, "as for training; null for no validation"),
-        mapped("data_path", PATHS, None, "NeMo's switch for validation; read where dataset_path is null"),
+        refused("dataset_path", PATHS, None, "as for training; null for no validation", NOT_BUILT),
+        refused("data_path", PATHS, None, "NeMo's switch for validation", NOT_BUILT),
         *group("augmentations", *AUGMENTATIONS),
         FILTERINGS,
     ),
     *group(
         "webdataset",
-        used("local_root_path", nullable(text()), None, "folder that the names in wdinfo files start from"),
+        used("local_root_path", nullable(text()), None, "folder that a relative dataset_path starts from"),
         no_effect("infinite_sampler", flag(), False, "NeMo: shards drawn with replacement", ONE_LOADER),
         no_effect("chunk_size", whole(1), 1000, "samples of one tar", "counted in the shards' index"),
     ),
@@ -306,9 +302,15 @@ SCALARS = group(
         "latents are VAE samples times this; measured: 1 / their standard deviation",
         also=["scaling_factor"],
     ),
-    used("image_size", either(whole(1), list_of(whole(1), 2)), 64, "latent height and width, of pictures by default"),
-    used("channels", whole(1), 4, "channels of the latents", also=["latent_channels"]),
-    used("inductor", flag(), False, "compile the U-Net with torch.compile", also=["compile", "torch_compile"]),
+    no_effect("image_size", anything(), 64, "latent height and width", "the pictures' own size decides"),
+    no_effect("channels", whole(1), 4, "channels of the latents", "first_stage_config.embed_dim decides"),
+    used(
+        "inductor",
+        flag(),
+        False,
+        "compile the U-Net's repeated blocks with TorchInductor",
+        also=["compile", "torch_compile"],
+    ),
     used("channels_last", flag(), False, "memory order of image-like tensors; faster on most devices"),
     used("seed", whole(0), 1234, "of noise, timesteps, dropout, crops and order", also=["random_seed"]),
     used("ckpt_path", nullable(text()), None, "checkpoint of a whole model to start from, at step 0", also=["init"]),

@@ -20,6 +20,7 @@ PRECISION = choice(
     "16-mixed",
     aliases={"32": "32-true", "32.0": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"},
 )
+NO_VALIDATION = "validation is not built yet"
 NO_WANDB = "a run writes TensorBoard logs, a CSV and report.html into its folder, nothing to other machines"
 NO_ADAPTERS = "adapters are not trained; fine-tune the U-Net itself with model.unet_config.from_pretrained"
 
@@ -67,19 +68,8 @@ TRAINER = group(
     used("deterministic", flag(), False, "refuse kernels whose result varies between runs (bit-exact resume on a GPU)"),
     used("benchmark", flag(), False, "let cuDNN time its convolutions and take the fastest"),
     used("log_every_n_steps", whole(1), 10, "optimizer steps between two rows of the log", also=["log_every"]),
-    used(
-        "val_check_interval",
-        nullable(either(whole(1), number(0, 1))),
-        None,
-        "optimizer steps between two validations",
-        also=["eval_steps", "validation_steps"],
-    ),
-    used(
-        "limit_val_batches",
-        either(whole(0), number(0, 1)),
-        0,
-        "validation batches, or a share of them; 0 for no validation",
-    ),
+    no_effect("val_check_interval", anything(), None, "steps between two validations", NO_VALIDATION),
+    refused("limit_val_batches", either(whole(0), number(0, 1)), 0, "validation batches", NO_VALIDATION),
     used("enable_progress_bar", flag(), True, "loss, samples/s and time left on the terminal"),
     no_effect("logger", anything(), False, "Lightning's own logger", "exp_manager chooses the loggers"),
     no_effect(
@@ -127,7 +117,7 @@ EMA = group(
     used("enable", flag(), False, "keep an exponential moving average of the trained weights", also=["use_ema"]),
     used("decay", number(0, 1), 0.9999, "share of the old average that each step keeps", also=["ema_decay"]),
     used("every_n_steps", whole(1), 1, "optimizer steps between two updates of the average"),
-    used("validate_original_weights", flag(), False, "validate with the trained weights, not their average"),
+    no_effect("validate_original_weights", flag(), False, "validate with the trained weights", NO_VALIDATION),
     used("cpu_offload", flag(), False, "keep the average in the memory of the CPU"),
 )
 

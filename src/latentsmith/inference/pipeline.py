@@ -120,7 +120,7 @@ class Pipeline:
         options = SamplingOptions(height or self.image_size, width or self.image_size, steps, guidance_scale, sampler)
         self.check(prompts, options)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        negatives = [negative_prompts] * len(prompts) if not isinstance(negative_prompts, list) else negative_prompts
+        negatives = one_each(negative_prompts, len(prompts))
         noise = self.noise(seeds, options) if latents is None else latents
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
@@ -194,6 +194,14 @@ class Pipeline:
             sampling_grid(self.schedule, options.sampler, options.steps)
         except ValueError as error:
             raise BadInput(str(error)) from None
+
+
+def one_each(given: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """One text for each of `count` prompts, of one for all or a list."""
+    texts: list[str | None] = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(texts) != count:
+        raise BadInput(f"{len(texts)} negative prompts for {count} prompts; give one, or one each")
+    return texts
 
 
 def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:

@@ -194,7 +194,9 @@ class AutoencoderKL(nn.Module):
         from_NeMo: bool | None = None,
     ):
         super().__init__()
-        sizes = dict(resolution=256, attn_resolutions=(), dropout=0.0, num_groups=32, in_channels=3, out_ch=3)
+        sizes: dict[str, Any] = dict(
+            resolution=256, attn_resolutions=(), dropout=0.0, num_groups=32, in_channels=3, out_ch=3
+        )
         sizes |= dict(ddconfig)
         if not sizes.pop("double_z", True):
             raise ValueError("ddconfig.double_z is false: a KL autoencoder needs a mean and a log variance")
@@ -212,12 +214,13 @@ class AutoencoderKL(nn.Module):
         """Fresh weights that learn from the first step: every residual branch starts as the identity, so that the rest
         is nearly linear and finds colours at once, and latents are drawn with little noise."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, ResnetBlock | AttnBlock):
                 zero_init(module.conv2 if isinstance(module, ResnetBlock) else module.proj_out)
+        assert self.quant_conv.bias is not None
         nn.init.constant_(self.quant_conv.bias[self.embed_dim :], FIRST_LOGVAR)
 
     def encode(self, images: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 Parameter names are those of Hugging Face's CLIPTextModel, for both.
 """
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +24,7 @@ def quick_gelu(hidden: Tensor) -> Tensor:
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
@@ -142,15 +145,15 @@ class ClipTextEncoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """CLIP's initialisation (Radford et al. 2021): small embeddings, projections scaled with depth and width."""
-        depth, model = len(self.text_model.encoder.layers), self.text_model
+        model, layers = self.text_model, cast(list[EncoderLayer], list(self.text_model.encoder.layers))
         nn.init.normal_(model.embeddings.token_embedding.weight, std=0.02)
         nn.init.normal_(model.embeddings.position_embedding.weight, std=0.01)
         into = self.width**-0.5
-        for layer in model.encoder.layers:
+        for layer in layers:
             for project in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
                 nn.init.normal_(project.weight, std=into)
             for back in (layer.self_attn.out_proj, layer.mlp.fc2):
-                nn.init.normal_(back.weight, std=into * (2 * depth) ** -0.5)
+                nn.init.normal_(back.weight, std=into * (2 * len(layers)) ** -0.5)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -169,7 +172,10 @@ def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict:
     """The five sizes of a text transformer; ValueError names what is missing, unknown or does not divide."""
     if arch is not None and arch not in ARCHITECTURES:
         raise ValueError(f"text encoder arch {arch!r} is unknown; known: {', '.join(ARCHITECTURES)}")
-    sizes = {**(ARCHITECTURES[arch] if arch else {}), **{k: v for k, v in given.items() if v is not None}}
+    sizes: dict[str, Any] = {
+        **(ARCHITECTURES[arch] if arch else {}),
+        **{k: v for k, v in given.items() if v is not None},
+    }
     if missing := [name for name in given if name not in sizes]:
         raise ValueError(f"the text encoder needs {', '.join(missing)}, or an arch ({', '.join(ARCHITECTURES)})")
     if sizes["activation"] not in ACTIVATIONS:

@@ -134,7 +134,7 @@ class UNetModel(nn.Module):
         if (num_heads == -1) == (num_head_channels == -1):
             raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
         self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
-        self.model_channels = model_channels
+        self.model_channels, self.downsampling = model_channels, 2 ** (levels - 1)
         res_blocks, depths = per_level(num_res_blocks, levels), per_level(transformer_depth, levels)
         emb_channels = 4 * model_channels
 
@@ -190,13 +190,23 @@ class UNetModel(nn.Module):
             if isinstance(module, UNetBlock):
                 module.use_checkpoint = use_checkpoint
 
+    def compile_blocks(self) -> None:
+        """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | SpatialTransformer | AttentionBlock):
+                module.compile()
+
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's prediction, (batch, out_channels, height, width).
 
-        latents: (batch, in_channels, height, width), noisy and scaled; height and width divide by 2**(levels - 1).
+        latents: (batch, in_channels, height, width), noisy and scaled; height and width divide by
+            `downsampling`, 2**(levels - 1).
         timesteps: (batch,), 0..999, whole or fractional. context: (batch, length, context_dim) text embeddings.
         """
-        dtype = self.time_embed[0].weight.dtype
+        height, width = latents.shape[2:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(f"latents of {height}x{width} do not divide by {self.downsampling}, the U-Net's factor")
+        dtype = next(self.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (batch, 4 * channels)
         hidden, skips = latents.to(dtype), []
         for block in self.input_blocks:

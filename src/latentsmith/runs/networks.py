@@ -25,9 +25,9 @@ def is_encoded(key: str) -> bool:
 
 
 def weights_of(config: DictConfig, part: str) -> str | None:
-    """Where the config says that the weights of a part come from."""
+    """Where the config says that the weights of a part come from: its own key, else model.ckpt_path for all three."""
     node = config.model[PARTS[part]]
-    return node.from_pretrained or node.get("restore_from_path")
+    return node.from_pretrained or node.get("restore_from_path") or config.model.ckpt_path
 
 
 def build_networks(config: DictConfig) -> dict[str, nn.Module]:
@@ -49,14 +49,15 @@ def build_networks(config: DictConfig) -> dict[str, nn.Module]:
         if needed[part] and not given and not fresh_allowed:
             raise BadInput(f"model.{key}.from_pretrained is not set: the {part} is frozen and would stay random")
         if needed[part] or given:
-            torch.manual_seed(model.seed)
-            networks[part] = build(unfrozen(model[key]) if part == "text_encoder" and fresh_allowed else model[key])
+            networks[part] = build_network(config, part)
     return networks
 
 
-def unfrozen(node: DictConfig) -> DictConfig:
-    """The text encoder's config for training it."""
-    return OmegaConf.merge(node, {"freeze": False})  # type: ignore[return-value]
+def build_network(config: DictConfig, part: str) -> nn.Module:
+    """One network with its weights, or with fresh ones that are a function of model.seed."""
+    torch.manual_seed(config.model.seed)
+    filled = {"from_pretrained": weights_of(config, part)}
+    return build(OmegaConf.merge(config.model[PARTS[part]], filled))  # type: ignore[arg-type]
 
 
 def build_tokenizer(config: DictConfig) -> Tokenizer:

@@ -1,6 +1,7 @@
 """From the config to the pieces that the commands put together."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ def noise_schedule(config: DictConfig) -> NoiseSchedule:
     )
 
 
-def optimisation(config: DictConfig, processes: int) -> Optimisation:
-    """The optimizer of a run; BadInput for batch sizes that do not divide."""
+def optimisation(config: DictConfig, processes: int, max_steps: int) -> Optimisation:
+    """The optimizer of a run of max_steps; BadInput for batch sizes that do not divide."""
     optim, sched = config.model.optim, config.model.optim.sched
     options: dict[str, Any] = {
         key: optim[key] for key in ("lr", "weight_decay", "betas", "eps") if optim[key] is not None
@@ -32,7 +33,7 @@ def optimisation(config: DictConfig, processes: int) -> Optimisation:
         options["betas"] = tuple(options["betas"])
     hold = sched.hold_steps if sched.hold_steps is not None else math.inf
     least = sched.min_lr / optim.lr if sched.min_lr else 0.0
-    last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else config.trainer.max_steps
+    last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps
     schedule = lr_schedule(
         sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
     )
@@ -54,7 +55,21 @@ def training_set(config: DictConfig) -> ShardSet:
     path = config.model.data.train.dataset_path
     if not path:
         raise BadInput("model.data.train.dataset_path is not set; give the folder that `latentsmith data import` made")
-    return ShardSet(path)
+    return ShardSet([os.path.join(config.model.data.webdataset.local_root_path or "", one) for one in listed(path)])
+
+
+def listed(paths: Any) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def step_limit(config: DictConfig, samples: int, batch: int) -> int:
+    """Optimizer steps of the run, by trainer.max_steps or max_epochs, whichever ends first; BadInput without."""
+    trainer = config.trainer
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    ends += [-(-trainer.max_epochs * samples // batch)] if trainer.max_epochs > 0 else []
+    if not ends:
+        raise BadInput("trainer.max_steps is not set; say how many optimizer steps to train for")
+    return min(ends)
 
 
 def transforms(config: DictConfig) -> Transforms:

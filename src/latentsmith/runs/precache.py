@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
 from latentsmith import __version__
-from latentsmith.config.build import build
 from latentsmith.data.cache import Encoders, LatentCache, write_cache
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.pipeline import pick_device
@@ -16,7 +16,7 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
-from .networks import build_tokenizer, fingerprint, weights_of
+from .networks import build_network, build_tokenizer, fingerprint, weights_of
 from .progress import progress
 
 
@@ -30,8 +30,8 @@ def precache(config: DictConfig, out: Path | str) -> Path:
             raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")
     device = pick_device(config.trainer.accelerator.replace("gpu", "cuda"))
     words = build_tokenizer(config)
-    vae = build(config.model.first_stage_config).to(device).eval()
-    text_encoder = build(config.model.cond_stage_config).to(device).eval()
+    vae: Any = build_network(config, "vae").to(device).eval()
+    text_encoder: Any = build_network(config, "text_encoder").to(device).eval()
     encoders = Encoders(
         images=image_encoder(vae, device),
         captions=caption_encoder(text_encoder, words, device),

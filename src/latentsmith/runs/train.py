@@ -1,6 +1,5 @@
 """`latentsmith train`: the U-Net, on pictures or on their cache."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from omegaconf import DictConfig
 from torch import nn
 
 from latentsmith.diffusion import canonical_prediction_type
-from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
@@ -20,7 +18,7 @@ from latentsmith.training.sample_log import SampleLog
 from latentsmith.training.samples import RunSamples
 
 from . import pieces, sets
-from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder
+from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder, run_folder
 from .networks import build_networks, build_tokenizer, is_encoded, save_frozen, spec_of_run
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
@@ -32,16 +30,16 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     dry_run: check everything that training would, print what would be trained, and stop.
     """
     model, processes = config.model, pieces.process_count(config)
-    if config.trainer.max_steps < 1:
-        raise BadInput("trainer.max_steps is not set; say how many optimizer steps to train for")
-    optimisation = pieces.optimisation(config, processes)
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = sets.open_set(config, networks, words)
+    batch = pieces.global_batch(config, processes)
+    max_steps = pieces.step_limit(config, len(samples.shards), batch)
+    optimisation = pieces.optimisation(config, processes, max_steps)
     trained = ("unet", "text_encoder") if model.cond_stage_trainable else ("unet",)
-    print_header(config, networks, trained, samples, optimisation.global_batch)
+    print_header(networks, trained, samples, max_steps, batch)
     if dry_run:
-        return Path(config.exp_manager.exp_dir or "runs") / config.exp_manager.name
+        return run_folder(config)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
     scale_factor = measured_scale(read, samples, networks, model.seed) if model.scale_factor == "measured" else None
@@ -52,7 +50,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
         scale_factor or model.scale_factor,
     )
     module = DiffusionTraining(
-        in_layout(networks, model.channels_last),
+        arranged(networks, model.channels_last, model.inductor),
         trained,
         optimisation,
         objective,
@@ -80,7 +78,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     fit(
         module,
         Data(RunSamples(read, draws, len(samples.shards), model.seed), model.micro_batch_size, model.data.num_workers),
-        config.trainer.max_steps,
+        max_steps,
         folder,
         Checkpointing(
             folder / CHECKPOINTS,
@@ -98,13 +96,14 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     return folder
 
 
-def in_layout(networks: dict[str, nn.Module], channels_last: bool) -> dict[str, nn.Module]:
-    """The networks with their convolutions laid out as `model.channels_last` says."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return {
-        name: network if name == "text_encoder" else network.to(memory_format=layout)  # type: ignore[call-overload]
-        for name, network in networks.items()
-    }
+def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool) -> dict[str, nn.Module]:
+    """The same networks, laid out and compiled as model.channels_last and model.inductor say."""
+    for name in ("unet", "vae"):
+        if channels_last and name in networks:
+            networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if inductor:
+        networks["unet"].compile_blocks()  # type: ignore[operator]
+    return networks
 
 
 def empty_prompt(samples: sets.TrainingSet, words: Tokenizer | None, raw_captions: bool) -> EmptyPrompt:
@@ -131,31 +130,24 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
 @torch.no_grad()
 def measured_scale(read: sets.Reader, samples: sets.TrainingSet, networks: dict[str, nn.Module], seed: int) -> float:
     """1 / the standard deviation of the latents of the first samples of the set: they then have unit variance."""
-    squares, count, total = 0.0, 0, 0.0
+    vae: Any = networks.get("vae")
+    drawn = []
     for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
         record = read(index, index)
-        moments = (
-            record["moments"].float()[None] if "moments" in record else networks["vae"].encode(record["images"][None])
-        )  # type: ignore[operator]
+        moments = record["moments"].float()[None] if "moments" in record else vae.encode(record["images"][None])
         noise = torch.randn(1, *samples.latent_shape, generator=generator_at(seed, index))
-        latents = AutoencoderKL.sample(moments, noise).double()
-        squares, total, count = (
-            squares + latents.square().sum().item(),
-            total + latents.sum().item(),
-            count + latents.numel(),
-        )
-    deviation = math.sqrt(squares / count - (total / count) ** 2)
+        drawn.append(AutoencoderKL.sample(moments, noise))
+    deviation = torch.cat(drawn).double().std().item()
     return float(f"{1 / deviation:.5g}")
 
 
 def print_header(
-    config: DictConfig, networks: dict[str, nn.Module], trained: tuple[str, ...], samples: sets.TrainingSet, batch: int
+    networks: dict[str, nn.Module], trained: tuple[str, ...], samples: sets.TrainingSet, steps: int, batch: int
 ) -> None:
     """What will be trained, on what, for how long."""
     for name, network in networks.items():
         size = sum(parameter.numel() for parameter in network.parameters())
         print(f"{name}: {size:,} parameters, {'trained' if name in trained else 'frozen'}")
-    steps = config.trainer.max_steps
     print(
         f"{sets.summary(samples)}; {steps:,} steps of {batch}: {steps * batch / len(samples.shards):.1f} epochs",
         flush=True,

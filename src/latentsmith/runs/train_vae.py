@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -15,11 +16,11 @@ from latentsmith.training.vae_module import VaeTraining
 
 from . import pieces
 from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder
-from .networks import keywords
+from .networks import build_network, keywords
 
 
 def train_vae(config: DictConfig) -> Path:
-    """Train `model.first_stage_config` by its lossconfig on the pictures of the training set; returns the run folder."""
+    """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder."""
     first_stage = config.model.first_stage_config
     loss = build(first_stage.lossconfig)
     if isinstance(loss, torch.nn.Identity):
@@ -30,10 +31,11 @@ def train_vae(config: DictConfig) -> Path:
     samples, transforms = pieces.training_set(config), pieces.transforms(config)
     assert transforms.size is not None
     processes, seed = pieces.process_count(config), config.model.seed
-    torch.manual_seed(seed)
-    module = VaeTraining(build(first_stage), loss, pieces.optimisation(config, processes))
+    max_steps = pieces.step_limit(config, len(samples), pieces.global_batch(config, processes))
+    vae: Any = build_network(config, "vae")
+    module = VaeTraining(vae, loss, pieces.optimisation(config, processes, max_steps))
     if config.model.channels_last:
-        module.parts["vae"].to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)
     ema = config.exp_manager.ema
     if ema.enable:
         module.keep_averages(ema.decay, every_n_steps=ema.every_n_steps, cpu_offload=ema.cpu_offload)
@@ -48,7 +50,7 @@ def train_vae(config: DictConfig) -> Path:
     fit(
         module,
         Data(run, config.model.micro_batch_size, config.model.data.num_workers),
-        config.trainer.max_steps,
+        max_steps,
         folder,
         Checkpointing(
             folder / CHECKPOINTS,

@@ -39,6 +39,9 @@ class DiffusionTraining(TrainingModule):
     `context` (batch, length, context_dim); and what `DiffusionDraws` gave each sample.
     """
 
+    empty_ids: Tensor
+    empty_embedding: Tensor | None
+
     def __init__(
         self,
         parts: Mapping[str, nn.Module],

@@ -15,8 +15,8 @@ DRAWS, CROPS = 1, 2  # streams of the seed of one position: what training adds t
 class DiffusionDraws:
     """What the diffusion loss draws for one sample.
 
-    latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly. caption_dropout_rate: chance of the
-    empty prompt; text_embedding_dropout_rate: chance of zeros in place of the embedding.
+    latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
+    caption_dropout_rate: chance of the empty prompt; text_embedding_dropout_rate: chance of zeros in place of the embedding.
     """
 
     seed: int

@@ -75,6 +75,7 @@ class PositionsFrom(L.LightningDataModule):
         self.data, self.module, self.start = data, module, start
 
     def train_dataloader(self):
+        assert self.trainer is not None
         positions = RunPositions(
             start=self.start,
             global_batch=self.module.optimisation.global_batch,
