@@ -92,6 +92,16 @@ def test_heads_of_v1_and_v2():
         assert [block.transformer_blocks[0].attn1.heads for block in blocks] == expected
 
 
+def test_norms():
+    """Their epsilons are too small to show in outputs: 1e-6 in transformers, 1e-5 elsewhere."""
+    norms = {name: module for name, module in on_meta(**SD1).named_modules() if isinstance(module, torch.nn.GroupNorm)}
+    assert {norm.num_groups for norm in norms.values()} == {32}
+    assert {norm.eps for name, norm in norms.items() if name.endswith(".norm")} == {1e-6}
+    assert {norm.eps for name, norm in norms.items() if not name.endswith(".norm")} == {1e-5}
+    layer_norms = [module for module in on_meta(**SD1).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(layer_norms) == 48 and {norm.eps for norm in layer_norms} == {1e-5}
+
+
 @pytest.mark.parametrize(
     "changes, line",
     [

@@ -118,9 +118,11 @@ def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "num_train_timesteps": spec.timesteps,
         "trained_betas": None,
         "prediction_type": spec.prediction_type,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-    } | ({"timestep_spacing": "trailing"} if spec.zero_terminal_snr else {})
+        "steps_offset": spec.steps_offset,
+    }
+    spacing = spec.timestep_spacing or ("trailing" if spec.zero_terminal_snr else None)
+    optional = {"set_alpha_to_one": spec.set_alpha_to_one, "timestep_spacing": spacing}
+    config |= {key: value for key, value in optional.items() if value is not None}
     if not ddim:
         return config | {"skip_prk_steps": True}
     return config | {"clip_sample": False, "rescale_betas_zero_snr": spec.zero_terminal_snr}

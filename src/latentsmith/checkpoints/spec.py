@@ -24,6 +24,8 @@ class ModelSpec:
 
     prediction_type: "epsilon", "v_prediction" or "sample". image_size: side of the latents. The schedule is
     `beta_schedule` (LDM's names) from linear_start to linear_end; zero_terminal_snr rescales it (Lin et al. 2023).
+    timestep_spacing, steps_offset, set_alpha_to_one: which timesteps samplers visit, as `diffusion.sampling_grid` takes
+    them; None leaves it to each sampler. Defaults are those that Stable Diffusion is published with.
     """
 
     unet_config: Mapping[str, Any]
@@ -37,6 +39,9 @@ class ModelSpec:
     timesteps: int = 1000
     zero_terminal_snr: bool = False
     beta_schedule: str = "linear"
+    timestep_spacing: str | None = None
+    steps_offset: int = 1
+    set_alpha_to_one: bool | None = False
     null_text: str = "empty"  # "empty": the empty prompt's embedding; "zero": zeros (text_embedding_dropout_rate)
 
     def to_json(self) -> str:
@@ -275,6 +280,9 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
         if theirs not in BETA_SCHEDULES:
             raise BadInput(f"{checkpoint.path}: beta_schedule {theirs} in scheduler_config.json is not supported")
         found["beta_schedule"] = BETA_SCHEDULES[theirs]
+        found["timestep_spacing"] = scheduler.get("timestep_spacing")
+        found["steps_offset"] = scheduler.get("steps_offset", 0)
+        found["set_alpha_to_one"] = scheduler.get("set_alpha_to_one")
     if null_text := checkpoint.metadata.get(NULL_TEXT_KEY):
         found["null_text"] = null_text
     config = checkpoint.config

@@ -16,6 +16,7 @@ from latentsmith.diffusion import (
     Denoiser,
     GuidedDenoiser,
     NoiseSchedule,
+    SamplingGrid,
     Step,
     canonical_sampler,
     sample,
@@ -114,7 +115,7 @@ class Pipeline:
         negative_prompts: one for all or one each; None uses the null text that the model was trained with, "" always
         encodes the empty prompt. seed: of the noise; one for all, or one each. latents: noise of unit variance
         (prompts, channels, height / f, width / f) to start from in place of the seeds'. batch_size: pictures at a time.
-        Raises BadInput for sizes that do not divide by the VAE's downsampling, unknown samplers, steps out of range.
+        Raises BadInput for sizes that VAE and U-Net cannot halve, unknown samplers, steps out of range.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         options = SamplingOptions(height or self.image_size, width or self.image_size, steps, guidance_scale, sampler)
@@ -140,7 +141,7 @@ class Pipeline:
     ) -> Iterator[Step]:
         """Every step of one batch, so that the caller owns progress, previews and stopping; the last Step's latents
         are the result, scaled. noise: (prompts, channels, height / f, width / f), unit variance."""
-        grid = sampling_grid(self.schedule, options.sampler, options.steps)
+        grid = self.grid(options)
         denoiser = Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=grid.timestep_at)
         context = {"context": self.embed(prompts)}
         null = {"context": self.embed_null(negatives)} if options.guidance_scale != 1 else None
@@ -182,16 +183,30 @@ class Pipeline:
         shape = (self.unet.in_channels, options.height // factor, options.width // factor)
         return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
 
+    def grid(self, options: SamplingOptions) -> SamplingGrid:
+        """The noise levels to visit, laid as the checkpoint's scheduler config says; ValueError if they cannot be."""
+        spec = self.spec
+        return sampling_grid(
+            self.schedule,
+            options.sampler,
+            options.steps,
+            spacing=spec.timestep_spacing,
+            steps_offset=spec.steps_offset,
+            set_alpha_to_one=spec.set_alpha_to_one,
+        )
+
     def check(self, prompts: Sequence[str], options: SamplingOptions) -> None:
         """Raise BadInput, in one line, for what cannot be drawn."""
-        factor = self.vae.downsampling
+        factor = self.vae.downsampling * self.unet.downsampling
         if not prompts:
             raise BadInput("no prompt to draw")
         if options.height % factor or options.width % factor:
-            raise BadInput(f"pictures of {options.height}x{options.width} do not divide by {factor}, the VAE's factor")
+            raise BadInput(
+                f"pictures of {options.height}x{options.width} do not divide by {factor}, what VAE and U-Net reduce by"
+            )
         try:
             canonical_sampler(options.sampler, SAMPLERS)
-            sampling_grid(self.schedule, options.sampler, options.steps)
+            self.grid(options)
         except ValueError as error:
             raise BadInput(str(error)) from None
 

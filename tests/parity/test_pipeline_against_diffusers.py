@@ -1,0 +1,227 @@
+"""The same folder, prompt and noise give diffusers' StableDiffusionPipeline and ours the same picture."""
+
+import gc
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from latentsmith import Pipeline
+from latentsmith.files.errors import BadInput
+from latentsmith.inference import vocabulary
+
+PROMPTS = ["a red circle above a small blue square", "Naïve  café, 3 boats!"]
+NEGATIVE = "blurry, grey"
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+# What published folders say, and what diffusers writes for those who say nothing.
+SCHEDULERS = {
+    "sd1": diffusers.PNDMScheduler(**SD, steps_offset=1, skip_prk_steps=True),
+    "sd2_v": diffusers.DDIMScheduler(
+        **SD, steps_offset=1, set_alpha_to_one=False, clip_sample=False, prediction_type="v_prediction"
+    ),
+    "plain": diffusers.DDIMScheduler(clip_sample=False),
+    "trailing": diffusers.DDIMScheduler(**SD, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False),
+}
+# ours -> theirs, which takes over the folder's config, as users of diffusers change schedulers
+SAMPLERS = {
+    "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False)),
+    "plms": (diffusers.PNDMScheduler, dict(skip_prk_steps=True)),
+    "dpmsolver++": (diffusers.DPMSolverMultistepScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+}
+
+
+def write_vocabulary(folder, size):
+    """The first merges of CLIP's vocabulary, from the file in the open_clip package: vocab.json and merges.txt."""
+    found = vocabulary._open_clip_file()
+    if found is None:
+        pytest.skip("the open_clip package is not installed")
+    merges = vocabulary.read_vocabulary(found).merges[: size - 514]
+    folder.mkdir()
+    tokens = vocabulary.laid_out(merges)
+    (folder / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
+    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    special |= dict(pad_token="<|endoftext|>")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    config = special | dict(tokenizer_class="CLIPTokenizer", model_max_length=77)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_sizes():
+    return SimpleNamespace(
+        unet=dict(
+            block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
+            sample_size=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ),
+        vae=dict(
+            block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, sample_size=32,
+        ),
+        text=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000),
+    )  # fmt: skip
+
+
+def sd1_sizes():
+    return SimpleNamespace(
+        unet=dict(attention_head_dim=8, cross_attention_dim=768, sample_size=64),
+        vae=dict(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512,
+        ),
+        text=dict(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408
+        ),
+    )  # fmt: skip
+
+
+def save_pipeline(folder, sizes, scheduler, randomise):
+    """A random model as diffusers' own pipeline saves it."""
+    text = transformers.CLIPTextConfig(max_position_embeddings=77, hidden_act="quick_gelu", **sizes.text)
+    words = write_vocabulary(folder.with_name(folder.name + "-words"), sizes.text["vocab_size"])
+    vae = diffusers.AutoencoderKL(latent_channels=4, scaling_factor=0.18215, **sizes.vae)
+    diffusers.StableDiffusionPipeline(
+        unet=randomise(diffusers.UNet2DConditionModel(**sizes.unet), seed=1).eval(),
+        vae=randomise(vae, seed=2).eval(),
+        text_encoder=randomise(transformers.CLIPTextModel(text), seed=3).eval(),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
+        scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def their_pictures(folder, sampler, noise, steps, **options):
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    kind, settings = SAMPLERS[sampler]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **settings)
+    factor = pipeline.vae_scale_factor
+    height, width = (factor * side for side in noise.shape[2:])
+    return pipeline(height=height, width=width, latents=noise, num_inference_steps=steps, **options).images
+
+
+def our_pictures(pipeline, sampler, noise, steps, prompts, **options):
+    height, width = (pipeline.vae.downsampling * side for side in noise.shape[2:])
+    return pipeline(prompts, height=height, width=width, latents=noise, steps=steps, sampler=sampler, **options)
+
+
+def largest_difference(found, expected):
+    """In 255ths."""
+    pairs = [(np.asarray(left, int), np.asarray(right, int)) for left, right in zip(found, expected, strict=True)]
+    assert all(left.shape == right.shape for left, right in pairs)
+    assert all(right.std() > 10 for _, right in pairs), "a picture of one colour would prove nothing"
+    return max(abs(left - right).max() for left, right in pairs)
+
+
+def noise(height=8, width=8, batch=2):
+    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(11))
+
+
+@pytest.fixture(scope="module", params=SCHEDULERS)
+def folder(request, randomise, tmp_path_factory):
+    at = tmp_path_factory.mktemp(request.param) / "model"
+    return save_pipeline(at, tiny_sizes(), SCHEDULERS[request.param], randomise)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_ten_steps_with_guidance(folder, sampler):
+    if sampler == "plms" and "v_prediction" in (folder / "scheduler/scheduler_config.json").read_text():
+        pytest.skip("diffusers averages velocities, we the noise they imply, as LDM does")
+    expected = their_pictures(folder, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5)
+    found = our_pictures(Pipeline.from_pretrained(folder), sampler, noise(), 10, PROMPTS, guidance_scale=7.5)
+    assert largest_difference(found, expected) <= 1
+
+
+@pytest.fixture(scope="module")
+def sd1_folder(randomise, tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("sd1-tiny") / "model", tiny_sizes(), SCHEDULERS["sd1"], randomise)
+
+
+def test_prompts_and_token_ids(sd1_folder):
+    texts = [*PROMPTS, "", NEGATIVE, "word " * 20]
+    theirs = transformers.CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    expected = theirs(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    pipeline = Pipeline.from_pretrained(sd1_folder)
+    assert torch.equal(pipeline.tokenizer(texts), expected)
+
+
+def test_negative_prompt_shape_and_steps(sd1_folder):
+    start = noise(6, 12)
+    expected = their_pictures(
+        sd1_folder, "dpmsolver++", start, 7, prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, guidance_scale=3.0
+    )
+    found = our_pictures(
+        Pipeline.from_pretrained(sd1_folder), "DPM++ 2M", start, 7, PROMPTS, negative_prompts=NEGATIVE,
+        guidance_scale=3.0,
+    )  # fmt: skip
+    assert largest_difference(found, expected) <= 1
+
+
+def test_without_guidance(sd1_folder):
+    expected = their_pictures(sd1_folder, "ddim", noise(), 4, prompt=PROMPTS, guidance_scale=1.0)
+    found = our_pictures(Pipeline.from_pretrained(sd1_folder), "ddim", noise(), 4, PROMPTS, guidance_scale=1.0)
+    assert largest_difference(found, expected) <= 1
+
+
+def test_no_negative_prompt_is_the_checkpoints_null_text(sd1_folder):
+    """A diffusers folder's is the empty prompt; a model trained with zeroed embeddings has zeros."""
+    pipeline = Pipeline.from_pretrained(sd1_folder)
+    options = dict(steps=3, guidance_scale=5.0, latents=noise(), height=32, width=32)
+    by_default = np.asarray(pipeline(PROMPTS, **options)[0])
+    empty = np.asarray(pipeline(PROMPTS, "", **options)[0])
+    assert (by_default == empty).all()
+    pipeline.spec = replace(pipeline.spec, null_text="zero")
+    assert not pipeline.embed_null([None, "", None])[[0, 2]].any() and pipeline.embed_null([None, ""])[1].any()
+    zero = np.asarray(pipeline(PROMPTS, **options)[0])
+    assert (zero != empty).any() and (np.asarray(pipeline(PROMPTS, "", **options)[0]) == empty).all()
+
+
+def test_a_picture_is_a_function_of_its_own_seed(sd1_folder):
+    pipeline = Pipeline.from_pretrained(sd1_folder)
+    for sampler in ("ddim", "euler_a"):
+        options = dict(steps=3, height=32, width=32, sampler=sampler)
+        both = pipeline(PROMPTS, seed=[5, 6], **options)
+        alone = pipeline(PROMPTS[1:], seed=6, **options)
+        assert largest_difference(alone, both[1:]) <= 1  # batches of one and two round differently
+        split = pipeline(PROMPTS, seed=[5, 6], batch_size=1, **options)
+        assert largest_difference(split, both) <= 1
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (dict(height=36), "pictures of 36x32 do not divide by 8"),
+        (dict(sampler="ddmi"), "'ddmi' is not a sampler; did you mean ddpm or ddim"),
+        (dict(steps=1001), "steps is 1001"),
+        (dict(steps=0), "steps is 0"),
+        (dict(negative_prompts=["a", "b"]), "2 negative prompts for 1 prompts"),
+    ],
+)
+def test_what_cannot_be_drawn(sd1_folder, options, line):
+    pipeline = Pipeline.from_pretrained(sd1_folder)
+    with pytest.raises(BadInput, match=line):
+        pipeline("a boat", **dict(height=32, width=32) | options)
+
+
+def test_no_prompts(sd1_folder):
+    with pytest.raises(BadInput, match="no prompt to draw"):
+        Pipeline.from_pretrained(sd1_folder)([])
+
+
+@pytest.mark.slow
+def test_full_size_v1(randomise, tmp_path):
+    """64 pixels, 3 steps of DDIM."""
+    folder = save_pipeline(tmp_path / "model", sd1_sizes(), SCHEDULERS["sd1"], randomise)
+    gc.collect()
+    expected = their_pictures(folder, "ddim", noise(batch=1), 3, prompt=PROMPTS[:1], guidance_scale=7.5)
+    gc.collect()
+    found = our_pictures(Pipeline.from_pretrained(folder), "ddim", noise(batch=1), 3, PROMPTS[:1], guidance_scale=7.5)
+    assert largest_difference(found, expected) <= 1
