@@ -20,22 +20,45 @@ class Weights(StrEnum):
     raw = "raw"
 
 
+class Dtype(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any supported format.")],
-    out: Annotated[Path, typer.Argument(metavar="DST", help="File or folder to write.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="File or folder to write; must not exist.")],
     to: Annotated[Format, typer.Option("--to", help="Format to write.")],
     weights: Annotated[Weights, typer.Option(help="The average or the trained weights, where both are there.")] = (
         Weights.ema
     ),
+    dtype: Annotated[Dtype | None, typer.Option(help="Of every weight; without it each keeps its own.")] = None,
+    prediction_type: Annotated[
+        str | None,
+        typer.Option(help="epsilon, v_prediction or sample, where the checkpoint does not tell or is wrong."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Open the result, compare every tensor, print the largest difference.")
+    ] = False,
 ) -> None:
     """Rewrite a checkpoint in another format.
 
     \b
     Examples:
       latentsmith convert runs/sd1 sd1-diffusers --to diffusers
-      latentsmith convert v1-5-pruned.ckpt v1-5 --to diffusers
+      latentsmith convert v1-5-pruned.ckpt v1-5 --to diffusers --dtype fp16 --verify
       latentsmith convert sd2-folder sd2.safetensors --to ldm --weights raw
+      latentsmith convert 768-v.safetensors sd2.nemo --to nemo --prediction-type v_prediction
     """
     from latentsmith.runs.convert import convert as run
 
-    run(source, out, to.value, weights=weights.value)
+    run(
+        source,
+        out,
+        to.value,
+        weights=weights.value,
+        dtype=dtype.value if dtype else None,
+        prediction_type=prediction_type,
+        verify=verify,
+    )

@@ -11,8 +11,8 @@ import typer
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, shard, set, cache or run folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare it with its hashes.")] = False,
-) -> None:
-    """Say what is in a checkpoint, a set of shards, a cache or a run folder.
+) -> int:
+    """Say what is in a checkpoint, a set of shards, a cache or a run folder; exit code 1 if --verify finds damage.
 
     \b
     Examples:
@@ -22,4 +22,4 @@ def inspect(
     """
     from latentsmith.runs.inspect import inspect as run
 
-    run(path, verify=verify)
+    return 1 if run(path, verify=verify) else 0

@@ -27,15 +27,6 @@ def check(values: Mapping[str, Any]) -> None:
     _check_optimizer(model["optim"])
 
 
-def check_training(values: Mapping[str, Any]) -> None:
-    """What only training needs: data, and an end. Raises BadInput."""
-    data, trainer = values["model"]["data"], values["trainer"]
-    if data["train"]["dataset_path"] is None and not data["synthetic_data"]:
-        raise BadInput("model.data.train.dataset_path is not set: give a folder of shards or a cache to train on")
-    if trainer["max_steps"] == trainer["max_epochs"] == -1 and trainer["max_time"] is None:
-        raise BadInput("trainer.max_steps, max_epochs and max_time are all unlimited: give one of them")
-
-
 def _check_unet(unet: Mapping[str, Any]) -> None:
     mults, heads, head_channels = unet["channel_mult"], unet["num_heads"], unet["num_head_channels"]
     if heads != -1 and head_channels != -1:
@@ -102,7 +93,6 @@ def _check_components(model: Mapping[str, Any]) -> None:
         f"{VAE}.embed_dim": vae["embed_dim"],
         f"{UNET}.in_channels": unet["in_channels"],
         f"{UNET}.out_channels": unet["out_channels"],
-        "model.channels": model["channels"],
     }
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{key}={value}" for key, value in counts.items())

@@ -188,12 +188,9 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         model["optim"]["lr"] = model["base_learning_rate"]
     if model["scale_by_std"]:
         model["scale_factor"] = "measured"
-    for part in (data["train"], data["validation"]):
-        part.setdefault("augmentations", {})
+    data["train"].setdefault("augmentations", {})
     if model["cond_stage_trainable"]:
         text["freeze"] = False
-    if data["validation"]["dataset_path"] is None:
-        data["validation"]["dataset_path"] = data["validation"]["data_path"]
 
 
 def _notes(given: dict[str, Any]) -> list[str]:

@@ -120,9 +120,15 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         options = SamplingOptions(height or self.image_size, width or self.image_size, steps, guidance_scale, sampler)
         self.check(prompts, options)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        negatives = one_each(negative_prompts, len(prompts))
-        noise = self.noise(seeds, options) if latents is None else latents
+        seeds = one_each("seeds", seed, len(prompts))
+        negatives = one_each("negative prompts", negative_prompts, len(prompts))
+        noise = self.noise(seeds, options)
+        if latents is not None and latents.shape != noise.shape:
+            raise BadInput(
+                f"latents are {tuple(latents.shape)}; {len(prompts)} pictures of {options.height}x{options.width} "
+                f"start from {tuple(noise.shape)}"
+            )
+        noise = noise if latents is None else latents
         pictures: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
@@ -211,12 +217,12 @@ class Pipeline:
             raise BadInput(str(error)) from None
 
 
-def one_each(given: str | Sequence[str] | None, count: int) -> list[str | None]:
-    """One text for each of `count` prompts, of one for all or a list."""
-    texts: list[str | None] = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(texts) != count:
-        raise BadInput(f"{len(texts)} negative prompts for {count} prompts; give one, or one each")
-    return texts
+def one_each(name: str, given: Any, count: int) -> list[Any]:
+    """One of what is `given` for each of `count` prompts, of one for all or a sequence; BadInput for another count."""
+    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * count
+    if len(several) != count:
+        raise BadInput(f"{len(several)} {name} for {count} prompts; give one, or one each")
+    return several
 
 
 def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:

@@ -68,7 +68,7 @@ def step_limit(config: DictConfig, samples: int, batch: int) -> int:
     ends = [trainer.max_steps] if trainer.max_steps > 0 else []
     ends += [-(-trainer.max_epochs * samples // batch)] if trainer.max_epochs > 0 else []
     if not ends:
-        raise BadInput("trainer.max_steps is not set; say how many optimizer steps to train for")
+        raise BadInput("trainer.max_steps and max_epochs are both unlimited: give one of them")
     return min(ends)
 
 

@@ -16,33 +16,20 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
-from .networks import build_network, build_tokenizer, fingerprint, weights_of
+from .networks import PARTS, build_network, build_tokenizer, fingerprint, is_encoded, weights_of
 from .progress import progress
 
 
 def precache(config: DictConfig, out: Path | str) -> Path:
     """Encode the pictures and captions of model.data.train into the folder `out`; returns it.
 
-    Both the VAE and the text encoder need weights. Interrupted, it goes on where it stopped when run again.
+    What the stage keys name as encoded is encoded: with image_encoded and raw captions, pictures only; where neither
+    is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again.
     """
-    for part, key in (("vae", "first_stage_config"), ("text_encoder", "cond_stage_config")):
-        if not weights_of(config, part):
+    wanted = wanted_encodings(config)
+    for part, key in PARTS.items():
+        if part in wanted and not weights_of(config, part):
             raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")
-    device = pick_device(config.trainer.accelerator.replace("gpu", "cuda"))
-    words = build_tokenizer(config)
-    vae: Any = build_network(config, "vae").to(device).eval()
-    text_encoder: Any = build_network(config, "text_encoder").to(device).eval()
-    encoders = Encoders(
-        images=image_encoder(vae, device),
-        captions=caption_encoder(text_encoder, words, device),
-        fingerprints={
-            "vae": fingerprint(vae),
-            "text_encoder": fingerprint(text_encoder),
-            "layer": config.model.cond_stage_config.layer,
-            "tokenizer": words.fingerprint(),
-        },
-        versions={"latentsmith": __version__, "torch": torch.__version__},
-    )
     source, transforms = pieces.training_set(config), pieces.transforms(config)
     assert transforms.size is not None
     pieces.latent_shape(config, transforms.size)
@@ -51,13 +38,35 @@ def precache(config: DictConfig, out: Path | str) -> Path:
             source,
             out,
             transforms,
-            encoders,
+            encoders(config, wanted),
             batch_size=config.model.micro_batch_size,
             seed=config.model.seed,
             progress=tell,
         )
     print_summary(cache)
     return Path(out)
+
+
+def wanted_encodings(config: DictConfig) -> set[str]:
+    """The frozen networks to run: "vae", "text_encoder" or both."""
+    keys = {"vae": config.model.first_stage_key, "text_encoder": config.model.cond_stage_key}
+    return {part for part, key in keys.items() if is_encoded(key)} or set(keys)
+
+
+def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
+    """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them."""
+    device = pick_device(config.trainer.accelerator.replace("gpu", "cuda"))
+    networks: dict[str, Any] = {part: build_network(config, part).to(device).eval() for part in wanted}
+    words = build_tokenizer(config) if "text_encoder" in wanted else None
+    fingerprints = {part: fingerprint(network) for part, network in networks.items()}
+    if words:
+        fingerprints |= {"layer": config.model.cond_stage_config.layer, "tokenizer": words.fingerprint()}
+    return Encoders(
+        images=image_encoder(networks["vae"], device) if "vae" in wanted else None,
+        captions=caption_encoder(networks["text_encoder"], words, device) if words else None,
+        fingerprints=fingerprints,
+        versions={"latentsmith": __version__, "torch": torch.__version__},
+    )
 
 
 def image_encoder(vae: AutoencoderKL, device: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,0 +1,33 @@
+# The two commands: `make demo`, then `make test`. Both work on a fresh clone with Python 3.11 to 3.13 and two CPU cores.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint install install-dev clean
+
+demo: install
+	$(BIN)/latentsmith demo --out demo
+
+test: install-dev lint
+	$(BIN)/pytest
+
+lint: install-dev
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/mypy
+
+install: .venv/installed
+install-dev: .venv/installed-dev
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+# open_clip comes without its dependencies: only its vocabulary file is read, and they would bring torchvision.
+.venv/installed-dev: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps open-clip-torch
+	touch $@
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,186 @@
+"""`latentsmith convert`: a checkpoint of any format rewritten in another, one tensor at a time."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentsmith.checkpoints import (
+    Checkpoint,
+    ModelSpec,
+    export_diffusers,
+    export_ldm,
+    export_nemo,
+    match,
+    open_checkpoint,
+    spec_of,
+)
+from latentsmith.checkpoints.packing import lazy
+from latentsmith.diffusion import canonical_prediction_type
+from latentsmith.files.errors import BadInput
+from latentsmith.files.pickles import LazyTensor
+from latentsmith.files.tensors import tensor_bytes
+from latentsmith.inference.tokenizer import Tokenizer
+from latentsmith.inference.vocabulary import find_vocabulary, read_vocabulary
+from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+
+from .progress import progress
+
+Parts = Mapping[str, Mapping[str, LazyTensor]]
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+
+EXPORTERS = {"diffusers": export_diffusers, "ldm": export_ldm, "nemo": export_nemo}
+ENDINGS = {"diffusers": "", "ldm": ".safetensors", "nemo": ".nemo"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NETWORKS: Mapping[str, Any] = {"unet": UNetModel, "vae": AutoencoderKL, "text_encoder": ClipTextEncoder}
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    *,
+    weights: str = "ema",
+    dtype: str | torch.dtype | None = None,
+    prediction_type: str | None = None,
+    verify: bool = False,
+) -> Path:
+    """Write the whole model at `src` to `dst`, which must not exist; returns it.
+
+    to: "diffusers" (a folder), "ldm" (one .safetensors) or "nemo" (.nemo). weights: "ema" or "raw", where both are
+    there. dtype: "fp32", "fp16", "bf16" or torch's own for every weight; None keeps each. prediction_type: overrides
+    what the checkpoint says. verify: open the result again and compare every tensor with its source.
+    Raises BadInput for a source that is not a whole model or a destination that cannot be written; RuntimeError if
+    verifying finds a tensor that is not what was meant to be written.
+    """
+    dst, kind = Path(dst), named_dtype(dtype)
+    check_destination(dst, to)
+    checkpoint = open_checkpoint(src, weights)
+    spec = spec_of(checkpoint, canonical(prediction_type))
+    shapes = shapes_of(spec)
+    parts = {part: match(checkpoint, part, shapes[part]) for part in NETWORKS}
+    export: Any = EXPORTERS[to]
+    if to == "diffusers":
+        export = partial(export, tokenizer=tokenizer_files(checkpoint, parts, spec))
+    total = sum(len(tensors) for tensors in parts.values())
+    with progress("converting", "tensors") as tell:
+        export(parts, dst, spec, dtype=kind, written=Tally(tell, total))
+    print(summary(dst, to, parts, spec, kind), flush=True)
+    if verify:
+        compare(parts, dst, shapes, kind)
+    return dst
+
+
+class Tally:
+    """Tells a progress bar of each tensor; formats write a few tensors of their own beside the model's."""
+
+    def __init__(self, tell: Any, total: int):
+        self.tell, self.total, self.done = tell, total, 0
+
+    def __call__(self, name: str) -> None:
+        self.done += 1
+        self.tell(min(self.done, self.total), self.total)
+
+
+def named_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """torch's dtype of a name; BadInput for one that weights are not kept in."""
+    if dtype is None or dtype in DTYPES.values():
+        return dtype  # type: ignore[return-value]
+    if dtype not in DTYPES:
+        raise BadInput(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]  # type: ignore[index]
+
+
+def canonical(prediction_type: str | None) -> str | None:
+    try:
+        return canonical_prediction_type(prediction_type) if prediction_type else None
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def check_destination(dst: Path, to: str) -> None:
+    """BadInput for an unknown format, a name that its readers would not take, and anything that exists."""
+    if to not in EXPORTERS:
+        raise BadInput(f"format {to!r} is not one of {', '.join(EXPORTERS)}")
+    if ENDINGS[to] and dst.suffix != ENDINGS[to]:
+        raise BadInput(f"{dst}: {to} is one file, and its name ends in {ENDINGS[to]}")
+    if os.path.lexists(dst):
+        raise BadInput(f"{dst}: exists already, and nothing is overwritten; name another or move it away")
+
+
+def shapes_of(spec: ModelSpec) -> Shapes:
+    """Part -> canonical names and shapes of the networks of `spec`, which are built without memory for weights."""
+    configs = {"unet": spec.unet_config, "vae": spec.first_stage_config, "text_encoder": spec.cond_stage_config}
+    return {part: network_shapes(part, config) for part, config in configs.items()}
+
+
+def network_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = NETWORKS[part](**config)
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def tokenizer_files(checkpoint: Checkpoint, parts: Parts, spec: ModelSpec) -> dict[str, bytes] | None:
+    """The tokenizer for a diffusers folder: the checkpoint's own, else CLIP's if it is found and fits; None without."""
+    path, embeddings = checkpoint.path, parts["text_encoder"]
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    tokens, length = (
+        embeddings[f"text_model.embeddings.{table}_embedding.weight"].shape[0] for table in ("token", "position")
+    )
+    try:
+        found = find_vocabulary(None, run)
+        vocabulary = read_vocabulary(found)
+    except BadInput as error:
+        print(f"without a tokenizer: {error}")
+        return None
+    if len(vocabulary.tokens) > tokens:
+        print(f"without a tokenizer: {found} has {len(vocabulary.tokens):,} tokens, the text encoder {tokens:,}")
+        return None
+    if (found / "merges.txt").is_file():
+        return {file.name: file.read_bytes() for file in sorted(found.iterdir()) if file.suffix in (".json", ".txt")}
+    pad = "!" if spec.open_clip and vocabulary.pad is None else None
+    with tempfile.TemporaryDirectory() as folder:
+        Tokenizer(vocabulary, length, pad=pad).save(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def summary(dst: Path, to: str, parts: Parts, spec: ModelSpec, dtype: torch.dtype | None) -> str:
+    """One line that says what was written."""
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    kinds = {str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    files = [dst] if dst.is_file() else [file for file in dst.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    what = {"diffusers": "diffusers folder", "ldm": "LDM file", "nemo": ".nemo archive"}[to]
+    return (
+        f"{dst}: {what}, {sum(tensor.numel for tensor in tensors):,} parameters, {' and '.join(sorted(kinds))}, "
+        f"{spec.prediction_type}, {size / 2**20:,.1f} MiB"
+    )
+
+
+def compare(parts: Parts, dst: Path, shapes: Shapes, dtype: torch.dtype | None) -> None:
+    """Open `dst` and print, for each part, how far its tensors lie from their sources (0 unless dtype rounds).
+
+    RuntimeError for a tensor that is not, bit for bit, its source rounded to dtype.
+    """
+    again = open_checkpoint(dst)
+    for part, tensors in parts.items():
+        written = match(again, part, shapes[part])
+        largest, at = 0.0, ""
+        for name, tensor in tensors.items():
+            if tensor_bytes(lazy(tensor, dtype)) != tensor_bytes(written[name]):
+                raise RuntimeError(f"{dst}: {part} {name} is not what was written; check the disk and convert again")
+            apart = difference(tensor, written[name])
+            if apart > largest:
+                largest, at = apart, f" ({name})"
+        print(f"{part}: {len(tensors):,} tensors, largest difference {largest:.3g}{at}", flush=True)
+
+
+def difference(before: LazyTensor, after: LazyTensor) -> float:
+    """The largest difference of two tensors of one shape; 0 for equal dtypes, whose bits were compared."""
+    if before.dtype == after.dtype or not before.numel:
+        return 0.0
+    return (before.read().float() - after.read().float()).abs().max().item()
