@@ -1,11 +1,25 @@
-"""The public surface: cheap to import, and nothing promised that is not there."""
+"""The public surface: cheap to import, nothing promised that is not there, and one file of weights starts a run."""
 
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import latentsmith
+from latentsmith.checkpoints import ModelSpec, export_diffusers
+from latentsmith.data.scenes import write_pictures
+from latentsmith.files.errors import BadInput
+from latentsmith.inference.tokenizer import train_vocabulary
+from latentsmith.runs.data_import import import_data
+
+SIZES = {
+    "unet_config": dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[1]),
+    "first_stage_config": dict(embed_dim=4, ddconfig=dict(z_channels=4, ch=32, ch_mult=[1, 2], num_res_blocks=1)),
+    "cond_stage_config": dict(width=32, layers=2, heads=2, intermediate_size=64, vocab_size=520, max_length=16),
+}
+SIZES["unet_config"] |= dict(num_heads=2, context_dim=32)
+SIZES["cond_stage_config"] |= dict(activation="quick_gelu")
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -23,3 +37,66 @@ def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = latentsmith.nothing
     assert "Pipeline" in dir(latentsmith)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `model`, a tiny diffusers folder, and `shards`, pictures to train it on."""
+    folder = tmp_path_factory.mktemp("public")
+    torch.manual_seed(0)
+    networks = {
+        "unet": latentsmith.UNetModel(**SIZES["unet_config"]),
+        "vae": latentsmith.AutoencoderKL(**SIZES["first_stage_config"]),
+        "text_encoder": latentsmith.ClipTextEncoder(**SIZES["cond_stage_config"]),
+    }
+    train_vocabulary(["a red circle"], 518, folder / "words")
+    words = {file.name: file.read_bytes() for file in (folder / "words").iterdir()}
+    parts = {name: dict(network.state_dict()) for name, network in networks.items()}
+    export_diffusers(parts, folder / "model", ModelSpec(*SIZES.values(), "epsilon", image_size=8), tokenizer=words)
+    write_pictures(folder / "pictures", 4, 0)
+    import_data(folder / "pictures", folder / "shards")
+    return folder
+
+
+def fine_tuning(place, name, weights, **more):
+    """The demo's config with the tiny model's sizes, one step from `weights`."""
+    ddconfig = SIZES["first_stage_config"]["ddconfig"]
+    sizes = {f"unet_config.{key}": value for key, value in SIZES["unet_config"].items()}
+    sizes |= {f"first_stage_config.ddconfig.{key}": value for key, value in ddconfig.items()}
+    sizes |= {f"cond_stage_config.{key}": value for key, value in SIZES["cond_stage_config"].items()}
+    sizes |= {"unet_config.num_head_channels": -1, "unet_config.resblock_gn_groups": 32}
+    sizes |= {"first_stage_config.ddconfig.num_groups": 32, "micro_batch_size": 2, "scale_factor": 0.18215}
+    sizes |= {"first_stage_key": "images", "cond_stage_key": "captions", "ckpt_path": weights}
+    sizes |= {"data.train.dataset_path": place / "shards", "cond_stage_config.tokenizer": place / "words"}
+    sizes |= {"data.train.augmentations": "{resize_smallest_side: 16, center_crop_h_w: [16, 16]}"}
+    keys = [f"model.{key}={value}" for key, value in (sizes | more).items()]
+    keys += [f"name={name}", f"exp_manager.exp_dir={place}", "trainer.max_steps=1", "exp_manager.ema.enable=false"]
+    return latentsmith.load_config("demo", [*keys, "model.optim.lr=0", "model.optim.sched.min_lr=0"])
+
+
+@pytest.mark.parametrize(("to", "file"), [("diffusers", "copy"), ("ldm", "m.safetensors"), ("nemo", "m.nemo")])
+def test_one_key_starts_a_run_from_any_format(place, to, file):
+    """At a learning rate of 0 the run's weights are those of the file: nothing was left at random."""
+    weights = latentsmith.convert(place / "model", place / file, to)
+    run = latentsmith.train(fine_tuning(place, f"from_{to}", weights))
+    trained, given = (latentsmith.Pipeline.from_pretrained(path) for path in (run, place / "model"))
+    for part in ("unet", "vae", "text_encoder"):
+        left, right = (getattr(pipeline, part).state_dict() for pipeline in (trained, given))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("unet_config.model_channels", 64, "its first convolution has 32 channels, the config says model_channels 64"),
+        ("first_stage_config.ddconfig.ch", 64, "has 32 channels, the config says ddconfig.ch 64"),
+        ("cond_stage_config.layers", 3, "a text encoder of 2 layers, the config asks for 3"),
+        ("ckpt_path", "nowhere.safetensors", "nowhere.safetensors: no such file"),
+    ],
+)
+def test_a_config_of_other_sizes_is_told_in_one_line(place, key, value, message):
+    with pytest.raises(BadInput) as caught:
+        latentsmith.train(fine_tuning(place, "other", place / "model", **{key: value}))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (place / "other").exists()
