@@ -11,8 +11,8 @@ test: install-dev lint
 	$(BIN)/pytest
 
 lint: install-dev
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
 	$(BIN)/mypy
 
 install: .venv/installed

@@ -1,7 +1,6 @@
 import pytest
 
 from latentsmith.config import load_config
-from latentsmith.config.checks import check_training
 from latentsmith.files.errors import BadInput
 
 CONTRADICTIONS = [
@@ -66,12 +65,3 @@ def test_contradictions_are_named(overrides, expected):
 )
 def test_what_does_not_contradict_passes(overrides):
     load_config("sd1", overrides)
-
-
-def test_training_needs_data_and_an_end():
-    config = load_config("demo")
-    with pytest.raises(BadInput, match=r"model.data.train.dataset_path is not set"):
-        check_training(config)
-    with pytest.raises(BadInput, match=r"max_steps, max_epochs and max_time are all unlimited"):
-        check_training(load_config("demo", ["model.data.train.dataset_path=x", "trainer.max_steps=-1"]))
-    check_training(load_config("demo", ["model.data.train.dataset_path=x"]))

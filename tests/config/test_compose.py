@@ -145,11 +145,6 @@ def test_old_spellings_are_carried_over(tmp_path):
     assert both.model.optim.lr == 1
 
 
-def test_validation_path_of_nemo(tmp_path):
-    config = load_config(write(tmp_path, "model: {data: {validation: {data_path: [a.tar]}}}"))
-    assert config.model.data.validation.dataset_path == ["a.tar"]
-
-
 def test_composed_config_composes_again(tmp_path):
     from omegaconf import OmegaConf
 

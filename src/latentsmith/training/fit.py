@@ -1,5 +1,7 @@
 """One training from where its counters stand to max_steps, through Lightning."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import lightning as L
 
-from .checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
 from .log import ScalarLog
 from .module import TrainingModule
 from .progress_bar import ProgressLine
@@ -103,14 +105,13 @@ def fit(
 
     trainer_options: of lightning.Trainer (devices, accelerator, precision, gradient_clip_val, strategy, ...).
     """
-    from .checkpoint import read_state
-
     begin = read_state(checkpointing.resume) if checkpointing.resume else {"global_step": 0, "consumed_samples": 0}
     if begin["global_step"] >= max_steps:
         return
     extra: list[L.Callback] = [Resume(checkpointing.resume)] if checkpointing.resume else []
     extra += [ProgressLine(max_steps)] if progress_bar else []
     extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard), SaveCheckpoints(checkpointing)]
+    quiet_lightning()
     trainer = L.Trainer(
         max_steps=max_steps - begin["global_step"],
         logger=False,
@@ -123,3 +124,9 @@ def fit(
         **trainer_options,
     )
     trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning's hints and deprecations of its own making off the terminal; its errors still come through."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

@@ -4,6 +4,7 @@ import sys
 import time
 
 import lightning as L
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
