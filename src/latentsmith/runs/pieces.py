@@ -23,8 +23,8 @@ def noise_schedule(config: DictConfig) -> NoiseSchedule:
     )
 
 
-def optimisation(config: DictConfig, processes: int, max_steps: int) -> Optimisation:
-    """The optimizer of a run of max_steps; BadInput for batch sizes that do not divide."""
+def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation:
+    """The optimizer of a run of max_steps steps of `batch` samples."""
     optim, sched = config.model.optim, config.model.optim.sched
     options: dict[str, Any] = {
         key: optim[key] for key in ("lr", "weight_decay", "betas", "eps") if optim[key] is not None
@@ -37,7 +37,7 @@ def optimisation(config: DictConfig, processes: int, max_steps: int) -> Optimisa
     schedule = lr_schedule(
         sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
     )
-    return Optimisation(optim.name, options, schedule, global_batch(config, processes))
+    return Optimisation(optim.name, options, schedule, batch)
 
 
 def global_batch(config: DictConfig, processes: int) -> int:

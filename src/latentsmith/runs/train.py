@@ -1,5 +1,6 @@
 """`latentsmith train`: the U-Net, on pictures or on their cache."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,19 +8,20 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from latentsmith.checkpoints import ModelSpec
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.inference import Pipeline
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
 from latentsmith.training.draws import DiffusionDraws, generator_at
-from latentsmith.training.fit import Checkpointing, Data, fit
 from latentsmith.training.sample_log import SampleLog
 from latentsmith.training.samples import RunSamples
 
 from . import pieces, sets
-from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder, run_folder
-from .networks import build_networks, build_tokenizer, is_encoded, save_frozen, spec_of_run
+from .fitting import fit_as_configured
+from .folder import open_run_folder, run_folder
+from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, spec_of_run
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
@@ -29,71 +31,66 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
 
     dry_run: check everything that training would, print what would be trained, and stop.
     """
-    model, processes = config.model, pieces.process_count(config)
+    model, batch = config.model, pieces.global_batch(config, pieces.process_count(config))
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = sets.open_set(config, networks, words)
-    batch = pieces.global_batch(config, processes)
     max_steps = pieces.step_limit(config, len(samples.shards), batch)
-    optimisation = pieces.optimisation(config, processes, max_steps)
+    optimisation = pieces.optimisation(config, batch, max_steps)
     trained = ("unet", "text_encoder") if model.cond_stage_trainable else ("unet",)
     print_header(networks, trained, samples, max_steps, batch)
     if dry_run:
         return run_folder(config)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
-    scale_factor = measured_scale(read, samples, networks, model.seed) if model.scale_factor == "measured" else None
-    objective = Objective(
-        canonical_prediction_type(model.parameterization),
-        model.loss_type,
-        model.min_snr_gamma,
-        scale_factor or model.scale_factor,
-    )
-    module = DiffusionTraining(
-        arranged(networks, model.channels_last, model.inductor),
-        trained,
-        optimisation,
-        objective,
-        empty_prompt(samples, words, raw_captions),
-    )
-    ema = config.exp_manager.ema
-    if ema.enable:
-        module.keep_averages(ema.decay, every_n_steps=ema.every_n_steps, cpu_offload=ema.cpu_offload)
+    goal = objective(config, measured_scale(read, samples, networks, model.seed))
     folder = open_run_folder(config)
     if model.save_frozen:
         save_frozen(folder, networks, trained, words)
-    spec = spec_of_run(config, objective.scale_factor, samples.latent_shape[-1])
-    draws = DiffusionDraws(
+    spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
+    empty = empty_prompt(samples, words, raw_captions)
+    fit_as_configured(
+        config,
+        DiffusionTraining(arranged(networks, model.channels_last, model.inductor), trained, optimisation, goal, empty),
+        RunSamples(read, draws(config, samples), len(samples.shards), model.seed),
+        max_steps,
+        folder,
+        metadata={"latentsmith.spec": spec.to_json()},
+        callbacks=sample_log(config, networks, words, spec, folder),
+    )
+    return folder
+
+
+def objective(config: DictConfig, measured: Callable[[], float]) -> Objective:
+    """What the U-Net learns, by the config; `measured` is asked for the scale of the latents if it is not given."""
+    model = config.model
+    scale = measured() if model.scale_factor == "measured" else model.scale_factor
+    return Objective(canonical_prediction_type(model.parameterization), model.loss_type, model.min_snr_gamma, scale)
+
+
+def draws(config: DictConfig, samples: sets.TrainingSet) -> DiffusionDraws:
+    model = config.model
+    return DiffusionDraws(
         model.seed,
         samples.latent_shape,
         pieces.noise_schedule(config),
         model.caption_dropout_rate,
         model.text_embedding_dropout_rate,
     )
-    params, wanted = config.exp_manager.checkpoint_callback_params, config.exp_manager.sample_images
-    callbacks = []
-    if wanted.every_n_train_steps and {"vae", "text_encoder"} <= networks.keys() and words:
-        pipeline = Pipeline(networks["unet"], networks["vae"], networks["text_encoder"], words, spec)  # type: ignore[arg-type]
-        callbacks.append(SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted)))
-    fit(
-        module,
-        Data(RunSamples(read, draws, len(samples.shards), model.seed), model.micro_batch_size, model.data.num_workers),
-        max_steps,
-        folder,
-        Checkpointing(
-            folder / CHECKPOINTS,
-            params.every_n_train_steps,
-            params.save_top_k,
-            {"latentsmith.spec": spec.to_json()},
-            checkpoint_to_resume(config, folder),
-        ),
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        tensorboard=config.exp_manager.create_tensorboard_logger,
-        progress_bar=config.trainer.enable_progress_bar,
-        callbacks=callbacks,
-        **pieces.trainer_options(config, processes),
-    )
-    return folder
+
+
+def sample_log(
+    config: DictConfig, networks: dict[str, nn.Module], words: Tokenizer | None, spec: ModelSpec, folder: Path
+) -> list[SampleLog]:
+    """Pictures while training, if the config asks for them and the run has what draws them; a line if it has not."""
+    wanted = config.exp_manager.sample_images
+    if not (wanted.every_n_train_steps and wanted.prompts):
+        return []
+    if missing := [part for part in PARTS if part not in networks]:
+        print(f"no sample pictures: the run has no {missing[0]}; set model.{PARTS[missing[0]]}.from_pretrained")
+        return []
+    pipeline = Pipeline(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
+    return [SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted))]
 
 
 def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool) -> dict[str, nn.Module]:
@@ -127,18 +124,23 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
     )
 
 
-@torch.no_grad()
-def measured_scale(read: sets.Reader, samples: sets.TrainingSet, networks: dict[str, nn.Module], seed: int) -> float:
-    """1 / the standard deviation of the latents of the first samples of the set: they then have unit variance."""
+def measured_scale(
+    read: sets.Reader, samples: sets.TrainingSet, networks: dict[str, nn.Module], seed: int
+) -> Callable[[], float]:
+    """Measures 1 / the standard deviation of the latents of the set's first samples: it gives them unit variance."""
     vae: Any = networks.get("vae")
-    drawn = []
-    for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
-        record = read(index, index)
-        moments = record["moments"].float()[None] if "moments" in record else vae.encode(record["images"][None])
-        noise = torch.randn(1, *samples.latent_shape, generator=generator_at(seed, index))
-        drawn.append(AutoencoderKL.sample(moments, noise))
-    deviation = torch.cat(drawn).double().std().item()
-    return float(f"{1 / deviation:.5g}")
+
+    @torch.no_grad()
+    def measure() -> float:
+        drawn = []
+        for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
+            record = read(index, index)
+            moments = record["moments"].float()[None] if "moments" in record else vae.encode(record["images"][None])
+            noise = torch.randn(1, *samples.latent_shape, generator=generator_at(seed, index))
+            drawn.append(AutoencoderKL.sample(moments, noise))
+        return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
+
+    return measure
 
 
 def print_header(

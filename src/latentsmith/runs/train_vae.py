@@ -10,12 +10,12 @@ from omegaconf import DictConfig
 from latentsmith.config.build import build
 from latentsmith.files.errors import BadInput
 from latentsmith.training.draws import PosteriorDraws
-from latentsmith.training.fit import Checkpointing, Data, fit
 from latentsmith.training.samples import RunSamples
 from latentsmith.training.vae_module import VaeTraining
 
 from . import pieces
-from .folder import CHECKPOINTS, checkpoint_to_resume, open_run_folder
+from .fitting import fit_as_configured
+from .folder import open_run_folder
 from .networks import build_network, keywords
 
 
@@ -30,38 +30,24 @@ def train_vae(config: DictConfig) -> Path:
         )
     samples, transforms = pieces.training_set(config), pieces.transforms(config)
     assert transforms.size is not None
-    processes, seed = pieces.process_count(config), config.model.seed
-    max_steps = pieces.step_limit(config, len(samples), pieces.global_batch(config, processes))
+    batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
+    max_steps = pieces.step_limit(config, len(samples), batch)
     vae: Any = build_network(config, "vae")
-    module = VaeTraining(vae, loss, pieces.optimisation(config, processes, max_steps))
     if config.model.channels_last:
         vae.to(memory_format=torch.channels_last)
-    ema = config.exp_manager.ema
-    if ema.enable:
-        module.keep_averages(ema.decay, every_n_steps=ema.every_n_steps, cpu_offload=ema.cpu_offload)
-    folder = open_run_folder(config)
     run = RunSamples(
         read=pieces.read_images(samples, transforms, seed),
         draw=PosteriorDraws(seed, pieces.latent_shape(config, transforms.size)),
         length=len(samples),
         seed=seed,
     )
-    params = config.exp_manager.checkpoint_callback_params
-    fit(
-        module,
-        Data(run, config.model.micro_batch_size, config.model.data.num_workers),
+    folder = open_run_folder(config)
+    fit_as_configured(
+        config,
+        VaeTraining(vae, loss, pieces.optimisation(config, batch, max_steps)),
+        run,
         max_steps,
         folder,
-        Checkpointing(
-            folder / CHECKPOINTS,
-            params.every_n_train_steps,
-            params.save_top_k,
-            {"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
-            checkpoint_to_resume(config, folder),
-        ),
-        log_every_n_steps=config.trainer.log_every_n_steps,
-        tensorboard=config.exp_manager.create_tensorboard_logger,
-        progress_bar=config.trainer.enable_progress_bar,
-        **pieces.trainer_options(config, processes),
+        metadata={"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
     )
     return folder
