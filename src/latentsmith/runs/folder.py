@@ -14,7 +14,6 @@ from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in
 
 CHECKPOINTS = "checkpoints"
-FROZEN = "frozen"
 
 
 def run_folder(config: DictConfig) -> Path:
@@ -33,11 +32,21 @@ def open_run_folder(config: DictConfig) -> Path:
 
 
 def checkpoint_to_resume(config: DictConfig, folder: Path) -> Path | None:
-    """The checkpoint that the config says to go on from, or None to start at step 0."""
+    """The checkpoint that the config says to go on from, or None to start at step 0.
+
+    BadInput where there is none and the config wants one, and where the folder holds later ones, of which a run that
+    starts before them would not know whether to keep them.
+    """
     manager = config.exp_manager
+    found = checkpoints_in(folder / CHECKPOINTS)
     if manager.resume_from_checkpoint:
-        return Path(manager.resume_from_checkpoint)
-    found = checkpoints_in(folder / CHECKPOINTS) if manager.resume_if_exists else []
-    if not found and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
-        raise BadInput(f"{folder}: no checkpoint to resume from; set exp_manager.resume_ignore_no_checkpoint=true")
-    return found[-1] if found else None
+        start: Path | None = Path(manager.resume_from_checkpoint)
+    else:
+        start = found[-1] if found and manager.resume_if_exists else None
+        if not start and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+            raise BadInput(f"{folder}: no checkpoint to resume from; set exp_manager.resume_ignore_no_checkpoint=true")
+    if found and (start is None or found[-1].name > start.name):
+        raise BadInput(
+            f"{found[-1]}: is later than where this run would start; give another exp_manager.name, resume, or move it"
+        )
+    return start

@@ -108,6 +108,16 @@ def read_images(samples: ShardSet, made: Transforms, seed: int) -> Callable[[int
     return read
 
 
+def check_device(config: DictConfig) -> None:
+    """BadInput for an accelerator that this machine lacks, and for half precision on a CPU."""
+    accelerator, cuda, mps = config.trainer.accelerator, torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"cuda": cuda, "gpu": cuda or mps, "mps": mps}.get(accelerator, True):
+        raise BadInput(f"trainer.accelerator={accelerator}: this machine has none; set it to auto or cpu")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (cuda or mps))
+    if on_cpu and config.trainer.precision == "16-mixed":
+        raise BadInput("trainer.precision=16-mixed needs a GPU; on a CPU train in 32-true")
+
+
 def process_count(config: DictConfig) -> int:
     """Training processes of the run, over all machines."""
     devices = config.trainer.devices

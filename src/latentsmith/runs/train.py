@@ -11,6 +11,7 @@ from torch import nn
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.inference import Pipeline
+from latentsmith.inference.pipeline import SamplingOptions
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
@@ -31,6 +32,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
 
     dry_run: check everything that training would, print what would be trained, and stop.
     """
+    pieces.check_device(config)
     model, batch = config.model, pieces.global_batch(config, pieces.process_count(config))
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
@@ -90,6 +92,8 @@ def sample_log(
         print(f"no sample pictures: the run has no {missing[0]}; set model.{PARTS[missing[0]]}.from_pretrained")
         return []
     pipeline = Pipeline(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
+    size = pipeline.image_size
+    pipeline.check(wanted.prompts, SamplingOptions(size, size, wanted.steps, wanted.guidance_scale, wanted.sampler))
     return [SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted))]
 
 

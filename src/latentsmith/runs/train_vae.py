@@ -21,6 +21,7 @@ from .networks import build_network, keywords
 
 def train_vae(config: DictConfig) -> Path:
     """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder."""
+    pieces.check_device(config)
     first_stage = config.model.first_stage_config
     loss = build(first_stage.lossconfig)
     if isinstance(loss, torch.nn.Identity):

@@ -40,6 +40,7 @@ def save_checkpoint(folder: Path, module: TrainingModule, keep: int, metadata: M
         save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
     checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
     state = {**asdict(module.progress), "ema_updates": {n: e.updates for n, e in module.ema.items()}}
+    state["optimizer"] = module.optimisation.name
     write_text(aside / STATE_FILE, json.dumps({**state, "checksums": checksums}, indent=1) + "\n")
     sync_folder(aside)
     shutil.rmtree(final, ignore_errors=True)
@@ -68,15 +69,34 @@ def load_checkpoint(path: Path, module: TrainingModule) -> None:
     for name in module.trained:
         fill(module.parts[name], path / f"{name}.safetensors")
     for name, average in module.ema.items():
+        if name not in state["ema_updates"]:
+            raise BadInput(f"{path}: holds no averages of {name}; set exp_manager.ema.enable=false, or name a new run")
         average.load_state_dict(open_tensors(path / "ema" / f"{name}.safetensors"), state["ema_updates"][name])
-    optimizer = module.optimizers(use_pl_optimizer=False)
-    rows: dict[int, dict[str, Tensor]] = {}
-    for key, value in open_tensors(path / "optimizer.safetensors").items():
-        number, _, name = key.partition(".")
-        rows.setdefault(int(number), {})[name] = value.clone()
-    groups = optimizer.state_dict()["param_groups"]  # type: ignore[union-attr]
-    optimizer.load_state_dict({"state": rows, "param_groups": groups})  # type: ignore[union-attr]
+    check_optimizer(path, state.get("optimizer"), module.optimisation.name)
+    fill_optimizer(module.optimizers(use_pl_optimizer=False), path / "optimizer.safetensors")
     module.progress = Progress(state["global_step"], state["consumed_samples"])
+
+
+def check_optimizer(path: Path, saved: str | None, wanted: str) -> None:
+    """BadInput if the state in a checkpoint is of another optimizer than the config's."""
+    if saved not in (None, wanted):
+        raise BadInput(
+            f"{path}: its optimizer is {saved}, and model.optim.name is {wanted}; set that to {saved}, or name a new "
+            "run that starts from these weights with model.ckpt_path"
+        )
+
+
+def fill_optimizer(optimizer: Any, path: Path) -> None:
+    """Load an optimizer's state, each tensor in the memory order of its parameter: fused kernels read them side by
+    side, whatever their strides say."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rows: dict[int, dict[str, Tensor]] = {}
+    for key, value in open_tensors(path).items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        like = parameter if value.shape == parameter.shape else value
+        rows.setdefault(int(number), {})[name] = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
+    optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def fill(module: torch.nn.Module, path: Path) -> None:
@@ -91,9 +111,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint whose files are all as they were written; BadInput says which is not."""
     try:
         state = json.loads((path / STATE_FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a checkpoint of a run ({error})") from None
-    for name, checksum in state["checksums"].items():
+        checksums = dict(state["checksums"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path}: not a checkpoint of a run ({type(error).__name__}: {error})") from None
+    for name, checksum in checksums.items():
         if not (path / name).is_file() or hash_file(path / name) != checksum:
             raise BadInput(f"{path / name}: damaged or missing; go on from another checkpoint of the run")
     return state

@@ -72,7 +72,7 @@ class DiffusionTraining(TrainingModule):
         if self.objective.min_snr_gamma:
             snr = (signal / noise_level).square()
             losses = losses * min_snr_weight(self.objective.prediction_type, snr, self.objective.min_snr_gamma)
-        self.record(loss=losses.mean())
+        self.record_micro(loss=losses.mean())
         return losses.mean()
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from latentsmith.data.order import sample_seed
 from latentsmith.diffusion import NoiseSchedule
 
-DRAWS, CROPS = 1, 2  # streams of the seed of one position: what training adds to a sample; its transforms
+DRAWS, CROPS, DROPOUT = 1, 2, 3  # streams of one position's seed: what is added to its sample; transforms; dropout
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class DiffusionDraws:
     """What the diffusion loss draws for one sample.
 
     latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
-    caption_dropout_rate: chance of the empty prompt; text_embedding_dropout_rate: chance of zeros in place of the embedding.
+    caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
     """
 
     seed: int

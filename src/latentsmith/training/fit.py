@@ -11,33 +11,35 @@ import lightning as L
 
 from .checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
 from .log import ScalarLog
-from .module import TrainingModule
+from .module import StepCallback, TrainingModule
 from .progress_bar import ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where checkpoints go, how often (0: only the last step), how many stay (-1: all), and the
-    metadata of their files."""
+    """Where checkpoints go, how often (0: the last step only), how many stay (-1: all), and their files' metadata.
+
+    resume: the checkpoint to go on from. enabled: False writes none at all.
+    """
 
     folder: Path
     every_n_steps: int
     keep: int
     metadata: Mapping[str, str] = field(default_factory=dict)
     resume: Path | None = None
+    enabled: bool = True
 
 
-class SaveCheckpoints(L.Callback):
+class SaveCheckpoints(StepCallback):
     """Saves at optimizer-step boundaries, and after the last step."""
 
     def __init__(self, checkpointing: Checkpointing):
         self.to = checkpointing
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        step, every = module.progress.global_step, self.to.every_n_steps
-        boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if boundary and every and step % every == 0:
+    def on_step_end(self, trainer, module) -> None:
+        every = self.to.every_n_steps
+        if every and module.progress.global_step % every == 0:
             self._save(module)
 
     def on_train_end(self, trainer, module) -> None:
@@ -107,10 +109,12 @@ def fit(
     """
     begin = read_state(checkpointing.resume) if checkpointing.resume else {"global_step": 0, "consumed_samples": 0}
     if begin["global_step"] >= max_steps:
+        print(f"{run_folder}: already at step {begin['global_step']:,} of {max_steps:,}; nothing to do")
         return
     extra: list[L.Callback] = [Resume(checkpointing.resume)] if checkpointing.resume else []
     extra += [ProgressLine(max_steps)] if progress_bar else []
-    extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard), SaveCheckpoints(checkpointing)]
+    extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard)]
+    extra += [SaveCheckpoints(checkpointing)] if checkpointing.enabled else []
     quiet_lightning()
     trainer = L.Trainer(
         max_steps=max_steps - begin["global_step"],

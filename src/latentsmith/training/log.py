@@ -6,10 +6,14 @@ from pathlib import Path
 import lightning as L
 from torch.utils.tensorboard import SummaryWriter
 
-from .module import TrainingModule
+from latentsmith.files.atomic import write_text
+
+from .module import StepCallback, TrainingModule
+
+METRICS_FILE = "metrics.csv"
 
 
-class ScalarLog(L.Callback):
+class ScalarLog(StepCallback):
     """Writes every scalar of the module each `every_n_steps` optimizer steps into `folder`/metrics.csv, and into
     TensorBoard events in `folder`/tensorboard if `tensorboard`."""
 
@@ -18,15 +22,18 @@ class ScalarLog(L.Callback):
         self.events: SummaryWriter | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero:
+            return
+        drop_rows_after(self.folder / METRICS_FILE, module.progress.global_step)
         if self.tensorboard:
             self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=module.progress.global_step + 1)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_step_end(self, trainer, module) -> None:
         step = module.progress.global_step
         if step % self.every_n_steps or not trainer.is_global_zero:
             return
         values = module.metrics.read()
-        append_row(self.folder / "metrics.csv", {"step": step, **values})
+        append_row(self.folder / METRICS_FILE, {"step": step, **values})
         for name, value in values.items() if self.events else ():
             self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
 
@@ -36,13 +43,24 @@ class ScalarLog(L.Callback):
 
 
 def append_row(path: Path, row: dict[str, float]) -> None:
-    """Add a row to a CSV whose columns are those of its first row; a new column starts the file's next table."""
-    header = path.read_text("utf-8").splitlines()[0].split(",") if path.exists() else list(row)
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, header, extrasaction="ignore")
-        if file.tell() == 0:
+    """Add a row to a CSV whose columns are those of its first row."""
+    with open(path, "a+", encoding="utf-8", newline="") as file:
+        file.seek(0)
+        header = file.readline().strip().split(",")
+        columns = header if header != [""] else list(row)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        if header == [""]:
             writer.writeheader()
         writer.writerow(row)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove the rows of steps that a run resumed at `step` does again, and one that was being written at a crash."""
+    if not path.exists():
+        return
+    header, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
+    kept = [line for line in lines if line.endswith("\n") and float(line.split(",")[0]) <= step]
+    write_text(path, "".join([header, *kept]) if kept else "")
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -32,12 +32,21 @@ class Progress:
 
 @dataclass
 class Metrics:
-    """The newest value of every scalar of training, left on its device until somebody reads it."""
+    """The newest value of every scalar of training, left on its device until somebody reads it.
+
+    values: of the newest step. micro: those of the step under way, one for each of its micro batches so far.
+    """
 
     values: dict[str, Tensor | float] = field(default_factory=dict)
+    micro: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def read(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.values.items()}
+
+    def end_step(self) -> None:
+        """The means over the step's micro batches become its values."""
+        self.values |= {name: torch.stack(values).mean() for name, values in self.micro.items()}
+        self.micro.clear()
 
 
 class TrainingModule(L.LightningModule):
@@ -57,6 +66,10 @@ class TrainingModule(L.LightningModule):
         """Start averages of every trained part from its present weights."""
         self.ema = {name: Ema(self.parts[name], decay, **options) for name in self.trained}
 
+    def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Dropout, too, is a function of the seed and the position, not of what ran before."""
+        torch.manual_seed(batch["dropout_seed"][0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         parameters = [p for name in self.trained for p in self.parts[name].parameters() if p.requires_grad]
         return build_optimizer(self.optimisation.name, parameters, **self.optimisation.options)
@@ -68,6 +81,7 @@ class TrainingModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.progress.global_step += 1
         self.progress.consumed_samples += self.optimisation.global_batch
+        self.metrics.end_step()
         self.record(lr=rate)
         for name, average in self.ema.items():
             average.update(self.parts[name], self.progress.global_step)
@@ -81,3 +95,19 @@ class TrainingModule(L.LightningModule):
         """Keep scalars of this step for the log."""
         for name, value in scalars.items():
             self.metrics.values[name] = value.detach() if isinstance(value, Tensor) else value
+
+    def record_micro(self, **scalars: Tensor) -> None:
+        """Keep scalars of one micro batch; the log has their means over the step."""
+        for name, value in scalars.items():
+            self.metrics.micro.setdefault(name, []).append(value.detach())
+
+
+class StepCallback(L.Callback):
+    """A callback that acts when an optimizer step is done, not after each of its micro batches."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_step_end(trainer, module)
+
+    def on_step_end(self, trainer: L.Trainer, module: TrainingModule) -> None:
+        raise NotImplementedError

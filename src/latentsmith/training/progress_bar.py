@@ -8,14 +8,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .module import TrainingModule
+from .module import StepCallback, TrainingModule
 
 SMOOTHING = 0.95  # share of the old value in the smoothed loss
 PLAIN_SECONDS = 20.0  # between two lines where the output is no terminal
 BAR_SECONDS = 0.5
 
 
-class ProgressLine(L.Callback):
+class ProgressLine(StepCallback):
     """A bar on a terminal, else a plain line now and then: step, smoothed loss, lr, samples/s, time left."""
 
     def __init__(self, max_steps: int):
@@ -38,7 +38,7 @@ class ProgressLine(L.Callback):
         self.task = self.bar.add_task("training", total=self.max_steps, completed=self.first, line="")
         self.bar.start()
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_step_end(self, trainer, module) -> None:
         loss = module.metrics.values["loss"]  # stays on its device: reading it would wait for the step
         self.loss = loss if self.loss is None else torch.lerp(loss, self.loss, SMOOTHING)
         step, now = module.progress.global_step, time.monotonic()

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from PIL import Image
@@ -11,10 +10,10 @@ from PIL import Image
 from latentsmith.files.atomic import atomic_open
 from latentsmith.inference import Pipeline
 
-from .module import TrainingModule
+from .module import StepCallback, TrainingModule
 
 
-class SampleLog(L.Callback):
+class SampleLog(StepCallback):
     """Draws `prompts` every `every_n_steps` optimizer steps with the averaged weights, if there are any.
 
     Writes one row of pictures, `folder`/step-N.png. options: of `Pipeline.__call__`.
@@ -24,7 +23,7 @@ class SampleLog(L.Callback):
         self.pipeline, self.folder, self.every_n_steps = pipeline, folder, every_n_steps
         self.prompts, self.options = prompts, options
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_step_end(self, trainer, module) -> None:
         if self.prompts and module.progress.global_step % self.every_n_steps == 0 and trainer.is_global_zero:
             self.draw(module)
 

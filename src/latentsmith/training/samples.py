@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from latentsmith.data.order import index_at
+from latentsmith.data.order import index_at, sample_seed
+
+from .draws import DROPOUT
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunSamples(Dataset):
-    """The run as a sequence: position -> what `read` makes of the sample there, and what `draw` adds.
+    """The run as a sequence: position -> what `read` makes of the sample there, what `draw` adds, and `dropout_seed`.
 
     read(index, position): tensors and text of one sample of the set, whose crops may depend on the position.
     length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch.
@@ -27,7 +29,8 @@ class RunSamples(Dataset):
 
     def __getitem__(self, position: int) -> Record:
         index = index_at(self.seed, position, self.length)
-        return {**self.read(index, position), **self.draw(position)}
+        dropout_seed = sample_seed(self.seed, position, DROPOUT)
+        return {**self.read(index, position), **self.draw(position), "dropout_seed": dropout_seed}
 
 
 @dataclass(frozen=True)

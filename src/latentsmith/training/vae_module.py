@@ -23,5 +23,5 @@ class VaeTraining(TrainingModule):
         moments = vae.encode(images)
         decoded = vae.decode(vae.sample(moments, batch["posterior_noise"]))
         losses = self.loss(images, decoded, moments)
-        self.record(**losses, psnr=psnr(images, decoded.detach()).mean())
+        self.record_micro(**losses, psnr=psnr(images, decoded.detach()).mean())
         return losses["loss"]
