@@ -146,7 +146,13 @@ def _get(tree: Any, key: str) -> Any:
     return tree
 
 
+def asset(name: str) -> str:
+    """The path of a file that comes with the package: `${asset:demo/vae.safetensors}` in a config."""
+    return str(Path(__file__).with_name("assets") / name)
+
+
 def _resolve(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
     config = OmegaConf.create(tree)
     try:
         if missing := OmegaConf.missing_keys(config):

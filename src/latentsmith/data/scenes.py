@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "cream": (245, 228, 185),
     "navy": (22, 32, 88),
 }
-SIZES = {"small": 9 / 64, "large": 15 / 64}  # half the width of the object's box
+SIZES = {"small": 10.5 / 64, "large": 15 / 64}  # half the width of the object's box
 OFFSET = 13 / 64  # centre to centre between neighbouring positions
 POSITIONS = {
     "top left": (-1, -1), "top": (0, -1), "top right": (1, -1),
