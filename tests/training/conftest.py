@@ -1,0 +1,130 @@
+"""A diffusion training small enough for closed forms: linear networks, random samples, no files but the run's own."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from latentsmith.diffusion import NoiseSchedule
+from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
+from latentsmith.training.draws import DiffusionDraws
+from latentsmith.training.fit import Checkpointing, Data, fit
+from latentsmith.training.log import read_rows
+from latentsmith.training.module import Optimisation
+from latentsmith.training.optimizers import lr_schedule
+from latentsmith.training.samples import RunSamples
+
+LENGTH, CONTEXT, TOKENS, SAMPLES, SIZE = 3, 5, 7, 10, (4, 4, 4)
+
+
+class ToyUNet(nn.Module):
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.conv, self.text, self.dropout = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(CONTEXT, 4), nn.Dropout(dropout)
+
+    def forward(self, noisy, timesteps, context):
+        hidden = self.conv(noisy) + self.text(context.sum(dim=1))[:, :, None, None]
+        return self.dropout(hidden) + timesteps[:, None, None, None] / 1000
+
+
+class ToyVae(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.dropout = nn.Conv2d(3, 8, 2, stride=2), nn.Dropout(0.5)
+
+    def encode(self, images):
+        return self.dropout(self.conv(images))
+
+
+class ToyText(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(TOKENS, CONTEXT)
+
+    def forward(self, token_ids):
+        return self.table(token_ids)
+
+
+def record(index: int, position: int) -> dict:
+    """Sample `index` of the set, as a cache and as pictures would give it."""
+    generator = torch.Generator().manual_seed(index)
+    return {
+        "keys": str(index),
+        "moments": torch.randn(8, 4, 4, generator=generator).half(),
+        "context": torch.randn(LENGTH, CONTEXT, generator=generator).half(),
+        "token_ids": torch.randint(1, TOKENS, (LENGTH,), generator=generator),
+        "images": torch.rand(3, 8, 8, generator=generator) * 2 - 1,
+    }
+
+
+@dataclass
+class Toy:
+    """One training of the toy networks: module() and samples() to call by hand, train() to run to max_steps."""
+
+    folder: Path
+    cached: bool = True
+    trained: tuple[str, ...] = ("unet",)
+    objective: Objective = field(default_factory=lambda: Objective(scale_factor=0.5))
+    caption_dropout_rate: float = 0.0
+    text_embedding_dropout_rate: float = 0.0
+    unet_dropout: float = 0.0
+    global_batch: int = 4
+    options: dict = field(default_factory=lambda: {"lr": 1e-2})
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule.from_config)
+
+    @property
+    def draws(self) -> DiffusionDraws:
+        return DiffusionDraws(3, SIZE, self.schedule, self.caption_dropout_rate, self.text_embedding_dropout_rate)
+
+    def module(self) -> DiffusionTraining:
+        torch.manual_seed(0)
+        parts = {"unet": ToyUNet(self.unet_dropout), "vae": ToyVae(), "text_encoder": ToyText()}
+        empty = EmptyPrompt(embedding=torch.full((LENGTH, CONTEXT), 0.25))
+        empty = empty if self.cached else EmptyPrompt(token_ids=torch.zeros(1, LENGTH, dtype=torch.long))
+        optimisation = Optimisation("adamw", self.options, lr_schedule("constant"), self.global_batch)
+        return DiffusionTraining(parts, self.trained, optimisation, self.objective, empty)
+
+    def samples(self) -> RunSamples:
+        dropped = ("images", "token_ids") if self.cached else ("moments", "context")
+
+        def read(index: int, position: int) -> dict:
+            return {name: value for name, value in record(index, position).items() if name not in dropped}
+
+        return RunSamples(read, self.draws, SAMPLES, seed=3)
+
+    def train(self, module=None, steps=4, *, every=0, keep=-1, resume=None, micro_batch=None, callbacks=(), **options):
+        module = module or self.module()
+        options = {"accelerator": "cpu", "devices": 1} | options
+        micro_batch = micro_batch or self.global_batch
+        fit(
+            module,
+            Data(self.samples(), micro_batch),
+            steps,
+            self.folder,
+            Checkpointing(self.folder / "checkpoints", every, keep, resume=resume),
+            log_every_n_steps=1,
+            tensorboard=False,
+            progress_bar=False,
+            callbacks=callbacks,
+            accumulate_grad_batches=self.global_batch // micro_batch,
+            **options,
+        )
+        return module
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in read_rows(self.folder / "metrics.csv")]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """toy(**fields) -> a Toy with a folder of its own."""
+    made = []
+
+    def make(**fields) -> Toy:
+        made.append(None)
+        (tmp_path / f"run{len(made)}").mkdir()
+        return Toy(tmp_path / f"run{len(made)}", **fields)
+
+    return make

@@ -1,0 +1,147 @@
+"""The step of the diffusion loss against the same arithmetic in float64, and what is trained and what is not."""
+
+import numpy as np
+import pytest
+import torch
+
+from latentsmith.diffusion import NoiseSchedule
+from latentsmith.training.diffusion_module import Objective
+from latentsmith.training.samples import collate
+
+POSITIONS = range(6)
+
+
+def batch_of(toy_run):
+    samples = toy_run.samples()
+    return collate([samples[position] for position in POSITIONS])
+
+
+def as64(tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def convolved(images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """A 3x3 convolution of zero-padded images (batch, channels, height, width), by its definition."""
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))
+    return np.einsum("bcyxij,ocij->boyx", windows, weight) + bias[:, None, None]
+
+
+def expected_loss(module, batch, prediction_type, loss_type, gamma, schedule) -> float:
+    """The loss of a batch of cached samples, from Ho et al. 2020, Salimans & Ho 2022 and Hang et al. 2023."""
+    mean, logvar = np.split(as64(batch["moments"]), 2, axis=1)
+    latents = 0.5 * (mean + np.exp(0.5 * logvar) * as64(batch["posterior_noise"]))
+    kept = as64(schedule.alphas_cumprod)[batch["timesteps"].numpy()][:, None, None, None]
+    noise = as64(batch["noise"])
+    noisy = np.sqrt(kept) * latents + np.sqrt(1 - kept) * noise
+    unet = module.parts["unet"]
+    text = as64(batch["context"]).sum(axis=1) @ as64(unet.text.weight).T + as64(unet.text.bias)
+    output = convolved(noisy, as64(unet.conv.weight), as64(unet.conv.bias)) + text[:, :, None, None]
+    output += batch["timesteps"].numpy()[:, None, None, None] / 1000
+    targets = {"epsilon": noise, "v_prediction": np.sqrt(kept) * noise - np.sqrt(1 - kept) * latents, "sample": latents}
+    difference = np.abs(output - targets[prediction_type])
+    huber = np.where(difference < 1, 0.5 * difference**2, difference - 0.5)
+    losses = {"l2": difference**2, "l1": difference, "huber": huber}[loss_type].mean(axis=(1, 2, 3))
+    if gamma:
+        snr = (kept / (1 - kept)).ravel()
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": np.ones_like(snr)}[prediction_type]
+        losses *= np.minimum(snr, gamma) / divisor
+    return losses.mean()
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("loss_type", ["l2", "l1", "huber"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_loss_equals_float64(toy, prediction_type, loss_type, gamma):
+    run = toy(objective=Objective(prediction_type, loss_type, gamma, scale_factor=0.5))
+    module, batch = run.module(), batch_of(run)
+    loss = module.training_step(batch, 0)
+    expected = expected_loss(module, batch, prediction_type, loss_type, gamma, run.schedule)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert module.metrics.micro["loss"] == [loss]
+
+
+def test_zero_terminal_snr_has_a_finite_loss(toy):
+    schedule = NoiseSchedule.from_config(timesteps=2).zero_terminal_snr()
+    run = toy(objective=Objective("v_prediction", min_snr_gamma=5.0), schedule=schedule)
+    assert run.module().training_step(batch_of(run), 0).isfinite()
+
+
+def test_pictures_are_encoded_and_sampled_with_their_own_noise(toy):
+    run = toy(cached=False)
+    module, batch = run.module().eval(), batch_of(run)
+    mean, logvar = module.parts["vae"].conv(batch["images"]).chunk(2, dim=1)
+    expected = 0.5 * (mean + (0.5 * logvar).exp() * batch["posterior_noise"])
+    latents = module.latents(batch)
+    torch.testing.assert_close(latents, expected)
+    assert not latents.requires_grad
+
+
+def test_caption_dropout_gives_the_empty_prompt(toy):
+    for cached in (True, False):
+        run = toy(cached=cached, caption_dropout_rate=0.5)
+        module, batch = run.module(), batch_of(run)
+        dropped, table = batch["empty_caption"], module.parts["text_encoder"].table.weight
+        assert 0 < dropped.sum() < len(dropped) and not batch["zero_embedding"].any()
+        context = module.context(batch)
+        empty = torch.full_like(context[0], 0.25) if cached else table[0].expand_as(context[0])
+        own = batch["context"].float() if cached else table[batch["token_ids"]]
+        for row, is_dropped in enumerate(dropped):
+            assert torch.equal(context[row], empty if is_dropped else own[row])
+
+
+def test_embedding_dropout_gives_zeros(toy):
+    for cached in (True, False):
+        run = toy(cached=cached, text_embedding_dropout_rate=0.5)
+        module, batch = run.module(), batch_of(run)
+        dropped = batch["zero_embedding"]
+        assert 0 < dropped.sum() < len(dropped) and not batch["empty_caption"].any()
+        norms = module.context(batch).abs().sum(dim=(1, 2))
+        assert ((norms == 0) == dropped).all()
+
+
+def test_a_cache_without_an_empty_prompt_needs_none(toy):
+    run = toy()
+    module, batch = run.module(), batch_of(run)
+    module.empty_embedding = None
+    assert torch.equal(module.context(batch), batch["context"].float())
+
+
+def test_frozen_parts_stay_as_they_are(toy):
+    run = toy(cached=False)
+    module = run.module()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run.train(module, 3, every=3)
+    for name, value in module.state_dict().items():
+        assert torch.equal(before[name], value) != name.startswith("parts.unet"), name
+    assert all(p.grad is None for part in ("vae", "text_encoder") for p in module.parts[part].parameters())
+    state = module.optimizers(use_pl_optimizer=False).state_dict()["state"]
+    assert len(state) == len(list(module.parts["unet"].parameters()))
+    assert not module.parts["vae"].training and not module.parts["vae"].dropout.training
+
+
+def test_a_trained_text_encoder_moves(toy):
+    run = toy(cached=False, trained=("unet", "text_encoder"))
+    module = run.module()
+    before = module.parts["text_encoder"].table.weight.detach().clone()
+    module.keep_averages(0.5)
+    run.train(module, 2, every=2)
+    assert not torch.equal(before, module.parts["text_encoder"].table.weight)
+    files = {path.name for path in (run.folder / "checkpoints" / "step-00000002").rglob("*.safetensors")}
+    assert files == {"unet.safetensors", "text_encoder.safetensors", "optimizer.safetensors"}
+    assert (run.folder / "checkpoints" / "step-00000002" / "ema" / "text_encoder.safetensors").is_file()
+
+
+def test_gradients_are_clipped_to_their_global_norm(toy):
+    """SGD with lr 1 moves by the gradient itself, so the step's length shows what was clipped."""
+    lengths = []
+    for limit in (None, 0.01):
+        run = toy(options={"lr": 1.0})
+        module = run.module()
+        object.__setattr__(module.optimisation, "name", "SGD")
+        before = torch.cat([p.detach().flatten().clone() for p in module.parts["unet"].parameters()])
+        run.train(module, 1, gradient_clip_val=limit)
+        after = torch.cat([p.detach().flatten() for p in module.parts["unet"].parameters()])
+        lengths.append((after - before).norm().item())
+        assert module.metrics.read()["grad_norm"] > 0.1  # what is recorded is the norm before clipping
+    assert lengths[0] > 0.1 and lengths[1] == pytest.approx(0.01, rel=1e-3)

@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import nn
+
+from latentsmith.training.ema import Ema
+
+
+def walk(module: nn.Module, steps: int, ema: Ema) -> list[torch.Tensor]:
+    """Move the weights `steps` times, telling the average; the weights after each step, in float64."""
+    weights = []
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            module.weight.add_(torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(step)))
+        ema.update(module, step)
+        weights.append(module.weight.detach().double().clone())
+    return weights
+
+
+@pytest.mark.parametrize(("decay", "every"), [(0.5, 1), (0.9999, 1), (0.3, 3)])
+def test_average_equals_its_closed_form(decay, every):
+    module = nn.Linear(3, 2, bias=False)
+    expected, ema = module.weight.detach().double().clone(), Ema(module, decay, every_n_steps=every)
+    for update, weight in enumerate(walk(module, 12, ema)[every - 1 :: every], start=1):
+        kept = min(decay, (1 + update) / (10 + update))  # the warm-up: 2/11, 3/12, ...
+        expected = kept * expected + (1 - kept) * weight
+    assert ema.updates == 12 // every
+    torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_early_averages_follow_the_weights():
+    module = nn.Linear(3, 2, bias=False)
+    ema = Ema(module, 0.9999)
+    started = module.weight.detach().clone()
+    (weight,) = walk(module, 1, ema)
+    torch.testing.assert_close(ema.state_dict()["weight"].double(), 2 / 11 * started.double() + 9 / 11 * weight)
+
+
+def test_swap_twice_is_the_identity_and_once_exchanges():
+    module = nn.Linear(3, 2)
+    ema = Ema(module, 0.9)
+    walk(module, 3, ema)
+    weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    averages = {name: average.clone() for name, average in ema.state_dict().items()}
+    ema.swap(module)
+    assert all(torch.equal(module.get_parameter(name), averages[name]) for name in weights)
+    assert all(torch.equal(ema.state_dict()[name], weights[name]) for name in weights)
+    ema.swap(module)
+    assert all(torch.equal(module.get_parameter(name), weights[name]) for name in weights)
+    assert all(torch.equal(ema.state_dict()[name], averages[name]) for name in weights)
+
+
+def test_only_trained_parameters_are_averaged_and_state_goes_on():
+    module = nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    ema = Ema(module, 0.9, cpu_offload=True)
+    assert list(ema.state_dict()) == ["weight"]
+    walk(module, 4, ema)
+    again = Ema(module, 0.9)
+    again.load_state_dict({"weight": ema.state_dict()["weight"].clone()}, ema.updates)
+    walk(module, 2, ema)
+    torch.manual_seed(0)
+    assert again.updates == 4
+    with pytest.raises(KeyError, match="weight"):
+        again.load_state_dict({}, 0)
+
+
+def test_half_precision_weights_have_float32_averages():
+    module = nn.Linear(3, 2, bias=False).bfloat16()
+    ema = Ema(module, 0.5)
+    walk(module, 2, ema)
+    assert ema.state_dict()["weight"].dtype == torch.float32

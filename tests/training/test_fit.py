@@ -1,0 +1,219 @@
+"""Runs of the toy training: exact resume, accumulation, logs, checkpoints, sample pictures."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from latentsmith.files.errors import BadInput
+from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
+from latentsmith.training.log import append_row, drop_rows_after, read_rows
+from latentsmith.training.sample_log import SampleLog
+
+
+def checkpoint(run, step):
+    return run.folder / "checkpoints" / f"step-{step:08d}"
+
+
+def averaged(run):
+    module = run.module()
+    module.keep_averages(0.9)
+    return module
+
+
+def test_four_steps_are_two_and_two(toy):
+    whole, halves = toy(unet_dropout=0.3), toy(unet_dropout=0.3)
+    whole.train(averaged(whole), 4)
+    halves.train(averaged(halves), 2)
+    torch.rand(5)  # the state of the process has no say
+    halves.train(averaged(halves), 4, resume=checkpoint(halves, 2))
+    assert halves.losses() == whole.losses() and len(whole.losses()) == 4
+    states = [read_state(checkpoint(run, 4)) for run in (whole, halves)]
+    assert states[0] == states[1]  # checksums of weights, averages and optimizer among them
+    assert {"unet.safetensors", "ema/unet.safetensors", "optimizer.safetensors"} == states[0]["checksums"].keys()
+
+
+def test_resume_keeps_the_memory_order_of_the_optimizer(toy):
+    """Fused AdamW reads weights and moments side by side in memory: both must be laid out alike after loading."""
+    runs = []
+    for stops in ((4,), (2, 4)):
+        run = toy()
+        for stop in stops:
+            module = run.module()
+            module.parts["unet"].to(memory_format=torch.channels_last)
+            done = checkpoints_in(run.folder / "checkpoints")
+            run.train(module, stop, resume=done[-1] if done else None)
+        runs.append(run)
+    assert read_state(checkpoint(runs[0], 4)) == read_state(checkpoint(runs[1], 4))
+
+
+def test_accumulation_changes_nothing_but_memory(toy):
+    at_once, by_parts = toy(), toy()
+    first, second = at_once.train(steps=5), by_parts.train(steps=5, micro_batch=1)
+    assert by_parts.losses() == pytest.approx(at_once.losses(), rel=1e-5)
+    for one, other in zip(first.parts["unet"].parameters(), second.parts["unet"].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert (second.progress.global_step, second.progress.consumed_samples) == (5, 20)
+
+
+def test_rows_are_one_for_each_step_after_a_resume(toy):
+    run = toy()
+    run.train(steps=5, every=2, micro_batch=2)
+    before = run.losses()
+    run.train(steps=7, resume=checkpoint(run, 2), micro_batch=2)  # as after a crash at step 5
+    rows = read_rows(run.folder / "metrics.csv")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["loss"] for row in rows][:5] == before
+    assert rows[0].keys() == {"step", "loss", "lr", "grad_norm"}
+
+
+def test_rows_cut_short_by_a_crash_go(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for step in (10, 20, 30):
+        append_row(path, {"step": step, "loss": 1 / step})
+    with open(path, "a") as file:
+        file.write("40,0.0")
+    drop_rows_after(path, 40)
+    assert [row["step"] for row in read_rows(path)] == [10, 20, 30]
+    drop_rows_after(path, 20)
+    append_row(path, {"step": 30, "loss": 0.5, "psnr": 1.0})
+    assert read_rows(path) == [{"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 30, "loss": 0.5}]
+    drop_rows_after(path, 0)
+    append_row(path, {"step": 1, "loss": 2.0, "psnr": 3.0})
+    assert read_rows(path) == [{"step": 1, "loss": 2.0, "psnr": 3.0}]
+    drop_rows_after(tmp_path / "none.csv", 0)
+    assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_the_learning_rate_follows_the_step_after_a_resume(toy):
+    run = toy(options={"lr": 0.5})
+    for stop, resume in ((2, None), (4, checkpoint(run, 2))):
+        module = run.module()
+        object.__setattr__(module.optimisation, "schedule", lambda step: 1 / (1 + step))
+        run.train(module, stop, resume=resume)
+    rates = [row["lr"] for row in read_rows(run.folder / "metrics.csv")]
+    assert rates == pytest.approx([0.5, 0.25, 0.5 / 3, 0.125])
+
+
+def test_the_newest_checkpoints_are_kept(toy):
+    run = toy()
+    run.train(steps=7, every=2, keep=2)
+    assert [path.name for path in checkpoints_in(run.folder / "checkpoints")] == ["step-00000006", "step-00000007"]
+    run.train(steps=7, resume=checkpoint(run, 7))  # nothing to do
+    assert len(run.losses()) == 7
+
+
+def test_only_the_last_step_where_none_is_asked_for(toy):
+    run = toy()
+    run.train(steps=3, every=0, keep=1)
+    assert [path.name for path in checkpoints_in(run.folder / "checkpoints")] == ["step-00000003"]
+
+
+def test_what_is_incomplete_is_no_checkpoint(toy):
+    run = toy()
+    run.train(steps=2)
+    left = run.folder / "checkpoints" / "step-00000009.INCOMPLETE"
+    left.mkdir()
+    (left / "state.json").write_text("{}")
+    (run.folder / "checkpoints" / "step-00000008").mkdir()
+    assert [path.name for path in checkpoints_in(run.folder / "checkpoints")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.safetensors"])
+def test_a_damaged_file_is_named(toy, name):
+    run = toy()
+    run.train(steps=1)
+    path = checkpoint(run, 1) / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=rf"{name}: damaged or missing; go on from another checkpoint"):
+        run.train(steps=2, resume=checkpoint(run, 1))
+    path.unlink()
+    with pytest.raises(BadInput, match=f"{name}: damaged or missing"):
+        read_state(checkpoint(run, 1))
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_what_is_no_checkpoint_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "state.json").write_text(text)
+    with pytest.raises(BadInput, match=f"{tmp_path.name}: not a checkpoint of a run"):
+        read_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_training_is_refused(toy):
+    run = toy()
+    run.train(steps=1)
+    with pytest.raises(BadInput, match=r"step-00000001: holds no averages of unet; set exp_manager.ema.enable=false"):
+        run.train(averaged(run), 2, resume=checkpoint(run, 1))
+    module = run.module()
+    object.__setattr__(module.optimisation, "name", "SGD")
+    with pytest.raises(BadInput, match=r"its optimizer is adamw, and model\.optim\.name is SGD"):
+        run.train(module, 2, resume=checkpoint(run, 1))
+    module = run.module()
+    module.parts["unet"].text = torch.nn.Linear(9, 4)
+    with pytest.raises(BadInput, match=r"unet.safetensors: does not fit this config \(.*text.weight"):
+        run.train(module, 2, resume=checkpoint(run, 1))
+
+
+def test_a_save_that_dies_leaves_the_older_checkpoint(toy, monkeypatch):
+    run = toy()
+    run.train(steps=2)
+
+    def die(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("latentsmith.training.checkpoint.os.rename", die)
+    with pytest.raises(OSError, match="no space left"):
+        run.train(steps=4, every=4, resume=checkpoint(run, 2))
+    monkeypatch.undo()
+    assert checkpoints_in(run.folder / "checkpoints") == [checkpoint(run, 2)]
+    run.train(steps=4, resume=checkpoint(run, 2))
+    assert json.loads((checkpoint(run, 4) / "state.json").read_text())["global_step"] == 4
+    assert not list((run.folder / "checkpoints").glob("*.INCOMPLETE"))
+
+
+def test_loading_puts_the_counters_back(toy):
+    run = toy()
+    run.train(averaged(run), 3)
+    module = averaged(run)
+    module.trainer = type("Trainer", (), {})
+    module.optimizers = lambda **_: made
+    made = module.configure_optimizers()
+    load_checkpoint(checkpoint(run, 3), module)
+    assert (module.progress.global_step, module.progress.consumed_samples) == (3, 12)
+    assert module.ema["unet"].updates == 3
+
+
+class RandomPipeline:
+    """Draws what depends on the weights, and disturbs everything that training must not depend on."""
+
+    def __init__(self, unet):
+        self.unet, self.seen = unet, []
+
+    def __call__(self, prompts, **options):
+        assert not self.unet.training and not torch.is_grad_enabled()
+        torch.manual_seed(len(self.seen))
+        torch.rand(3)
+        self.seen.append([p.detach().clone() for p in self.unet.parameters()])
+        return [Image.new("RGB", (4, 4), (len(prompt), 0, 0)) for prompt in prompts]
+
+
+def test_sample_pictures_do_not_change_training(toy):
+    """Dropout, averages and accumulation included; the pictures are of the averaged weights."""
+    plain, sampled = toy(unet_dropout=0.3), toy(unet_dropout=0.3)
+    plain.train(averaged(plain), 4, micro_batch=2)
+    module = averaged(sampled)
+    pipeline = RandomPipeline(module.parts["unet"])
+    log = SampleLog(pipeline, sampled.folder / "samples", 2, prompts=["a", "bc"], steps=1)
+    sampled.train(module, 4, micro_batch=2, callbacks=[log])
+    assert sampled.losses() == plain.losses()
+    assert read_state(checkpoint(sampled, 4)) == read_state(checkpoint(plain, 4))
+    pictures = sorted(path.name for path in (sampled.folder / "samples").iterdir())
+    assert pictures == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(sampled.folder / "samples" / pictures[0]) as row:
+        assert row.size == (8, 4) and (row.getpixel((0, 0))[0], row.getpixel((7, 3))[0]) == (1, 2)
+    for drawn, average in zip(pipeline.seen[-1], module.ema["unet"].averages, strict=True):
+        assert torch.equal(drawn, average)
