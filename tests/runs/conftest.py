@@ -43,7 +43,7 @@ model:
     intermediate_size: 64
     activation: quick_gelu
     vocab_size: 540
-    max_length: 24
+    max_length: 40
   data:
     train:
       dataset_path: ROOT/shards

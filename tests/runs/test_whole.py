@@ -28,8 +28,8 @@ def test_every_run_is_whole(world):
 def test_cache_holds_what_the_networks_give(world):
     pictures, both = LatentCache(world.root / "latents"), LatentCache(world.root / "cache")
     assert pictures.encoded == ["image_encoded"] and sorted(both.encoded) == ["captions_encoded", "image_encoded"]
-    assert both[0]["image_encoded"].shape == (8, 8, 8) and both[0]["captions_encoded"].shape == (24, 32)
-    assert both.empty_prompt.shape == (24, 32)
+    assert both[0]["image_encoded"].shape == (8, 8, 8) and both[0]["captions_encoded"].shape == (40, 32)
+    assert both.empty_prompt.shape == (40, 32)
     for index in range(len(both)):
         assert np.array_equal(both[index]["image_encoded"], pictures[index]["image_encoded"])
 
