@@ -48,7 +48,7 @@ def killed_in_the_middle(world, words, metrics, rows):
     command = [sys.executable, "-c", script, str(torch.get_num_threads()), *given]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ)) as process:
         while process.poll() is None and len(read_rows(metrics)) < rows:
-            time.sleep(0.002)
+            time.sleep(0.01)
         assert process.poll() is None, process.stderr.read().decode()
         process.kill()
 
