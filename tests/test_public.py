@@ -1,18 +1,27 @@
-"""The public surface: cheap to import, nothing promised that is not there, and one file of weights starts a run."""
+"""The public surface: cheap to import, nothing promised or documented that is not there, one file starts a run."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import typer
+import yaml
 
 import latentsmith
 from latentsmith.checkpoints import ModelSpec, export_diffusers
+from latentsmith.cli import main
+from latentsmith.cli.main import app
+from latentsmith.config import schema
 from latentsmith.data.scenes import write_pictures
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import train_vocabulary
 from latentsmith.runs.data_import import import_data
 
+ROOT = Path(__file__).parents[1]
 SIZES = {
     "unet_config": dict(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[1]),
     "first_stage_config": dict(embed_dim=4, ddconfig=dict(z_channels=4, ch=32, ch_mult=[1, 2], num_res_blocks=1)),
@@ -58,20 +67,22 @@ def place(tmp_path_factory):
     return folder
 
 
-def fine_tuning(place, name, weights, **more):
-    """The demo's config with the tiny model's sizes, one step from `weights`."""
-    ddconfig = SIZES["first_stage_config"]["ddconfig"]
-    sizes = {f"unet_config.{key}": value for key, value in SIZES["unet_config"].items()}
-    sizes |= {f"first_stage_config.ddconfig.{key}": value for key, value in ddconfig.items()}
-    sizes |= {f"cond_stage_config.{key}": value for key, value in SIZES["cond_stage_config"].items()}
-    sizes |= {"unet_config.num_head_channels": -1, "unet_config.resblock_gn_groups": 32}
-    sizes |= {"first_stage_config.ddconfig.num_groups": 32, "micro_batch_size": 2, "scale_factor": 0.18215}
-    sizes |= {"first_stage_key": "images", "cond_stage_key": "captions", "ckpt_path": weights}
-    sizes |= {"data.train.dataset_path": place / "shards", "cond_stage_config.tokenizer": place / "words"}
-    sizes |= {"data.train.augmentations": "{resize_smallest_side: 16, center_crop_h_w: [16, 16]}"}
-    keys = [f"model.{key}={value}" for key, value in (sizes | more).items()]
-    keys += [f"name={name}", f"exp_manager.exp_dir={place}", "trainer.max_steps=1", "exp_manager.ema.enable=false"]
-    return latentsmith.load_config("demo", [*keys, "model.optim.lr=0", "model.optim.sched.min_lr=0"])
+def fine_tuning(place, name, weights, **sizes):
+    """A config of the tiny model's sizes: one step from `weights` at a learning rate of 0."""
+    crop = {"resize_smallest_side": 16, "center_crop_h_w": [16, 16]}
+    model = {
+        **SIZES,
+        "ckpt_path": str(weights),
+        "first_stage_key": "images",
+        "cond_stage_key": "captions",
+        "micro_batch_size": 2,
+        "optim": {"lr": 0.0},
+        "data": {"train": {"dataset_path": str(place / "shards"), "augmentations": crop}},
+    }
+    config = {"name": name, "trainer": {"max_steps": 1}, "exp_manager": {"exp_dir": str(place)}, "model": model}
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    words = f"model.cond_stage_config.tokenizer={place / 'words'}"
+    return latentsmith.load_config(place / f"{name}.yaml", [words, *(f"model.{k}={v}" for k, v in sizes.items())])
 
 
 @pytest.mark.parametrize(("to", "file"), [("diffusers", "copy"), ("ldm", "m.safetensors"), ("nemo", "m.nemo")])
@@ -100,3 +111,37 @@ def test_a_config_of_other_sizes_is_told_in_one_line(place, key, value, message)
         latentsmith.train(fine_tuning(place, "other", place / "model", **{key: value}))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (place / "other").exists()
+
+
+def pages():
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def quoted_commands(page):
+    """The `latentsmith ...` commands of a page's code blocks, continued lines joined, comments dropped."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    fenced = [line for block in text.split("```")[1::2] for line in block.splitlines()]
+    indented = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    return [shlex.split(line, comments=True)[1:] for line in fenced + indented if line.startswith("latentsmith ")]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_quoted_commands_options_and_links_exist(page):
+    for words in quoted_commands(page):
+        command = typer.main.get_command(app)
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        command.make_context(command.name, [word for word in words if word not in ("...", "PATH")])
+        for key in (word.split("=")[0] for word in words if "=" in word and " " not in word):
+            assert key in schema.table(), f"{page.name}: {key} is no option"
+    for key in re.findall(r"`((?:model|trainer|exp_manager)\.[\w.]+)", page.read_text("utf-8")):
+        known = key in schema.table() or key in schema.groups()
+        assert known, f"{page.name}: {key} is no option"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text("utf-8")):
+        assert (page.parent / link).exists(), f"{page.name}: {link} is not there"
+
+
+def test_the_page_of_options_is_the_generated_one(capsys):
+    """If not: latentsmith config explain --markdown > docs/configuration.md"""
+    assert main(["config", "explain", "--markdown"]) == 0
+    assert capsys.readouterr().out.strip() == (ROOT / "docs" / "configuration.md").read_text("utf-8").strip()
