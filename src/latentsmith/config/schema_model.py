@@ -227,7 +227,7 @@ DATA = group(
     refused("accept_unfingerprinted", flag(), False, "a cache that does not say what made it", NOT_BUILT),
     *group(
         "train",
-        used("dataset_path", PATHS, None, "folder of shards or cache, tars, or NeMo's wdinfo files", also=["path"]),
+        used("dataset_path", PATHS, None, "folder of shards or cache, or WebDataset tars", also=["path"]),
         *group("augmentations", *AUGMENTATIONS),
         FILTERINGS,
         no_effect("data_sharding", flag(), True, "NeMo: tars by process", ONE_LOADER),

@@ -81,7 +81,10 @@ class Pipeline:
             "text_encoder": loaded(ClipTextEncoder, spec.cond_stage_config, checkpoint, "text_encoder"),
         }
         length = networks["text_encoder"].max_length
-        words = Tokenizer.find(tokenizer, path, length)
+        ldm_v2 = checkpoint.kind == "ldm" and spec.open_clip  # FrozenOpenCLIPEmbedder's cleaning and padding
+        words = Tokenizer.find(
+            tokenizer, model_folder(path), length, cleaning="open_clip" if ldm_v2 else "transformers"
+        )
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():
             network.to(place, kind).eval().requires_grad_(False)
@@ -215,6 +218,12 @@ class Pipeline:
             self.grid(options)
         except ValueError as error:
             raise BadInput(str(error)) from None
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where the files beside the weights lie: for a checkpoint inside a run folder, the run folder."""
+    path = Path(path)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def one_each(name: str, given: Any, count: int) -> list[Any]:

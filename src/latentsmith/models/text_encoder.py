@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import attention, join_heads, split_heads
+from .layers import attention, join_heads, split_heads, zero_init
 from .loading import load_pretrained
 
 ARCHITECTURES = {
@@ -144,17 +144,18 @@ class ClipTextEncoder(nn.Module):
             self.requires_grad_(False).eval()
 
     def reset_parameters(self) -> None:
-        """CLIP's initialisation (Radford et al. 2021): small embeddings, projections scaled with depth and width."""
+        """Fresh weights whose output is each word's own embedding: every residual branch starts as the identity, so a
+        U-Net that learns beside them can tell the words apart from its first step. The rest is CLIP's initialisation
+        (Radford et al. 2021)."""
         model, layers = self.text_model, cast(list[EncoderLayer], list(self.text_model.encoder.layers))
-        nn.init.normal_(model.embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(model.embeddings.position_embedding.weight, std=0.01)
-        into = self.width**-0.5
+        nn.init.normal_(model.embeddings.token_embedding.weight)
+        nn.init.normal_(model.embeddings.position_embedding.weight, std=0.1)
         for layer in layers:
             for project in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-                nn.init.normal_(project.weight, std=into)
-            for back in (layer.self_attn.out_proj, layer.mlp.fc2):
-                nn.init.normal_(back.weight, std=into * (2 * len(layers)) ** -0.5)
+                nn.init.normal_(project.weight, std=self.width**-0.5)
             nn.init.normal_(layer.mlp.fc1.weight, std=(2 * self.width) ** -0.5)
+            zero_init(layer.self_attn.out_proj)
+            zero_init(layer.mlp.fc2)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)

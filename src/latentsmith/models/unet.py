@@ -194,7 +194,7 @@ class UNetModel(nn.Module):
         """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network."""
         for module in self.modules():
             if isinstance(module, ResBlock | SpatialTransformer | AttentionBlock):
-                module.compile()
+                module.compile(dynamic=False)  # one size a run; dynamic shapes fail on a CPU
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's prediction, (batch, out_channels, height, width).

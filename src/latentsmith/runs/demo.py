@@ -31,7 +31,7 @@ from .train_vae import train_vae
 
 SCENES, PICTURES = 6000, 12000  # drawn for the U-Net; for a VAE from scratch
 RANDOM_PROMPTS, HELD_OUT_PROMPTS, SHOWN = 200, 100, (28, 12)  # measured; shown of each
-STEPS, GUIDANCE, BATCH = 20, 4.0, 50  # of drawing
+STEPS, GUIDANCE, BATCH = 12, 4.0, 50  # of drawing
 PROMPT_SEED = 2024  # unlike the seed of the training scenes
 
 

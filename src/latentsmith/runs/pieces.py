@@ -32,7 +32,7 @@ def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
     hold = sched.hold_steps if sched.hold_steps is not None else math.inf
-    least = sched.min_lr / optim.lr if sched.min_lr else 0.0
+    least = sched.min_lr / optim.lr if sched.min_lr and optim.lr else 0.0
     last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps
     schedule = lr_schedule(
         sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
