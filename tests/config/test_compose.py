@@ -49,7 +49,7 @@ def test_interpolations_absolute_relative_and_of_defaults(tmp_path):
 
 
 def test_origins_and_notes(tmp_path):
-    path = write(tmp_path, "model: {optim: {lr: 1e-5}, image_size: 32, use_ema: true}")
+    path = write(tmp_path, "model: {optim: {lr: 1e-5}, use_ema: true}")
     composed = compose(path, ["model.seed=3"])
     assert composed.origins["model.optim.lr"] == "my.yaml"
     assert composed.origins["model.seed"] == "command line"

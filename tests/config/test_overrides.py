@@ -57,7 +57,7 @@ def test_deleting_goes_back_to_the_default():
 
 def test_a_mapping_is_merged():
     optim = load_config("demo", ["model.optim={lr: 1, sched: {name: constant}}"]).model.optim
-    assert (optim.lr, optim.sched.name, optim.sched.warmup_steps) == (1, "constant", 100)
+    assert (optim.lr, optim.sched.name, optim.sched.warmup_steps) == (1, "constant", 50)
 
 
 def test_later_overrides_win():

@@ -121,18 +121,19 @@ def test_the_two_activations(randomise):
     assert 1e-4 < difference < 0.5  # an approximation of each other, not the same
 
 
-def test_fresh_weights_have_clips_spread():
+def test_fresh_weights_give_each_word_its_own_embedding():
     torch.manual_seed(0)
     encoder = ClipTextEncoder(**SIZES | dict(width=128, vocab_size=2000, layers=4))
     model, layer = encoder.text_model, encoder.text_model.encoder.layers[0]
     spreads = {
-        model.embeddings.token_embedding: 0.02,
-        model.embeddings.position_embedding: 0.01,
+        model.embeddings.token_embedding: 1.0,
+        model.embeddings.position_embedding: 0.1,
         layer.self_attn.q_proj: 128**-0.5,
-        layer.self_attn.out_proj: 128**-0.5 * 8**-0.5,
         layer.mlp.fc1: 256**-0.5,
-        layer.mlp.fc2: 128**-0.5 * 8**-0.5,
     }
     for module, expected in spreads.items():
         assert module.weight.std().item() == pytest.approx(expected, rel=0.06)
     assert not any(m.bias.any() for m in encoder.modules() if isinstance(m, torch.nn.Linear))
+    ids = torch.randint(2000, (2, encoder.max_length))
+    embedded = torch.nn.functional.layer_norm(model.embeddings(ids), (128,))
+    torch.testing.assert_close(encoder(ids), embedded)  # every residual branch starts at zero

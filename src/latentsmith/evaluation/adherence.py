@@ -17,7 +17,7 @@ LEAST_CONTRAST = 45.0  # length in 0..255 RGB between background and object; noi
 LEAST_AREA = 0.008  # of the picture: about a third of the smallest shape
 LEAST_OVERLAP = 0.85  # intersection over union with the known shape; two different ones reach 0.842
 LEAST_PURE = 0.7  # share of the object's core, and of the border, that has its colour
-SIZE_TOLERANCE = 1.22  # a half width this many times off is of neither size
+SIZE_TOLERANCE = 1.15  # a half width this many times off is of neither size
 
 
 @dataclass(frozen=True)
