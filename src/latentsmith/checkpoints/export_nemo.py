@@ -11,7 +11,7 @@ import yaml
 
 from latentsmith.checkpoints import text_keys
 from latentsmith.checkpoints.packing import Parts, Written, lazy, require_whole, schedule_buffers, text_tower
-from latentsmith.checkpoints.spec import ModelSpec
+from latentsmith.checkpoints.spec import OWN_SECTION, ModelSpec
 from latentsmith.checkpoints.unet_keys import NEMO_V2, rename
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.pickles import LazyTensor
@@ -117,30 +117,39 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "unet_config": _plain(unet),
         "first_stage_config": _plain(vae),
         "cond_stage_config": _plain(_encoder(parts, spec)),
+        OWN_SECTION: {"cond_stage_config": _plain(_beside_encoder(parts, spec))},
     }
 
 
 def _encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
-    text = {
-        key: value for key, value in spec.cond_stage_config.items() if value is not None and not key.startswith("_")
-    }
+    """The embedder, with its own arguments alone: NeMo calls it with whatever stands here."""
     if not spec.open_clip:
-        target = {
+        return {
             "_target_": f"{ENCODERS}.encoders.modules.FrozenCLIPEmbedder",
             "version": "openai/clip-vit-large-patch14",
+            "max_length": spec.cond_stage_config.get("max_length", 77),
+            "layer": "last",
         }
-        return target | text | {"layer": "last", "layers": text_keys.depth(parts["text_encoder"])}
-    depth = text_keys.depth(parts["text_encoder"])
-    target = {
+    return {
         "_target_": f"{ENCODERS}.encoders.modules.FrozenOpenCLIPEmbedder",
         "arch": "ViT-H-14",
         "version": "laion2b_s32b_b79k",
-        **text,
+        "max_length": spec.cond_stage_config.get("max_length", 77),
+        "layer": "penultimate" if spec.penultimate else "last",
     }
+
+
+def _beside_encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
+    """What NeMo's embedder has no argument for: sizes, and which weights were never trained."""
+    text = {key: value for key, value in spec.cond_stage_config.items() if value is not None and key[0] != "_"}
+    depth = text_keys.depth(parts["text_encoder"])
+    if not spec.open_clip:
+        padded = {} if text.get("pad_to") else {"trained_unpadded": True}
+        return text | {"layer": "last", "layers": depth} | padded
     if not spec.penultimate:
-        return target | {"layer": "last", "layers": depth}
+        return text | {"layer": "last", "layers": depth}
     # Layer number `depth`, text_projection and logit_scale hold no trained weights.
-    return target | {"layer": "penultimate", "layers": depth + 1, "unused_layer": "zeros"}
+    return text | {"layer": "penultimate", "layers": depth + 1, "unused_layer": "zeros"}
 
 
 def _plain(value: Any) -> Any:

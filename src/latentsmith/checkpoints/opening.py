@@ -12,6 +12,7 @@ from latentsmith.checkpoints.buckets import PARTS, bucket, ema_key
 from latentsmith.files.archives import is_archive, open_nemo
 from latentsmith.files.atomic import INCOMPLETE
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hub import local_or_hub
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.files.tensors import TensorFile, open_tensors
 
@@ -51,12 +52,12 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
-    """Open a file or folder of any supported format.
+    """Open a file or folder of any supported format, or a hub name ("owner/name") of one.
 
     weights: "ema" takes the moving average of the U-Net where the checkpoint stores one, "raw" the training weights;
     where only one set exists, it is that one. Raises BadInput for unreadable files and for keys no rule knows.
     """
-    path = Path(path)
+    path = local_or_hub(path)
     if weights not in ("ema", "raw"):
         raise BadInput(f'weights={weights!r}: must be "ema" or "raw"')
     if path.is_dir():

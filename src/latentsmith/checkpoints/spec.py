@@ -15,6 +15,8 @@ PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_p
                "x0": "sample", "sample": "sample"}  # fmt: skip
 NULL_TEXT_KEY = "latentsmith.null_text"
 BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names -> LDM's, which are ours
+OWN_SECTION = "latentsmith"  # of a NeMo model config: what NeMo has no key for
+NEMO_LENGTH = 80  # text embeddings of a caption in NeMo v2.0.0, zeros from the 78th on
 V2_BASE_STEP = 875_000  # global_step of 512-base-ema.ckpt
 
 
@@ -253,10 +255,24 @@ def _text(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
     }
     if (width, layers) in ((1024, 23), (1024, 24)):  # SD2 reads the last but one of 24 layers
         config |= {"layers": 24, "layer": "penultimate"}
-    stated = checkpoint.config.get("cond_stage_config") or {}
+    stated = stated_text(checkpoint)
+    config |= {"pad_to": NEMO_LENGTH} if pads_text(stated) and positions[0] == 77 else {}
     if stated.get("layer") in ("last", "penultimate"):
         config["layer"] = stated["layer"]
     return config | _text_hints(part, width, {**component_config(part), **stated})
+
+
+def stated_text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a NeMo model config says of its text encoder, and what we wrote beside it."""
+    own = checkpoint.config.get(OWN_SECTION) or {}
+    return {**(checkpoint.config.get("cond_stage_config") or {}), **(own.get("cond_stage_config") or {})}
+
+
+def pads_text(stated: Mapping[str, Any]) -> bool:
+    """Whether a NeMo model config's text encoder fills its output with zeros up to 80 vectors, as NeMo v2.0.0's
+    FrozenCLIPEmbedder and FrozenMegatronCLIPEmbedder do; a model exported from here says that it was not trained so."""
+    embedder = str(stated.get("_target_", "")).rpartition(".")[2]
+    return embedder in ("FrozenCLIPEmbedder", "FrozenMegatronCLIPEmbedder") and not stated.get("trained_unpadded")
 
 
 def _text_hints(part: Part, width: int, stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Prompts to pictures: text encoder, guided U-Net, sampler, VAE."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +64,22 @@ class Pipeline:
         prediction_type: str | None = None,
         weights: str = "ema",
         tokenizer: str | Path | None = None,
+        pad_to: int | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Pipeline":
-        """Open a run folder, a diffusers folder, a single file or a .nemo.
+        """Open a run folder, a diffusers folder, a single file, a .nemo or a hub name ("owner/name").
 
         prediction_type: overrides what the checkpoint says. weights: "ema" or "raw". tokenizer: a folder or file to
-        use in place of the checkpoint's own. device: "auto" (cuda, mps, cpu) by default. dtype: float32 by default.
+        use in place of the checkpoint's own. pad_to: length up to which text embeddings are filled with zeros, as NeMo
+        trains v1 with 80; 0: not at all; None: as the checkpoint was trained. device: "auto" (cuda, mps, cpu) by
+        default. dtype: float32 by default.
         Raises BadInput for a file that cannot be read or is not a whole model.
         """
         checkpoint = open_checkpoint(path, weights)
         spec = spec_of(checkpoint, prediction_type)
+        if pad_to is not None:
+            spec = replace(spec, cond_stage_config={**spec.cond_stage_config, "pad_to": pad_to or None})
         networks = {
             "unet": loaded(UNetModel, spec.unet_config, checkpoint, "unet"),
             "vae": loaded(AutoencoderKL, spec.first_stage_config, checkpoint, "vae"),
@@ -83,7 +88,7 @@ class Pipeline:
         length = networks["text_encoder"].max_length
         ldm_v2 = checkpoint.kind == "ldm" and spec.open_clip  # FrozenOpenCLIPEmbedder's cleaning and padding
         words = Tokenizer.find(
-            tokenizer, model_folder(path), length, cleaning="open_clip" if ldm_v2 else "transformers"
+            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if ldm_v2 else "transformers"
         )
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():

@@ -4,7 +4,6 @@ import gzip
 import importlib.util
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hub import cached_snapshots
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -105,13 +105,7 @@ def _open_clip_file() -> Path | None:
 
 def _in_hub_cache(name: str) -> Path | None:
     """The vocabulary folder in the newest cached snapshot of a hub repository, at its root or under tokenizer/."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return None
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    snapshots = (cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")
-    newest_first = sorted(snapshots, key=lambda folder: folder.stat().st_mtime, reverse=True)
-    folders = [folder for snapshot in newest_first for folder in _folders_of(snapshot)]
+    folders = [folder for snapshot in cached_snapshots(name) for folder in _folders_of(snapshot)]
     return next(filter(_has_vocabulary, folders), None)
 
 

@@ -98,7 +98,8 @@ class ClipTextEncoder(nn.Module):
     arch: "ViT-L-14" or "ViT-H-14" sets width, layers, heads, intermediate_size and activation; each can also be
     given by itself. layer: "last", or "penultimate", which leaves out the last of `layers` (the final norm follows
     either way); the module holds only the layers that it runs.
-    vocab_size, max_length: of the tokenizer. tokenizer: where its files are, kept for those who build it.
+    pad_to: output is filled up with zero vectors to this length, which attention then sees: NeMo v2.0.0 trains v1 so,
+    with 80. vocab_size, max_length: of the tokenizer. tokenizer: where its files are, kept for those who build it.
     freeze: no gradients and always in evaluation mode. version names the weights and is kept for reference; device
     is accepted for old files: the module is where it is put.
     from_pretrained, or restore_from_path for a .nemo: a checkpoint to fill every parameter from, strictly.
@@ -117,6 +118,7 @@ class ClipTextEncoder(nn.Module):
         vocab_size: int = 49408,
         max_length: int = 77,
         layer: str = "last",
+        pad_to: int | None = None,
         freeze: bool = True,
         tokenizer: str | None = None,
         device: str | None = None,
@@ -130,6 +132,9 @@ class ClipTextEncoder(nn.Module):
         sizes = text_sizes(arch, given)
         if layer not in ("last", "penultimate"):
             raise ValueError(f'layer is {layer!r}; it can be "last" or "penultimate"')
+        if pad_to is not None and pad_to < max_length:
+            raise ValueError(f"pad_to is {pad_to}, less than max_length {max_length}")
+        self.pad_to = pad_to
         depth = sizes.pop("layers") - (layer == "penultimate")
         self.width, self.max_length, self.vocab_size = sizes["width"], max_length, vocab_size
         self.tokenizer, self.version, self.layer, self.frozen = tokenizer, version, layer, freeze
@@ -165,8 +170,9 @@ class ClipTextEncoder(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Text embeddings (batch, length, width) of `token_ids` (batch, length), integers."""
-        return self.text_model(token_ids)
+        """Text embeddings (batch, length or pad_to, width) of `token_ids` (batch, length), integers."""
+        embedded = self.text_model(token_ids)
+        return F.pad(embedded, (0, 0, 0, self.pad_to - embedded.shape[1])) if self.pad_to else embedded
 
 
 def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict:

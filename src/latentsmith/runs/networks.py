@@ -12,6 +12,7 @@ from latentsmith.config.build import build
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
+from latentsmith.files.hub import published
 from latentsmith.files.tensors import save_safetensors
 from latentsmith.inference.tokenizer import Tokenizer
 
@@ -25,7 +26,13 @@ def is_encoded(key: str) -> bool:
 
 
 def weights_of(config: DictConfig, part: str) -> str | None:
-    """Where the config says that the weights of a part come from: its own key, else model.ckpt_path for all three."""
+    """Where the weights of a part come from: its own key, else model.ckpt_path for all three, else the published
+    `version` that a text encoder's config names."""
+    return stated_weights(config, part) or published(config.model[PARTS[part]].get("version"))
+
+
+def stated_weights(config: DictConfig, part: str) -> str | None:
+    """The file or folder that the config itself gives for a part."""
     node = config.model[PARTS[part]]
     return node.from_pretrained or node.get("restore_from_path") or config.model.ckpt_path
 
@@ -33,7 +40,7 @@ def weights_of(config: DictConfig, part: str) -> str | None:
 def build_networks(config: DictConfig) -> dict[str, nn.Module]:
     """The networks that this training needs or keeps, by name; BadInput where a frozen one has no weights.
 
-    The U-Net always; the VAE if pictures have to be encoded or its weights are given; so the text encoder, and if it
+    The U-Net always; the VAE if pictures have to be encoded or a file of it is given; so the text encoder, and if it
     is trained. Fresh weights are a function of model.seed.
     """
     model = config.model
@@ -48,7 +55,7 @@ def build_networks(config: DictConfig) -> dict[str, nn.Module]:
         fresh_allowed = part == "unet" or (part == "text_encoder" and model.cond_stage_trainable)
         if needed[part] and not given and not fresh_allowed:
             raise BadInput(f"model.{key}.from_pretrained is not set: the {part} is frozen and would stay random")
-        if needed[part] or given:
+        if needed[part] or stated_weights(config, part):
             networks[part] = build_network(config, part)
     return networks
 
@@ -98,6 +105,12 @@ def keywords(node: DictConfig) -> dict[str, Any]:
 
 def fingerprint(network: nn.Module) -> str:
     return fingerprint_tensors(network.state_dict())
+
+
+def layer_of(config: DictConfig) -> str:
+    """What a cache records of the text encoder's output beside its weights: the layer, and padding if there is any."""
+    node = config.model.cond_stage_config
+    return node.layer + (f", padded to {node.pad_to}" if node.pad_to else "")
 
 
 def save_frozen(

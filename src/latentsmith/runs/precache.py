@@ -16,7 +16,7 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
-from .networks import PARTS, build_network, build_tokenizer, fingerprint, is_encoded, weights_of
+from .networks import PARTS, build_network, build_tokenizer, fingerprint, is_encoded, layer_of, weights_of
 from .progress import progress
 
 
@@ -60,7 +60,7 @@ def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
     words = build_tokenizer(config) if "text_encoder" in wanted else None
     fingerprints = {part: fingerprint(network) for part, network in networks.items()}
     if words:
-        fingerprints |= {"layer": config.model.cond_stage_config.layer, "tokenizer": words.fingerprint()}
+        fingerprints |= {"layer": layer_of(config), "tokenizer": words.fingerprint()}
     return Encoders(
         images=image_encoder(networks["vae"], device) if "vae" in wanted else None,
         captions=caption_encoder(networks["text_encoder"], words, device) if words else None,

@@ -18,7 +18,7 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.training.draws import CROPS
 
 from . import pieces
-from .networks import fingerprint, is_encoded
+from .networks import fingerprint, is_encoded, layer_of
 
 Reader = Callable[[int, int], dict[str, Any]]
 
@@ -80,7 +80,7 @@ def check_cache(
         {
             "vae": fingerprint(networks["vae"]) if "vae" in networks else None,
             "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
-            "layer": config.model.cond_stage_config.layer if text else None,
+            "layer": layer_of(config) if text else None,
             "tokenizer": words.fingerprint() if text and words else None,
             "transforms": stated_transforms(config),
         }

@@ -1,0 +1,70 @@
+"""Hugging Face hub names: downloaded where there is a network, found in the local cache where there is none."""
+
+import os
+import re
+from pathlib import Path
+
+from latentsmith.files.errors import BadInput
+
+NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SMALL_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
+# In this order, so that the pickles and the single files of several GB lying beside them are left where they are.
+WEIGHTS = (
+    ["*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors", "model.safetensors", "open_clip_*.safetensors"],
+    ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin", "pytorch_model.bin", "open_clip_pytorch_model.bin"],
+)
+VARIANTS = ["*.fp16.*", "*.non_ema.*", "safety_checker/*"]  # never needed beside the plain weights
+PUBLISHED = {"laion2b_s32b_b79k": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai": "openai/clip-vit-large-patch14"}
+
+
+def local_or_hub(path: str | Path) -> Path:
+    """`path` if it exists or is no hub name ("owner/name"); else the folder of its snapshot.
+
+    Raises BadInput, one line, for a hub name that is neither cached nor can be downloaded.
+    """
+    given = Path(path).expanduser()
+    if given.exists() or not NAME.fullmatch(str(path)) or given.parent.exists() or given.suffix in (".nemo", ".ckpt"):
+        return given
+    for patterns in WEIGHTS:
+        folder = _snapshot(str(path), [*SMALL_FILES, *patterns])
+        if any(next(folder.glob(pattern), None) for pattern in patterns):
+            return folder
+    raise BadInput(f"{path}: the hub has no weights of a known name under it; download its file and name that")
+
+
+def published(version: str | None) -> str | None:
+    """Where a text encoder's `version` is: a file that exists, or a hub name; None if it names neither."""
+    if version is None or Path(version).expanduser().exists():
+        return version
+    name = PUBLISHED.get(version, version)
+    return name if NAME.fullmatch(name) else None
+
+
+def cache_folder() -> Path:
+    """The hub's cache on this machine, as its own library finds it."""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def cached_snapshots(name: str) -> list[Path]:
+    """Snapshots of a hub name in the local cache, newest first."""
+    if not NAME.fullmatch(name):
+        return []
+    folders = (cache_folder() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")
+    return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _snapshot(name: str, patterns: list[str]) -> Path:
+    """The newest snapshot, brought up to date if the hub can be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(name, cache_dir=cache_folder(), allow_patterns=patterns, ignore_patterns=VARIANTS)
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        if cached := cached_snapshots(name):
+            return cached[0]
+        reason = str(error).split("\n")[0][:100]
+        raise BadInput(f"{name}: no such file, and not on the hub or in {cache_folder()} ({reason})") from None

@@ -1,0 +1,56 @@
+"""Hub names: from the cache when there is no network, one line when there is neither."""
+
+import pytest
+
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hub import local_or_hub, published
+
+
+def snapshot(cache, name, files):
+    """A repository as huggingface_hub's cache lays it out."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0123456789abcdef0123456789abcdef01234567")
+    inside = folder / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    for file in files:
+        (inside / file).parent.mkdir(parents=True, exist_ok=True)
+        (inside / file).write_text("{}")
+    return inside
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_name_is_its_cached_snapshot(cache):
+    inside = snapshot(cache, "owner/sd", ["model_index.json", "unet/diffusion_pytorch_model.safetensors"])
+    assert local_or_hub("owner/sd") == inside
+    pickled = snapshot(cache, "owner/old", ["unet/diffusion_pytorch_model.bin"])
+    assert local_or_hub("owner/old") == pickled
+
+
+def test_paths_stay_paths(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/missing", "weights.ckpt", "some/model.nemo", "/a/b", "a/b/c", str(tmp_path)):
+        assert str(local_or_hub(path)) == path
+
+
+def test_what_is_not_there_is_one_line(cache):
+    with pytest.raises(BadInput, match="nobody/nothing: no such file, and not on the hub or in"):
+        local_or_hub("nobody/nothing")
+    snapshot(cache, "owner/empty", ["config.json"])
+    with pytest.raises(BadInput, match="owner/empty: the hub has no weights of a known name"):
+        local_or_hub("owner/empty")
+
+
+def test_versions_of_text_encoders(tmp_path):
+    file = tmp_path / "open_clip_pytorch_model.bin"
+    file.touch()
+    assert published(str(file)) == str(file)
+    assert published("laion2b_s32b_b79k") == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert published("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    assert published("a tag of mine") is None is published(None)
