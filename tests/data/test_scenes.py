@@ -35,18 +35,18 @@ def test_a_scene_depends_on_seed_and_index_alone():
 
 
 def test_held_out_pairs_are_one_of_each_and_never_drawn_for_training():
-    assert len(HELD_OUT) == 7
+    assert len(HELD_OUT) == 6
     assert {colour for colour, _ in HELD_OUT} == set(COLOURS) and {shape for _, shape in HELD_OUT} == set(SHAPES)
 
     def pairs(held_out):
         return {(scene.colour, scene.shape) for scene in sample_scenes(1500, 0, held_out)}
 
     assert pairs(True) == set(HELD_OUT)
-    assert len(pairs(False)) == 42 and not pairs(False) & set(HELD_OUT)
-    assert len(pairs(None)) == 49
+    assert len(pairs(False)) == 30 and not pairs(False) & set(HELD_OUT)
+    assert len(pairs(None)) == 36
 
 
-@pytest.mark.parametrize("attribute, choices", [("size", 2), ("position", 9), ("background", 5), ("colour", 7)])
+@pytest.mark.parametrize("attribute, choices", [("size", 2), ("position", 5), ("background", 4), ("colour", 6)])
 def test_words_are_drawn_evenly(attribute, choices):
     counts = Counter(getattr(scene, attribute) for scene in sample_scenes(3600, 1))
     assert len(counts) == choices
@@ -57,9 +57,8 @@ def test_captions():
     scene = Scene("red", "circle", "large", "top left", "white")
     assert caption(scene) == "a large red circle at the top left on a white background"
     assert caption(replace(scene, position="center")) == "a large red circle in the center on a white background"
-    assert caption(replace(scene, position="left")) == "a large red circle on the left on a white background"
     every = product(COLOURS, SHAPES, SIZES, POSITIONS, BACKGROUNDS)
-    assert len({caption(Scene(*words)) for words in every}) == 49 * 2 * 9 * 5
+    assert len({caption(Scene(*words)) for words in every}) == 36 * 2 * 5 * 4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,7 +76,6 @@ AREAS = {  # in units of the half width squared, from elementary geometry
     "circle": np.pi,
     "square": (2 * 0.86) ** 2,
     "triangle": 3**0.5,
-    "star": 10 * 0.5 * 0.45 * np.sin(np.pi / 5) * 1.05**2,
     "heart": (4 / (2 + 2**0.5)) ** 2 * (1 + np.pi / 4),
     "cross": 2 * 2 * 0.72 - 0.72**2,
     "ring": np.pi * (1 - 0.52**2),
@@ -87,9 +85,9 @@ AREAS = {  # in units of the half width squared, from elementary geometry
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_antialiased_area_is_the_geometric_one(shape, size):
-    """Red on black, so the red channel is the coverage."""
-    picture = draw(Scene("red", shape, size, "center", "black"))
-    covered = picture[..., 0].sum() / COLOURS["red"][0]
+    """Black on white, so what is missing of the white is the coverage."""
+    picture = draw(Scene("black", shape, size, "center", "white"))
+    covered = (255 - picture[..., 0].astype(float)).sum() / (255 - COLOURS["black"][0])
     assert covered == pytest.approx(AREAS[shape] * (SIZES[size] * 64) ** 2, rel=0.02)
 
 
@@ -106,12 +104,13 @@ def test_shapes_fill_their_frame_and_only_their_frame(shape):
 def test_antialiasing_agrees_with_counting_points():
     """Every pixel's coverage against 8 x 8 points in it: the picture drawn 8 times as large, above a half or not."""
     for index in range(10):
-        scene = replace(scene_at(2, index), background="black", background_tint=(0, 0, 0))
+        scene = replace(scene_at(2, index), background="white", background_tint=(0, 0, 0))
         colour = np.add(COLOURS[scene.colour], scene.tint).clip(0, 255)
-        channel = int(colour.argmax())
-        inside = draw(scene, 512)[..., channel] > colour[channel] / 2
+        channel = int(colour.argmin())
+        contrast = 255.0 - colour[channel]
+        inside = 255.0 - draw(scene, 512)[..., channel] > contrast / 2
         counted = inside.reshape(64, 8, 64, 8).mean(axis=(1, 3))
-        drawn = draw(scene, 64)[..., channel] / colour[channel]
+        drawn = (255.0 - draw(scene, 64)[..., channel]) / contrast
         assert abs(drawn - counted).max() < 0.4  # corners: one distance knows one edge
         assert abs(drawn - counted).mean() < 0.003
 

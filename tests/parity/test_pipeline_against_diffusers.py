@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from latentsmith import Pipeline
+from latentsmith import Pipeline, convert
 from latentsmith.files.errors import BadInput
+from latentsmith.files.tensors import open_tensors
 from latentsmith.inference import vocabulary
 from latentsmith.inference.pipeline import SamplingOptions
 
@@ -85,7 +86,7 @@ def sd1_sizes():
 
 def save_pipeline(folder, sizes, scheduler, randomise):
     """A random model as diffusers' own pipeline saves it."""
-    text = transformers.CLIPTextConfig(max_position_embeddings=77, hidden_act="quick_gelu", **sizes.text)
+    text = transformers.CLIPTextConfig(max_position_embeddings=77, **dict(hidden_act="quick_gelu") | sizes.text)
     words = write_vocabulary(folder.with_name(folder.name + "-words"), sizes.text["vocab_size"])
     vae = diffusers.AutoencoderKL(latent_channels=4, scaling_factor=0.18215, **sizes.vae)
     diffusers.StableDiffusionPipeline(
@@ -267,16 +268,58 @@ def test_no_prompts(sd1):
         sd1.ours([])
 
 
-@pytest.mark.slow
-def test_full_size_v1(randomise, tmp_path):
-    """64 pixels, 3 steps of DDIM. One library's model at a time is in memory."""
-    folder = save_pipeline(tmp_path / "model", sd1_sizes(), SCHEDULERS["sd1"], randomise)
+def full_size(version):
+    """Sizes and scheduler of Stable Diffusion v1, or of v2 with velocities."""
+    if version == 1:
+        return sd1_sizes(), SCHEDULERS["sd1"]
+    sizes = sd1_sizes()
+    sizes.unet |= dict(attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, use_linear_projection=True)
+    sizes.text |= dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+    sizes.text |= dict(hidden_act="gelu")
+    return sizes, SCHEDULERS["sd2_v"]
+
+
+def picture_by_diffusers(folder):
+    """128 pixels, ten steps of DDIM, guidance; one library's model at a time is in memory."""
     gc.collect()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     model = SimpleNamespace(theirs=theirs, config=theirs.scheduler.config)
-    expected = their_pictures(model, "ddim", noise(batch=1), 3, prompt=PROMPTS[:1], guidance_scale=7.5)
-    del model, theirs
+    return their_pictures(model, "ddim", noise(16, 16, batch=1), 10, prompt=PROMPTS[:1], guidance_scale=7.5)
+
+
+def picture_by_us(path):
     gc.collect()
-    model = SimpleNamespace(ours=Pipeline.from_pretrained(folder))
-    found = our_pictures(model, "ddim", noise(batch=1), 3, PROMPTS[:1], guidance_scale=7.5)
-    assert largest_difference(found, expected) <= 1
+    model = SimpleNamespace(ours=Pipeline.from_pretrained(path))
+    return our_pictures(model, "ddim", noise(16, 16, batch=1), 10, PROMPTS[:1], guidance_scale=7.5)
+
+
+def same_weights(left, right):
+    """Bit for bit, part by part, of two diffusers folders."""
+    for part in ("unet", "vae", "text_encoder"):
+        files = [open_tensors(next((folder / part).glob("*.safetensors"))) for folder in (left, right)]
+        assert set(files[0].entries) == set(files[1].entries)
+        assert all(torch.equal(files[0][name], files[1][name]) for name in files[0].entries), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_full_size_there_and_back(version, randomise, tmp_path):
+    """diffusers' folder -> ours -> one LDM file -> .nemo -> a folder that diffusers opens: one picture, the same bits.
+
+    Differences are in 255ths of a pixel."""
+    sizes, scheduler = full_size(version)
+    folder = save_pipeline(tmp_path / "model", sizes, scheduler, randomise)
+    expected = picture_by_diffusers(folder)
+    ours = picture_by_us(folder)
+    ldm = convert(folder, tmp_path / "m.safetensors", "ldm")
+    single = picture_by_us(ldm)
+    nemo = convert(ldm, tmp_path / "m.nemo", "nemo")
+    ldm.unlink()
+    archive = picture_by_us(nemo)
+    back = convert(nemo, tmp_path / "back", "diffusers")
+    nemo.unlink()
+    differences = [largest_difference(found, expected) for found in (ours, single, archive)]
+    print("largest differences from diffusers, of 255:", differences)
+    assert max(differences) <= 1
+    same_weights(folder, back)
+    assert largest_difference(picture_by_diffusers(back), expected) == 0
