@@ -128,7 +128,7 @@ def test_colours_that_have_no_word_are_unreadable(reader):
 
 
 def test_between_two_sizes_or_places_is_neither(reader):
-    assert reader.read_scene(picture_of(X**2 + Y**2 < 12.55**2)).size == UNREADABLE
+    assert reader.read_scene(picture_of(X**2 + Y**2 < 13.55**2)).size == UNREADABLE
     assert reader.read_scene(picture_of((X - 7) ** 2 + (Y - 7) ** 2 < 15**2)).position == UNREADABLE
 
 

@@ -32,15 +32,15 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "sky": (176, 216, 250),
     "grey": (185, 185, 185),
 }
-SIZES = {"small": 10.5 / 64, "large": 15 / 64}  # half the width of the object's box
-OFFSET = 14 / 64  # from the middle to a corner position, each way
+SIZES = {"small": 11.5 / 64, "large": 15.75 / 64}  # half the width of the object's box
+OFFSET = 13.5 / 64  # from the middle to a corner position, each way
 POSITIONS = {
     "top left": (-1, -1), "top right": (1, -1),
     "center": (0, 0),
     "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
 MAX_SHIFT = 1 / 64  # with MAX_SCALE a large object still ends 1/64 before the edge
-MAX_SCALE = 0.06
+MAX_SCALE = 0.04
 MAX_TINT = 8  # of 255 in each channel
 
 

@@ -29,9 +29,9 @@ from .sheet import labelled_sheet
 from .train import train
 from .train_vae import train_vae
 
-SCENES, PICTURES = 6000, 12000  # drawn for the U-Net; for a VAE from scratch
+SCENES, PICTURES = 5000, 12000  # drawn for the U-Net; for a VAE from scratch
 RANDOM_PROMPTS, HELD_OUT_PROMPTS, SHOWN = 200, 100, (28, 12)  # measured; shown of each
-STEPS, GUIDANCE, BATCH = 12, 4.0, 50  # of drawing
+STEPS, GUIDANCE, BATCH = 12, 1.5, 50  # of drawing
 PROMPT_SEED = 2024  # unlike the seed of the training scenes
 
 

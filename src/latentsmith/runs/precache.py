@@ -57,6 +57,8 @@ def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
     """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them."""
     device = pick_device(config.trainer.accelerator.replace("gpu", "cuda"))
     networks: dict[str, Any] = {part: build_network(config, part).to(device).eval() for part in wanted}
+    if config.model.channels_last and "vae" in networks:
+        networks["vae"].to(memory_format=torch.channels_last)
     words = build_tokenizer(config) if "text_encoder" in wanted else None
     fingerprints = {part: fingerprint(network) for part, network in networks.items()}
     if words:
