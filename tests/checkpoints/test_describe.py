@@ -19,6 +19,7 @@ from latentsmith.checkpoints import (
     vae_keys,
 )
 from latentsmith.checkpoints.opening import Checkpoint, Part
+from latentsmith.checkpoints.spec import pads_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.models.autoencoder import AutoencoderKL
@@ -166,3 +167,17 @@ def test_spec_survives_json():
 
     spec = ModelSpec(dict(num_heads=8), dict(embed_dim=4, ddconfig={}), dict(arch="ViT-H-14"), "v_prediction", 96)
     assert ModelSpec(**json.loads(spec.to_json())) == spec and spec.open_clip
+
+
+@pytest.mark.parametrize(
+    ("stated", "padded"),
+    [
+        ({"_target_": "nemo.a.b.FrozenCLIPEmbedder"}, True),
+        ({"_target_": "nemo.a.b.FrozenMegatronCLIPEmbedder"}, True),
+        ({"_target_": "nemo.a.b.FrozenOpenCLIPEmbedder"}, False),
+        ({"_target_": "nemo.a.b.FrozenCLIPEmbedder", "trained_unpadded": True}, False),
+        ({}, False),
+    ],
+)
+def test_which_text_nemo_padded(stated, padded):
+    assert pads_text(stated) == padded

@@ -137,3 +137,18 @@ def test_fresh_weights_give_each_word_its_own_embedding():
     ids = torch.randint(2000, (2, encoder.max_length))
     embedded = torch.nn.functional.layer_norm(model.embeddings(ids), (128,))
     torch.testing.assert_close(encoder(ids), embedded)  # every residual branch starts at zero
+
+
+def test_padding_of_the_output_is_zero_vectors_behind_the_same_text():
+    """NeMo v2.0.0 fills 77 up to 80."""
+    torch.manual_seed(0)
+    sizes = dict(width=32, layers=2, heads=4, intermediate_size=64, activation="quick_gelu", vocab_size=100)
+    plain = ClipTextEncoder(max_length=77, **sizes)
+    padded = ClipTextEncoder(max_length=77, pad_to=80, **sizes)
+    padded.load_state_dict(plain.state_dict())
+    token_ids = torch.randint(100, (2, 77))
+    found = padded(token_ids)
+    assert found.shape == (2, 80, 32) and not found[:, 77:].any()
+    assert torch.equal(found[:, :77], plain(token_ids))
+    with pytest.raises(ValueError, match="pad_to is 10, less than max_length 77"):
+        ClipTextEncoder(max_length=77, pad_to=10, **sizes)
