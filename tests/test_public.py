@@ -20,6 +20,7 @@ from latentsmith.data.scenes import write_pictures
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import train_vocabulary
 from latentsmith.runs.data_import import import_data
+from latentsmith.runs.networks import settle_padding
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -111,6 +112,19 @@ def test_a_config_of_other_sizes_is_told_in_one_line(place, key, value, message)
         latentsmith.train(fine_tuning(place, "other", place / "model", **{key: value}))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (place / "other").exists()
+
+
+def test_a_start_from_nemo_keeps_its_padding(place, capsys):
+    """FrozenCLIPEmbedder fills text up to 80 vectors; a .nemo of ours says that its model was not trained so."""
+    for name, padded in (("ours.nemo", None), ("theirs.nemo", 80)):
+        latentsmith.convert(place / "model", place / name, "nemo")
+        if padded:
+            data = (place / name).read_bytes()
+            (place / name).write_bytes(data.replace(b"trained_unpadded: true", b"trained_unpadded: null"))
+        config = fine_tuning(place, f"padding-{padded}", place / name)
+        settle_padding(config)
+        assert config.model.cond_stage_config.pad_to == padded
+        assert ("filled up to 80" in capsys.readouterr().out) == bool(padded)
 
 
 def pages():

@@ -19,24 +19,17 @@ from latentsmith.checkpoints import (
     open_checkpoint,
     spec_of,
 )
-from latentsmith.checkpoints.packing import lazy
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import LazyTensor
-from latentsmith.files.tensors import tensor_bytes
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.inference.vocabulary import find_vocabulary, read_vocabulary
-from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 
 from .progress import progress
-
-Parts = Mapping[str, Mapping[str, LazyTensor]]
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+from .verification import NETWORKS, Parts, Shapes, verify_conversion
 
 EXPORTERS = {"diffusers": export_diffusers, "ldm": export_ldm, "nemo": export_nemo}
 ENDINGS = {"diffusers": "", "ldm": ".safetensors", "nemo": ".nemo"}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NETWORKS: Mapping[str, Any] = {"unet": UNetModel, "vae": AutoencoderKL, "text_encoder": ClipTextEncoder}
 
 
 def convert(
@@ -53,7 +46,8 @@ def convert(
 
     to: "diffusers" (a folder), "ldm" (one .safetensors) or "nemo" (.nemo). weights: "ema" or "raw", where both are
     there. dtype: "fp32", "fp16", "bf16" or torch's own for every weight; None keeps each. prediction_type: overrides
-    what the checkpoint says. verify: open the result again and compare every tensor with its source.
+    what the checkpoint says. verify: open the result again and compare every tensor, and what each network makes of one
+    input, with its source's.
     Raises BadInput for a source that is not a whole model or a destination that cannot be written; RuntimeError if
     verifying finds a tensor that is not what was meant to be written.
     """
@@ -71,7 +65,7 @@ def convert(
         export(parts, dst, spec, dtype=kind, written=Tally(tell, total))
     print(summary(dst, to, parts, spec, kind), flush=True)
     if verify:
-        compare(parts, dst, shapes, kind)
+        verify_conversion(parts, dst, spec, shapes, kind)
     return dst
 
 
@@ -159,28 +153,3 @@ def summary(dst: Path, to: str, parts: Parts, spec: ModelSpec, dtype: torch.dtyp
         f"{dst}: {what}, {sum(tensor.numel for tensor in tensors):,} parameters, {' and '.join(sorted(kinds))}, "
         f"{spec.prediction_type}, {size / 2**20:,.1f} MiB"
     )
-
-
-def compare(parts: Parts, dst: Path, shapes: Shapes, dtype: torch.dtype | None) -> None:
-    """Open `dst` and print, for each part, how far its tensors lie from their sources (0 unless dtype rounds).
-
-    RuntimeError for a tensor that is not, bit for bit, its source rounded to dtype.
-    """
-    again = open_checkpoint(dst)
-    for part, tensors in parts.items():
-        written = match(again, part, shapes[part])
-        largest, at = 0.0, ""
-        for name, tensor in tensors.items():
-            if tensor_bytes(lazy(tensor, dtype)) != tensor_bytes(written[name]):
-                raise RuntimeError(f"{dst}: {part} {name} is not what was written; check the disk and convert again")
-            apart = difference(tensor, written[name])
-            if apart > largest:
-                largest, at = apart, f" ({name})"
-        print(f"{part}: {len(tensors):,} tensors, largest difference {largest:.3g}{at}", flush=True)
-
-
-def difference(before: LazyTensor, after: LazyTensor) -> float:
-    """The largest difference of two tensors of one shape; 0 for equal dtypes, whose bits were compared."""
-    if before.dtype == after.dtype or not before.numel:
-        return 0.0
-    return (before.read().float() - after.read().float()).abs().max().item()

@@ -7,7 +7,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from latentsmith.checkpoints import ModelSpec
+from latentsmith.checkpoints import ModelSpec, open_checkpoint
+from latentsmith.checkpoints.spec import NEMO_LENGTH, pads_text, stated_text
 from latentsmith.config.build import build
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
@@ -35,6 +36,14 @@ def stated_weights(config: DictConfig, part: str) -> str | None:
     """The file or folder that the config itself gives for a part."""
     node = config.model[PARTS[part]]
     return node.from_pretrained or node.get("restore_from_path") or config.model.ckpt_path
+
+
+def settle_padding(config: DictConfig) -> None:
+    """Fill in cond_stage_config.pad_to, if it is null, from the weights that the U-Net starts with."""
+    start, node = stated_weights(config, "unet"), config.model.cond_stage_config
+    if start and node.pad_to is None and pads_text(stated_text(open_checkpoint(start))):
+        OmegaConf.update(config, "model.cond_stage_config.pad_to", NEMO_LENGTH, force_add=True)
+        print(f"{start}: trained by NeMo with text embeddings filled up to {NEMO_LENGTH}, and used so here (pad_to)")
 
 
 def build_networks(config: DictConfig) -> dict[str, nn.Module]:

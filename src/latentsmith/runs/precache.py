@@ -16,7 +16,16 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
-from .networks import PARTS, build_network, build_tokenizer, fingerprint, is_encoded, layer_of, weights_of
+from .networks import (
+    PARTS,
+    build_network,
+    build_tokenizer,
+    fingerprint,
+    is_encoded,
+    layer_of,
+    settle_padding,
+    weights_of,
+)
 from .progress import progress
 
 
@@ -27,6 +36,7 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again.
     """
     wanted = wanted_encodings(config)
+    settle_padding(config)
     for part, key in PARTS.items():
         if part in wanted and not weights_of(config, part):
             raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")

@@ -22,7 +22,7 @@ from latentsmith.training.samples import RunSamples
 from . import pieces, sets
 from .fitting import fit_as_configured
 from .folder import open_run_folder, run_folder
-from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, spec_of_run
+from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
@@ -34,6 +34,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     """
     pieces.check_device(config)
     model, batch = config.model, pieces.global_batch(config, pieces.process_count(config))
+    settle_padding(config)
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = sets.open_set(config, networks, words)
