@@ -14,7 +14,7 @@ from latentsmith.checkpoints.export_diffusers import export_diffusers
 from latentsmith.checkpoints.export_ldm import export_ldm
 from latentsmith.checkpoints.export_nemo import export_nemo
 from latentsmith.checkpoints.opening import Checkpoint, open_checkpoint
-from latentsmith.checkpoints.spec import ModelSpec, architecture, prediction_of, spec_of
+from latentsmith.checkpoints.spec import ModelSpec, architecture, prediction_of, reads_as_open_clip, spec_of
 
 __all__ = [
     "Checkpoint",
@@ -31,6 +31,7 @@ __all__ = [
     "match",
     "open_checkpoint",
     "prediction_of",
+    "reads_as_open_clip",
     "spec_of",
 ]
 

@@ -275,6 +275,13 @@ def pads_text(stated: Mapping[str, Any]) -> bool:
     return embedder in ("FrozenCLIPEmbedder", "FrozenMegatronCLIPEmbedder") and not stated.get("trained_unpadded")
 
 
+def reads_as_open_clip(checkpoint: Checkpoint, spec: ModelSpec) -> bool:
+    """Whether the model's captions were cleaned and padded as open_clip does: v2 in LDM's or NeMo's own training."""
+    if checkpoint.kind == "nemo":
+        return str(stated_text(checkpoint).get("_target_", "")).endswith(".FrozenOpenCLIPEmbedder")
+    return checkpoint.kind == "ldm" and spec.open_clip
+
+
 def _text_hints(part: Part, width: int, stated: Mapping[str, Any]) -> dict[str, Any]:
     heads = stated.get("num_attention_heads") or stated.get("heads")
     activation = stated.get("hidden_act") or stated.get("activation")

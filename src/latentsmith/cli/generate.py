@@ -31,7 +31,7 @@ def generate(
 
     \b
     Examples:
-      latentsmith generate --from runs/demo --out pictures "a small red circle at the top left on a blue background"
+      latentsmith generate --from runs/demo --out pictures "a small red circle at the top left on a white background"
       latentsmith generate --from v1-5.safetensors --out pictures --steps 30 --seed 7 --count 4 "an astronaut"
       latentsmith generate --from sd2.nemo --out pictures --prompts-file prompts.txt --negative "blurry"
     """

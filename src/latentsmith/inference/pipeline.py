@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, spec_of
+from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, reads_as_open_clip, spec_of
 from latentsmith.diffusion import (
     SAMPLERS,
     Denoiser,
@@ -86,9 +86,9 @@ class Pipeline:
             "text_encoder": loaded(ClipTextEncoder, spec.cond_stage_config, checkpoint, "text_encoder"),
         }
         length = networks["text_encoder"].max_length
-        ldm_v2 = checkpoint.kind == "ldm" and spec.open_clip  # FrozenOpenCLIPEmbedder's cleaning and padding
+        open_clip = reads_as_open_clip(checkpoint, spec)
         words = Tokenizer.find(
-            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if ldm_v2 else "transformers"
+            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if open_clip else "transformers"
         )
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():

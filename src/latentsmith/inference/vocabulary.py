@@ -59,9 +59,8 @@ def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | No
     """
     if given is not None:
         return _named("tokenizer", given)
-    own = [folder for folder in _folders_of(checkpoint) if _has_vocabulary(folder)]
-    if own:
-        return own[0]
+    if own := own_vocabulary(checkpoint):
+        return own
     if os.environ.get(VARIABLE):
         return _named(VARIABLE, os.environ[VARIABLE])
     for found in (_open_clip_file(), *map(_in_hub_cache, HUB_NAMES)):
@@ -71,6 +70,11 @@ def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | No
         f"CLIP's vocabulary is not on this machine: `pip install --no-deps open_clip_torch`, or put a tokenizer folder"
         f" (vocab.json and merges.txt) or {OPEN_CLIP_FILE} anywhere and set {VARIABLE} or the option tokenizer to it"
     )
+
+
+def own_vocabulary(checkpoint: str | Path | None) -> Path | None:
+    """The vocabulary folder that a checkpoint folder brings along."""
+    return next(filter(_has_vocabulary, _folders_of(checkpoint)), None)
 
 
 def _named(what: str, given: str | Path) -> Path:

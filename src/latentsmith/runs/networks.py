@@ -16,6 +16,7 @@ from latentsmith.files.hashing import fingerprint_tensors
 from latentsmith.files.hub import published
 from latentsmith.files.tensors import save_safetensors
 from latentsmith.inference.tokenizer import Tokenizer
+from latentsmith.inference.vocabulary import own_vocabulary
 
 SOURCES = ("_target_", "from_pretrained", "from_NeMo", "restore_from_path", "monitor", "lossconfig", "device")
 PARTS = {"unet": "unet_config", "vae": "first_stage_config", "text_encoder": "cond_stage_config"}
@@ -77,9 +78,14 @@ def build_network(config: DictConfig, part: str) -> nn.Module:
 
 
 def build_tokenizer(config: DictConfig) -> Tokenizer:
-    """The tokenizer of the text encoder: its `tokenizer` key, or the files beside its weights."""
-    node = config.model.cond_stage_config
-    words = Tokenizer.find(node.tokenizer, weights_of(config, "text_encoder"), node.max_length)
+    """The tokenizer of the text encoder: its `tokenizer` key, or the files beside its weights.
+
+    An OpenCLIP encoder without files of its own reads captions as open_clip does; NeMo's Megatron CLIP does not.
+    """
+    node, weights = config.model.cond_stage_config, weights_of(config, "text_encoder")
+    of_open_clip = (node.activation or {"ViT-H-14": "gelu"}.get(node.arch)) == "gelu" and not node.restore_from_path
+    cleaning = "open_clip" if of_open_clip and not own_vocabulary(weights) else "transformers"
+    words = Tokenizer.find(node.tokenizer, weights, node.max_length, cleaning=cleaning)
     if words.vocab_size > node.vocab_size:
         raise BadInput(
             f"the tokenizer has {words.vocab_size} tokens, cond_stage_config.vocab_size is {node.vocab_size}"
