@@ -194,6 +194,9 @@ def test_sharded_and_variants(tmp_path, reference, canonical, shapes):
     reference.unet.save_pretrained(tmp_path / "sharded" / "unet", max_shard_size="500KB")
     assert list((tmp_path / "sharded" / "unet").glob("*.index.json"))
     equal(load(tmp_path / "sharded", shapes, "unet"), canonical["unet"])
+    index = next((tmp_path / "sharded" / "unet").glob("*.index.json"))
+    index.rename(index.with_name(index.name.replace(".index.json", ".index.fp16.json")))  # as transformers names it
+    equal(load(tmp_path / "sharded", shapes, "unet"), canonical["unet"])
     half = {name: tensor.half() for name, tensor in canonical["unet"].items()}
     state = {name: tensor.half() for name, tensor in reference.unet.state_dict().items()}
     (tmp_path / "half").mkdir()

@@ -339,3 +339,17 @@ def test_what_is_named_must_be_there(small, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))
     with pytest.raises(BadInput, match=f"{VARIABLE}: .*gone' is no file"):
         find_vocabulary()
+
+
+def test_the_cleaning_travels_with_the_saved_files(clip, tmp_path):
+    """A run trained with open_clip's cleaning is sampled with it: "!" is id 256 there, HTML entities are resolved."""
+    ours = Tokenizer(clip.vocabulary, cleaning="open_clip")
+    ours.save(tmp_path / "tokenizer")
+    back = Tokenizer.find(checkpoint=tmp_path)
+    prompts = ["a cat!", "bread &amp; butter"]
+    assert back.describe() == ours.describe() and torch.equal(back(prompts), ours(prompts))
+    assert not torch.equal(Tokenizer.find(checkpoint=tmp_path, cleaning="transformers")(prompts), ours(prompts))
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"open_clip"', '"soap"'))
+    with pytest.raises(BadInput, match="latentsmith_cleaning is 'soap'"):
+        Tokenizer.find(checkpoint=tmp_path)

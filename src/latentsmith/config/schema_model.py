@@ -160,7 +160,9 @@ TEXT = group(
     used("restore_from_path", nullable(text()), None, "NeMo's name for it: a .nemo with a CLIP inside"),
     no_effect("device", nullable(text()), None, "where it runs", "the run's device, by trainer.accelerator"),
     no_effect("use_fp16", flag(), False, "half precision", "trainer.precision decides"),
-    no_effect("cache_dir", nullable(text()), None, "where weights are downloaded to", "the environment variable HF_HUB_CACHE"),
+    no_effect(
+        "cache_dir", nullable(text()), None, "where weights are downloaded to", "the environment variable HF_HUB_CACHE"
+    ),
     no_effect("capture_cudagraph_iters", whole(-1), -1, "CUDA graph of the encoder", "model.inductor compiles"),
     refused("always_return_pooled", flag(), False, "a pooled vector besides", "Stable Diffusion v1 and v2 use none"),
     refused("enable_lora_finetune", flag(), False, "adapters in the encoder", "adapters are not trained here"),

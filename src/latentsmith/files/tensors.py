@@ -51,7 +51,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open .safetensors, torch .ckpt / .bin / .pt (zip format) or a sharded `*.index.json`, told apart by content.
+    """Open .safetensors, torch .ckpt / .bin / .pt (zip format) or a sharded `*.index.json`, a variant's too, told
+    apart by content.
 
     Raises BadInput, one line, for anything missing, empty, truncated, of another type or unsafe.
     """
@@ -59,7 +60,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     start = _first_bytes(path)
     if start[:4] == b"PK\x03\x04":
         return tensors_of(path, read_torch_zip(path))
-    if path.name.endswith(".index.json"):
+    if ".index." in path.name and path.suffix == ".json":  # a variant's name stands between the two
         return _open_sharded(path)
     if len(start) >= 9 and start[8:9] == b"{":
         return _open_safetensors(path)

@@ -88,7 +88,7 @@ class Pipeline:
         length = networks["text_encoder"].max_length
         open_clip = reads_as_open_clip(checkpoint, spec)
         words = Tokenizer.find(
-            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if open_clip else "transformers"
+            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if open_clip else None
         )
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():

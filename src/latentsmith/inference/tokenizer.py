@@ -23,6 +23,7 @@ from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
 from latentsmith.inference.vocabulary import (
+    CLEANING_KEY,
     END,
     START,
     WORD_END,
@@ -46,7 +47,8 @@ class Tokenizer:
 
     max_length: both ends included; what does not fit is cut, the end kept.
     cleaning: "transformers" (Unicode NFC, whitespace to one blank, lower case) or "open_clip" (characters repaired as
-    ftfy does, HTML entities resolved, the same; padded with 0) for models made with FrozenOpenCLIPEmbedder.
+    ftfy does, HTML entities resolved, the same; padded with 0) for models made with FrozenOpenCLIPEmbedder. None:
+    as the files say, else as transformers.
     pad: the token to fill up with, by default the files' own choice, else the end token. As in transformers, a pad
     token met in a caption stands for itself: with pad "!" every "!" becomes id 0, not "!</w>".
     """
@@ -56,9 +58,10 @@ class Tokenizer:
         vocabulary: Vocabulary,
         max_length: int = 77,
         *,
-        cleaning: Cleaning = "transformers",
+        cleaning: Cleaning | None = None,
         pad: str | None = None,
     ) -> None:
+        cleaning = cleaning or vocabulary.cleaning or "transformers"  # type: ignore[assignment]
         assert max_length >= 2 and cleaning in ("transformers", "open_clip")
         self.vocabulary, self.max_length, self.cleaning = vocabulary, max_length, cleaning
         tokens = vocabulary.tokens
@@ -136,6 +139,7 @@ class Tokenizer:
         """Write a tokenizer folder as diffusers' checkpoints have it, which from_file reads back."""
         folder, names = Path(folder), {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, "do_lower_case": True}
+        config |= {CLEANING_KEY: self.cleaning} if self.cleaning != "transformers" else {}
         merges = [" ".join(pair) for pair in self.vocabulary.merges]
         write_text(folder / "vocab.json", _json(self.vocabulary.tokens))
         write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))

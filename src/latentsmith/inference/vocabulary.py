@@ -15,6 +15,7 @@ from latentsmith.files.hub import cached_snapshots
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+CLEANING_KEY = "latentsmith_cleaning"  # our own entry in tokenizer_config.json
 MERGES_OF_CLIP = 48_894  # of the 262,144 in bpe_simple_vocab_16e6.txt.gz
 LARGEST_FILE = 64 * 2**20  # bytes; CLIP's files have 1 to 4 MB
 VARIABLE = "LATENTSMITH_CLIP_VOCAB"
@@ -29,11 +30,12 @@ HUB_NAMES = (
 @dataclass(frozen=True)
 class Vocabulary:
     """tokens: id of each, 0 to n - 1, START and END among them. merges: the pairs to join, first come first.
-    pad: the token that its files name for padding, None if they name none."""
+    pad, cleaning: what its files say of padding and, if we wrote them, of cleaning; None if they say nothing."""
 
     tokens: dict[str, int]
     merges: tuple[tuple[str, str], ...]
     pad: str | None = None
+    cleaning: str | None = None
 
 
 def byte_symbols() -> list[str]:
@@ -131,7 +133,9 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
             f"{path}: no vocabulary; give a folder with vocab.json and merges.txt, tokenizer.json or .txt.gz"
         )
     folder = path if path.is_dir() else path.parent
-    return _checked(path, Vocabulary(tokens, merges, None if path.suffix == ".gz" else _pad_of(folder)))
+    if path.suffix == ".gz":
+        return _checked(path, Vocabulary(tokens, merges))
+    return _checked(path, Vocabulary(tokens, merges, _pad_of(folder), _cleaning_of(folder)))
 
 
 def _checked(path: Path, vocabulary: Vocabulary) -> Vocabulary:
@@ -201,6 +205,14 @@ def _pad_of(folder: Path) -> str | None:
             if isinstance(pad, str):
                 return pad
     return None
+
+
+def _cleaning_of(folder: Path) -> str | None:
+    file = folder / "tokenizer_config.json"
+    cleaning = _read_json(file).get(CLEANING_KEY) if file.is_file() else None
+    if cleaning not in (None, "transformers", "open_clip"):
+        raise BadInput(f"{file}: {CLEANING_KEY} is {cleaning!r}, not transformers or open_clip; correct it")
+    return cleaning
 
 
 def _read_json(path: Path) -> dict[str, Any]:

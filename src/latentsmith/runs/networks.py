@@ -84,8 +84,8 @@ def build_tokenizer(config: DictConfig) -> Tokenizer:
     """
     node, weights = config.model.cond_stage_config, weights_of(config, "text_encoder")
     of_open_clip = (node.activation or {"ViT-H-14": "gelu"}.get(node.arch)) == "gelu" and not node.restore_from_path
-    cleaning = "open_clip" if of_open_clip and not own_vocabulary(weights) else "transformers"
-    words = Tokenizer.find(node.tokenizer, weights, node.max_length, cleaning=cleaning)
+    as_open_clip = of_open_clip and not own_vocabulary(weights)
+    words = Tokenizer.find(node.tokenizer, weights, node.max_length, cleaning="open_clip" if as_open_clip else None)
     if words.vocab_size > node.vocab_size:
         raise BadInput(
             f"the tokenizer has {words.vocab_size} tokens, cond_stage_config.vocab_size is {node.vocab_size}"
