@@ -11,6 +11,7 @@ from latentsmith.checkpoints import (
     ModelSpec,
     architecture,
     describe,
+    load_component,
     open_checkpoint,
     prediction_of,
     spec_of,
@@ -124,9 +125,14 @@ def test_prediction_type_is_told_or_asked_for(full, tmp_path):
         return
     base = prediction_of(checkpoint_of(full, path, extras={"global_step": 875000}))
     assert base == ("epsilon", "global_step 875,000")
-    assert prediction_of(checkpoint_of(full, path, extras={"global_step": 140000}))[0] == "v_prediction"
-    with pytest.raises(BadInput, match="its weights do not show their prediction type; give prediction_type=epsilon"):
-        spec_of(checkpoint_of(full, path))
+    newer = checkpoint_of(full, path, extras={"global_step": 110000})
+    assert prediction_of(newer) == ("v_prediction", "global_step 110,000")
+    assert spec_of(newer).unet_config["upcast_attention"]  # 2.1
+    unknown = checkpoint_of(full, path, extras={"global_step": 220000})
+    assert prediction_of(unknown) == (None, "global_step 220,000, which no published file has")
+    for checkpoint in (unknown, checkpoint_of(full, path)):
+        with pytest.raises(BadInput, match=r"its weights do not show their prediction type .*; give prediction_type"):
+            spec_of(checkpoint)
     spec = spec_of(checkpoint_of(full, path), "v_prediction")
     assert (spec.prediction_type, spec.image_size, spec.penultimate, spec.open_clip) == ("v_prediction", 96, True, True)
 
@@ -153,12 +159,16 @@ def test_describe_names_missing_extra_and_ignored(tmp_path, make_shapes):
     state = {f"model.diffusion_model.{name}": torch.zeros(shape).half() for name, shape in shapes["unet"].items()}
     del state["model.diffusion_model.out.0.bias"]
     state |= {"model.diffusion_model.label_emb.weight": torch.ones(1), "betas": torch.ones(3)}
+    state["who.knows"] = torch.ones(1)
     torch.save({"state_dict": state, "global_step": 5}, tmp_path / "m.ckpt")
     torch.save({}, tmp_path / "m-EMA.ckpt")
     found = describe(tmp_path / "m.ckpt", shapes)
     assert found.kind == "ldm" and found.ignored == {"schedule and scalars": 1} and not found.has_ema
     unet = found.parts["unet"]
     assert unet.missing == ("out.0.bias",) and unet.extra == ("model.diffusion_model.label_emb.weight",)
+    assert found.unknown == ("who.knows",)
+    with pytest.raises(BadInput, match=r"1 keys of no known format \(who.knows\)"):
+        load_component(tmp_path / "m.ckpt", "unet", shapes["unet"])
     assert found.notes == ("its moving average is m-EMA.ckpt",)
 
 

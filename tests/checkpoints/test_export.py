@@ -5,6 +5,7 @@ import logging
 import tarfile
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import pytest
@@ -23,12 +24,16 @@ from latentsmith.checkpoints import (
     open_checkpoint,
     prediction_of,
     spec_of,
+    unused_text,
 )
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors
 
 PARTS = ("unet", "vae", "text_encoder")
-EXPORTERS = {"diffusers": export_diffusers, "ldm": export_ldm, "nemo": export_nemo}
+TOKENS = {chr(33 + i): i for i in range(94)} | {"<|startoftext|>": 94, "<|endoftext|>": 95}
+TOKENIZER = {"vocab.json": json.dumps(TOKENS).encode(), "merges.txt": b"#version: 0.2\n"}
+export_folder = partial(export_diffusers, tokenizer=TOKENIZER)
+EXPORTERS = {"diffusers": export_folder, "ldm": export_ldm, "nemo": export_nemo}
 NAMES = {"diffusers": "folder", "ldm": "model.safetensors", "nemo": "model.nemo"}
 
 
@@ -80,9 +85,7 @@ def test_half_precision(tmp_path, canonical, shapes, spec, format):
 
 
 def test_diffusers_opens_the_folder_without_a_warning(tmp_path, reference, canonical, spec, caplog):
-    tokens = {chr(33 + i): i for i in range(94)} | {"<|startoftext|>": 94, "<|endoftext|>": 95}
-    files = {"vocab.json": json.dumps(tokens).encode(), "merges.txt": b"#version: 0.2\n"}
-    export_diffusers(canonical, tmp_path / "out", spec, tokenizer=files)
+    export_folder(canonical, tmp_path / "out", spec)
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -107,7 +110,7 @@ def test_diffusers_opens_the_folder_without_a_warning(tmp_path, reference, canon
 
 
 def test_outputs_agree_with_the_original(tmp_path, reference, canonical, spec):
-    export_diffusers(canonical, tmp_path / "out", spec)
+    export_folder(canonical, tmp_path / "out", spec)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet").eval()
     torch.manual_seed(0)
     inputs = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 7, 32)
@@ -135,7 +138,7 @@ def test_ldm_key_set(tmp_path, reference, canonical, spec):
     assert all(name.startswith(prefix) for name in text)
     assert len(text) == (12 * layers + 4 if reference.version == 2 else 16 * layers + 4 + 1)
     assert len(file) == len(canonical["unet"]) + len(canonical["vae"]) + len(text) + 12
-    assert file.metadata["modelspec.title"] == "tiny" and file.metadata["modelspec.resolution"] == "128x128"
+    assert file.metadata["modelspec.title"] == "tiny" and file.metadata["modelspec.resolution"] == "64x64"
     assert ("latentsmith.omitted" in file.metadata) == (reference.version == 2)
 
 
@@ -201,6 +204,52 @@ def test_schedule_and_null_text_come_back(tmp_path, canonical, spec, format):
         EXPORTERS[format](canonical, tmp_path / "other", replace(spec, beta_schedule="cosine"))
 
 
+@pytest.mark.parametrize("format", EXPORTERS)
+def test_what_a_format_has_no_key_for_comes_back(tmp_path, canonical, spec, format):
+    unet = {**spec.unet_config, "upcast_attention": True}
+    text = {**spec.cond_stage_config, "pad_to": 20}
+    odd = replace(
+        spec, unet_config=unet, cond_stage_config=text, zero_terminal_snr=True, timestep_spacing="linspace",
+        steps_offset=0, set_alpha_to_one=True,
+    )  # fmt: skip
+    EXPORTERS[format](canonical, tmp_path / NAMES[format], odd)
+    back = spec_of(open_checkpoint(tmp_path / NAMES[format]))
+    assert back.unet_config["upcast_attention"]
+    assert (back.zero_terminal_snr, back.timestep_spacing, back.steps_offset) == (True, "linspace", 0)
+    assert back.set_alpha_to_one is True
+    if format != "nemo":  # there the embedder's class says it
+        assert back.cond_stage_config["pad_to"] == 20
+
+
+@pytest.mark.parametrize("way", [("ldm",), ("nemo",), ("nemo", "ldm"), ("ldm", "nemo")])
+def test_what_nothing_uses_of_a_v2_text_tower_is_kept(tmp_path, reference, canonical, shapes, spec, way):
+    if reference.version == 1:
+        assert unused_text(open_checkpoint(written(tmp_path, canonical, spec, "ldm")), shapes["text_encoder"]) == {}
+        return
+    last = {
+        name.replace("layers.2.", "layers.3."): torch.randn(tensor.shape)
+        for name, tensor in canonical["text_encoder"].items()
+        if "layers.2." in name
+    }
+    whole = last | {"text_projection": torch.randn(32, 32), "logit_scale": torch.randn(())}
+    parts = {**canonical, "text_encoder": canonical["text_encoder"] | whole}
+    for format in way:
+        checkpoint = open_checkpoint(written(tmp_path, parts, spec, format))
+        extra = unused_text(checkpoint, shapes["text_encoder"])
+        parts = {part: match(checkpoint, part, shapes[part]) for part in PARTS}
+        parts["text_encoder"] |= extra
+        assert spec_of(checkpoint).penultimate and "latentsmith.omitted" not in checkpoint.metadata
+        equal({name: tensor.read() for name, tensor in extra.items()}, whole)
+    plain = open_checkpoint(written(tmp_path / "plain", canonical, spec, way[-1]))
+    assert unused_text(plain, shapes["text_encoder"]) == {}
+
+
+def written(folder, parts, spec, format):
+    folder.mkdir(exist_ok=True)
+    EXPORTERS[format](parts, folder / NAMES[format], spec)
+    return folder / NAMES[format]
+
+
 def test_progress_names_every_tensor(tmp_path, canonical, spec):
     for format, export in EXPORTERS.items():
         names = []
@@ -212,7 +261,7 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, canonical, spec):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     with pytest.raises(BadInput, match="exists already"):
-        export_diffusers(canonical, tmp_path / "out", spec)
+        export_folder(canonical, tmp_path / "out", spec)
 
     def stop(name):
         raise KeyboardInterrupt
@@ -226,6 +275,6 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path, canonical, spec):
 def test_what_cannot_be_expressed(tmp_path, canonical, spec):
     groups = replace(spec, unet_config={**spec.unet_config, "resblock_gn_groups": 16})
     with pytest.raises(BadInput, match="resblock_gn_groups 16: diffusers has one number"):
-        export_diffusers(canonical, tmp_path / "out", groups)
+        export_folder(canonical, tmp_path / "out", groups)
     with pytest.raises(BadInput, match="a whole model was expected, vae is missing"):
         export_ldm({"unet": canonical["unet"]}, tmp_path / "m.safetensors", spec)

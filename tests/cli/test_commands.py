@@ -119,13 +119,13 @@ def test_generate(call, tmp_path):
 def test_convert_inspect_demo(call):
     calls = call("convert", "convert")
     assert main(["convert", "a", "b", "--to", "ldm", "--weights", "raw"]) == 0
-    options = {"weights": "raw", "dtype": None, "prediction_type": None, "verify": False}
+    options = {"weights": "raw", "dtype": None, "prediction_type": None, "tokenizer": None, "verify": False}
     assert calls == [((Path("a"), Path("b"), "ldm"), options)]
     assert main(["convert", "a", "b", "--to", "ldm", "--dtype", "bf16", "--prediction-type", "v", "--verify"]) == 0
-    assert calls[1][1] == {"weights": "ema", "dtype": "bf16", "prediction_type": "v", "verify": True}
+    assert calls[1][1] == {"weights": "ema", "dtype": "bf16", "prediction_type": "v", "tokenizer": None, "verify": True}
     calls = call("inspect", "inspect")
     assert main(["inspect", "a", "--verify"]) == 0
-    assert calls == [((Path("a"),), {"verify": True})]
+    assert calls == [((Path("a"),), {"weights": "ema", "verify": True})]
     calls = call("demo", "demo")
     assert main(["demo", "--from-scratch"]) == 0
     assert calls == [((Path("runs/demo"),), {"from_scratch": True})]

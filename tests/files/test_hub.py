@@ -32,6 +32,22 @@ def test_a_name_is_its_cached_snapshot(cache):
     assert local_or_hub("owner/old") == pickled
 
 
+def test_halves_where_there_is_nothing_else(cache):
+    inside = snapshot(cache, "owner/half", ["unet/diffusion_pytorch_model.fp16.safetensors"])
+    assert local_or_hub("owner/half") == inside
+
+
+def test_what_is_fetched(cache, monkeypatch):
+    inside = snapshot(cache, "owner/sd", ["unet/diffusion_pytorch_model.safetensors"])
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append(how) or str(inside))
+    for weights in ("ema", "raw"):
+        local_or_hub("owner/sd", weights)
+    averaged, raw = (how["ignore_patterns"] for how in asked)
+    assert "*.fp16.*" in averaged and "*.fp16.*" in raw
+    assert "*.non_ema.*" in averaged and "*.non_ema.*" not in raw
+
+
 def test_paths_stay_paths(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

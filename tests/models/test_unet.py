@@ -7,7 +7,8 @@ import torch
 import yaml
 
 from latentsmith.models import UNetModel
-from latentsmith.models.attention import AttentionBlock, SpatialTransformer
+from latentsmith.models import attention as attention_module
+from latentsmith.models.attention import AttentionBlock, CrossAttention, SpatialTransformer
 from latentsmith.models.unet import Downsample, ResBlock, Upsample
 
 SD1 = dict(
@@ -226,6 +227,26 @@ def test_without_text_attention_is_among_pixels(randomise):
     assert any(isinstance(module, AttentionBlock) for module in unet.modules())
     unet.to(memory_format=torch.channels_last)
     assert largest_relative(unet(latents.to(memory_format=torch.channels_last), timesteps), expected) < 1e-5
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_upcast_attention_is_float32_at_any_precision(monkeypatch, upcast):
+    seen = []
+
+    def spy(query, key, value, *, fused):
+        inside = torch.empty(2, 2) @ torch.empty(2, 2)  # autocast would turn the product
+        seen.append({query.dtype, key.dtype, value.dtype, inside.dtype})
+        return attention_module.plain(query, key, value, fused=fused)
+
+    monkeypatch.setattr(attention_module, "plain", attention_module.attention, raising=False)
+    monkeypatch.setattr(attention_module, "attention", spy)
+    block = CrossAttention(16, 2, None, True, 0.0, upcast)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(torch.randn(2, 5, 16)).dtype == torch.bfloat16
+    assert block.half()(torch.randn(2, 5, 16).half()).dtype == torch.float16
+    assert seen[0] == {torch.float32 if upcast else torch.bfloat16}
+    assert (torch.float16 in seen[1]) != upcast
+    assert all(unit.upcast for unit in on_meta(**TINY, upcast_attention=True).modules() if hasattr(unit, "upcast"))
 
 
 @pytest.mark.parametrize("fused", [True, False])

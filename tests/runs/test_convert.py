@@ -75,7 +75,7 @@ def test_there_and_back_is_bit_exact(tmp_path, source, tiny, first, capsys):
     assert [line.split(":")[0] for line in lines[1:]] == list(PARTS)
     for line in lines[1:]:
         assert re.search(r"largest difference 0; of its output 0, where the largest value is [0-9.]*[1-9]", line), line
-    convert(tmp_path / ENDING[first], tmp_path / "back", "diffusers")
+    convert(tmp_path / ENDING[first], tmp_path / "back", "diffusers", tokenizer=source / "tokenizer")
     kinds = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     for name, stem in kinds.items():
         written = safetensors.torch.load_file(tmp_path / "back" / name / f"{stem}.safetensors")
@@ -121,16 +121,18 @@ def test_prediction_type_is_taken_from_the_caller(tmp_path, source):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_vocabulary_that_does_not_fit_is_left_out_and_said(tmp_path, source, monkeypatch, capsys):
+def test_no_folder_without_a_tokenizer_that_fits(tmp_path, source, monkeypatch):
     convert(source, tmp_path / "m.nemo", "nemo")
     train_vocabulary(["many different words, none of them shorter than those before"], 560, tmp_path / "words")
     monkeypatch.setenv("LATENTSMITH_CLIP_VOCAB", str(tmp_path / "words"))
-    capsys.readouterr()
-    convert(tmp_path / "m.nemo", tmp_path / "out", "diffusers")
-    assert "without a tokenizer: " in capsys.readouterr().out.splitlines()[0]
-    assert not (tmp_path / "out" / "tokenizer").exists()
-    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
-    assert index["tokenizer"] == [None, None]
+    with pytest.raises(BadInput, match="words: a tokenizer of 550 tokens, the text encoder knows 520; give the model"):
+        convert(tmp_path / "m.nemo", tmp_path / "out", "diffusers")
+    monkeypatch.delenv("LATENTSMITH_CLIP_VOCAB")
+    monkeypatch.setattr("latentsmith.inference.vocabulary._open_clip_file", lambda: None)
+    monkeypatch.setattr("latentsmith.inference.vocabulary._in_hub_cache", lambda name: None)
+    with pytest.raises(BadInput, match="CLIP's vocabulary is not on this machine: `pip install"):
+        convert(tmp_path / "m.nemo", tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(tmp_path, source):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from latentsmith.checkpoints.accounting import Shapes, match
+from latentsmith.checkpoints.accounting import Shapes, match, unused_text
 from latentsmith.checkpoints.describe import Description, PartDescription, describe
 from latentsmith.checkpoints.export_diffusers import export_diffusers
 from latentsmith.checkpoints.export_ldm import export_ldm
@@ -33,6 +33,7 @@ __all__ = [
     "prediction_of",
     "reads_as_open_clip",
     "spec_of",
+    "unused_text",
 ]
 
 

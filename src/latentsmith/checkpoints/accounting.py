@@ -1,13 +1,14 @@
 """Every model key filled exactly once, every file key used or named as ignorable: or one line says what is wrong."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
-from latentsmith.checkpoints.opening import Checkpoint, Part
+from latentsmith.checkpoints.opening import OWN_SECTION, Checkpoint, Part
 from latentsmith.checkpoints.text_keys import Slot
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
@@ -22,6 +23,9 @@ def match(checkpoint: Checkpoint, name: str, shapes: Shapes, from_nemo: bool | N
 
     Raises BadInput unless the part's keys and `shapes` match one to one (reasons under `_likely_reason`).
     """
+    if checkpoint.unknown:
+        count, some = len(checkpoint.unknown), _some(list(checkpoint.unknown))
+        raise BadInput(f"{checkpoint.path}: {count} keys of no known format ({some}); delete them from the file")
     if name not in checkpoint.parts:
         held = ", ".join(TITLES[part] for part in checkpoint.parts) or "nothing we know"
         raise BadInput(f"{checkpoint.path}: no {TITLES[name]} inside; it holds {held}")
@@ -41,6 +45,23 @@ def audit(checkpoint: Checkpoint, name: str, shapes: Shapes) -> tuple[list[str],
     found, unread = _fill(checkpoint, part, shapes)
     missing, mismatched = _faults(found, shapes)
     return missing, [part.keys.get(key, key) for key in unread], mismatched
+
+
+def unused_text(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, LazyTensor]:
+    """What an OpenCLIP text tower holds beyond the model of `shapes`, which uses none of it: the last layer where that
+    stops before it, text_projection and logit_scale. {} unless the file has all of them, trained."""
+    part, stated = checkpoint.parts["text_encoder"], checkpoint.config.get(OWN_SECTION) or {}
+    zeros = (stated.get("cond_stage_config") or {}).get("unused_layer") == "zeros"
+    if text_keys.detect(part.entries) != "openclip" or zeros:
+        return {}
+    found = {name: part.entries.get(name) for name in ("text_projection", "logit_scale")}
+    used, held = text_keys.depth(shapes), text_keys.depth(part.entries)
+    if held == used + 1:
+        before, after = f".layers.{used - 1}.", f".layers.{used}."
+        last = {name.replace(before, after): shape for name, shape in shapes.items() if before in name}
+        table = table_for(part, last, checkpoint.config)
+        found |= {ours: _at_slot(part, table[ours], shape, ours) for ours, shape in last.items()}
+    return {} if None in found.values() else found  # type: ignore[return-value]
 
 
 def _fill(checkpoint: Checkpoint, part: Part, shapes: Shapes) -> tuple[dict[str, LazyTensor | None], list[str]]:
@@ -72,11 +93,15 @@ def table_for(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str
 def interleaved_heads(dialect: str, shapes: Shapes, config: Mapping[str, Any]) -> int | None:
     """Number of heads if fused q, k, v rows are interleaved per head, None if they lie one after the other.
 
-    megatron-core always interleaves; Megatron does where the file's config says megatron_legacy: false (both CLIP
-    configs NeMo ships say true). Heads: from that config, else width / 64 as in every CLIP text tower.
+    megatron-core always interleaves; Megatron does where the file's CLIP config says megatron_legacy: false, or says
+    nothing, as that is NeMo's default. A file without a CLIP config is taken as NeMo's two shipped configs make it,
+    which say true, with a warning. Heads: from that config, else width / 64 as in every CLIP text tower.
     """
     text = _text_config(config)
-    if dialect == "megatron-core" or (dialect == "megatron" and text.get("megatron_legacy") is False):
+    if dialect == "megatron" and not text:
+        note = "a Megatron CLIP without its config: its q, k, v are read in the layout of megatron_legacy: true"
+        warnings.warn(note, stacklevel=2)
+    if dialect == "megatron-core" or (dialect == "megatron" and text and not text.get("megatron_legacy", False)):
         width = next(shape[-1] for name, shape in shapes.items() if name.endswith("token_embedding.weight"))
         return int(text.get("num_attention_heads") or width // 64)
     return None

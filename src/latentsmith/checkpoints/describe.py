@@ -26,7 +26,8 @@ class PartDescription:
 
 @dataclass(frozen=True)
 class Description:
-    """kind: as `Checkpoint.kind`. version: "SD1" or "SD2" by context width, else "". prediction: type or "unknown"."""
+    """kind: as `Checkpoint.kind`. version: "SD1" or "SD2" by context width, else "". prediction: type or "unknown".
+    unknown: keys that belong to no part."""
 
     path: Path
     kind: str
@@ -37,6 +38,7 @@ class Description:
     ignored: dict[str, int]
     has_ema: bool
     metadata: dict[str, str]
+    unknown: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
 
 
@@ -53,7 +55,7 @@ def describe(path: str | Path, shapes: Mapping[str, Shapes] | None = None, weigh
     ignored = dict(Counter(key.split(".")[0] if "." in key else "schedule and scalars" for key in checkpoint.ignored))
     return Description(
         Path(path), checkpoint.kind, version, prediction or "unknown", source, parts, ignored,
-        checkpoint.has_ema, dict(checkpoint.metadata), _notes(checkpoint.parts, checkpoint.path),
+        checkpoint.has_ema, dict(checkpoint.metadata), checkpoint.unknown, _notes(checkpoint.parts, checkpoint.path),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 
 from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
 from latentsmith.checkpoints.packing import AnyTensor, Parts, Written, lazy, require_whole, reshaped
-from latentsmith.checkpoints.spec import BETA_SCHEDULES, NULL_TEXT_KEY, ModelSpec
+from latentsmith.checkpoints.spec import BETA_SCHEDULES, NULL_TEXT_KEY, PAD_KEY, ModelSpec
 from latentsmith.files.atomic import INCOMPLETE
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
@@ -22,13 +22,13 @@ METADATA = {"format": "pt"}
 
 
 def export_diffusers(
-    parts: Parts, out: str | Path, spec: ModelSpec, *, tokenizer: Mapping[str, bytes] | None = None,
+    parts: Parts, out: str | Path, spec: ModelSpec, *, tokenizer: Mapping[str, bytes],
     dtype: torch.dtype | None = None, written: Written | None = None,
 ) -> None:  # fmt: skip
     """Write the folder `out`, streamed; it takes its name once it is complete.
 
-    tokenizer: file name -> content for `tokenizer/` (vocab.json and merges.txt at least); None leaves the component
-    out. dtype: of every floating-point weight; None keeps each.
+    tokenizer: file name -> content for `tokenizer/` (vocab.json and merges.txt at least).
+    dtype: of every floating-point weight; None keeps each.
     Raises BadInput if `out` exists and is not an empty folder, or the model is one diffusers' classes cannot express.
     """
     require_whole(parts)
@@ -46,11 +46,11 @@ def export_diffusers(
 
 
 def _write_folder(
-    folder: Path, parts: Parts, spec: ModelSpec, tokenizer: Mapping[str, bytes] | None, dtype: torch.dtype | None,
+    folder: Path, parts: Parts, spec: ModelSpec, tokenizer: Mapping[str, bytes], dtype: torch.dtype | None,
     written: Written | None,
 ) -> None:  # fmt: skip
     configs = {
-        "model_index.json": model_index(spec, tokenizer is not None),
+        "model_index.json": model_index(spec),
         "scheduler/scheduler_config.json": scheduler_config(spec),
         "unet/config.json": unet_config(spec),
         "vae/config.json": vae_config(spec),
@@ -59,13 +59,14 @@ def _write_folder(
     for name, config in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    for name, content in (_tokenizer_files(tokenizer, parts, spec) if tokenizer else {}).items():
+    for name, content in _tokenizer_files(tokenizer, parts, spec).items():
         (folder / "tokenizer").mkdir(exist_ok=True)
         (folder / "tokenizer" / name).write_bytes(content)
     weights = "diffusion_pytorch_model.safetensors"
-    # diffusers' configs have no place for what "unconditional" means.
-    null_text = {NULL_TEXT_KEY: spec.null_text} if spec.null_text != "empty" else {}
-    save_safetensors(folder / "unet" / weights, _unet(parts["unet"], dtype), METADATA | null_text, written=written)
+    # diffusers' configs have no place for what "unconditional" means, nor for padded text.
+    own = {NULL_TEXT_KEY: spec.null_text} if spec.null_text != "empty" else {}
+    own |= {PAD_KEY: str(pad)} if (pad := spec.cond_stage_config.get("pad_to")) else {}
+    save_safetensors(folder / "unet" / weights, _unet(parts["unet"], dtype), METADATA | own, written=written)
     save_safetensors(folder / "vae" / weights, _vae(parts["vae"], dtype), METADATA, written=written)
     text = {name: lazy(tensor, dtype) for name, tensor in parts["text_encoder"].items()}
     save_safetensors(folder / "text_encoder" / "model.safetensors", text, METADATA, written=written)
@@ -87,13 +88,13 @@ def _vae(tensors: Mapping[str, AnyTensor], dtype: torch.dtype | None) -> dict[st
     return named
 
 
-def model_index(spec: ModelSpec, has_tokenizer: bool) -> dict[str, Any]:
+def model_index(spec: ModelSpec) -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "scheduler": ["diffusers", scheduler_config(spec)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"] if has_tokenizer else [None, None],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "feature_extractor": [None, None],
@@ -155,6 +156,7 @@ def unet_config(spec: ModelSpec) -> dict[str, Any]:
         "cross_attention_dim": context,
         "attention_head_dim": _heads(ours, widths),
         "transformer_layers_per_block": _plain(depth),
+        "upcast_attention": bool(ours.get("upcast_attention", False)),
         "use_linear_projection": bool(ours.get("use_linear_in_transformer", False)),
         "norm_num_groups": groups,
         "norm_eps": 1e-5,

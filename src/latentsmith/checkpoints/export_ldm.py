@@ -17,8 +17,8 @@ def export_ldm(
     """Write `out` (.safetensors): v1's key set, or v2's with an OpenCLIP text tower, by `spec.open_clip`.
 
     parts: "unet", "vae", "text_encoder" in canonical names, tensors or lazy ones; streamed. dtype: of every
-    floating-point weight; None keeps each. A 23-layer v2 encoder leaves out the 14 tensors nothing uses; the metadata
-    says so.
+    floating-point weight; None keeps each. What nothing uses of a v2 encoder (`unused_text`) is written where `parts`
+    hold it; where they do not, the metadata says so.
     """
     require_whole(parts)
     tensors = {f"model.diffusion_model.{name}": lazy(tensor, dtype) for name, tensor in parts["unet"].items()}
@@ -29,7 +29,11 @@ def export_ldm(
         text["transformer.text_model.embeddings.position_ids"] = _position_ids(length)
     tensors |= {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
     tensors |= schedule_buffers(spec)
-    save_safetensors(out, tensors, model_spec(spec, title or Path(out).stem), written=written)
+    metadata = model_spec(spec, title or Path(out).stem)
+    if spec.open_clip and "logit_scale" not in parts["text_encoder"]:
+        last = "last layer, " if spec.penultimate else ""
+        metadata["latentsmith.omitted"] = f"text encoder's {last}text_projection and logit_scale, which nothing uses"
+    save_safetensors(out, tensors, metadata, written=written)
 
 
 def _position_ids(length: int) -> LazyTensor:
@@ -43,8 +47,8 @@ def model_spec(spec: ModelSpec, title: str) -> dict[str, str]:
     )
     if architecture == "stable-diffusion-v2-512" and spec.prediction_type == "v_prediction":
         architecture = "stable-diffusion-v2-768-v"
-    pixels = spec.image_size * 8
-    fields = {
+    pixels = spec.image_size * 2 ** (len(spec.first_stage_config["ddconfig"]["ch_mult"]) - 1)
+    return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture or "stable-diffusion-custom",
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
@@ -54,6 +58,3 @@ def model_spec(spec: ModelSpec, title: str) -> dict[str, str]:
         SPEC_KEY: spec.to_json(),
         "format": "pt",
     }
-    if spec.open_clip and spec.penultimate:
-        fields["latentsmith.omitted"] = "text encoder's last layer, text_projection and logit_scale, which nothing uses"
-    return fields

@@ -10,8 +10,9 @@ import torch
 import yaml
 
 from latentsmith.checkpoints import text_keys
+from latentsmith.checkpoints.opening import OWN_SECTION
 from latentsmith.checkpoints.packing import Parts, Written, lazy, require_whole, schedule_buffers, text_tower
-from latentsmith.checkpoints.spec import OWN_SECTION, ModelSpec
+from latentsmith.checkpoints.spec import OWN_SCHEDULE, ModelSpec
 from latentsmith.checkpoints.unet_keys import NEMO_V2, rename
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.pickles import LazyTensor
@@ -30,7 +31,7 @@ def export_nemo(
     """Write the `.nemo` archive `out`, streamed.
 
     v1 goes with FrozenCLIPEmbedder, v2 with FrozenOpenCLIPEmbedder, whose unused last layer and projection are zeros
-    (its config says so). dtype: of every floating-point weight; None keeps each.
+    (its config says so) where `parts` lack them. dtype: of every floating-point weight; None keeps each.
     """
     require_whole(parts)
     tensors = {f"model.{name}": tensor for name, tensor in _state(parts, spec, dtype).items()}
@@ -60,9 +61,14 @@ def _state(parts: Parts, spec: ModelSpec, dtype: torch.dtype | None) -> dict[str
     state |= {f"model.diffusion_model.{theirs}": lazy(parts["unet"][ours], dtype) for ours, theirs in unet.items()}
     state |= {f"first_stage_model.{name}": lazy(tensor, dtype) for name, tensor in parts["vae"].items()}
     text = text_tower(parts["text_encoder"], spec.open_clip, dtype)
-    if spec.open_clip:
+    if spec.open_clip and not _whole(parts):
         text |= _unused(text, text_keys.depth(parts["text_encoder"]) if spec.penultimate else None)
     return state | {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
+
+
+def _whole(parts: Parts) -> bool:
+    """Whether the text encoder brings along what nothing uses of it."""
+    return "logit_scale" in parts["text_encoder"]
 
 
 def _unused(text: Mapping[str, LazyTensor], depth: int | None) -> dict[str, LazyTensor]:
@@ -94,6 +100,7 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "legacy": False,
         **spec.unet_config,
     }
+    upcast = unet.pop("upcast_attention", False)
     vae = {"_target_": AUTOENCODER, "from_pretrained": None, "monitor": "val/rec_loss", **spec.first_stage_config}
     vae["lossconfig"] = {"target": "torch.nn.Identity"}
     vae["ddconfig"] = {"double_z": True, "dropout": 0.0, **vae["ddconfig"]}
@@ -117,7 +124,11 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "unet_config": _plain(unet),
         "first_stage_config": _plain(vae),
         "cond_stage_config": _plain(_encoder(parts, spec)),
-        OWN_SECTION: {"cond_stage_config": _plain(_beside_encoder(parts, spec))},
+        OWN_SECTION: {
+            "unet_config": {"upcast_attention": upcast},
+            "cond_stage_config": _plain(_beside_encoder(parts, spec)),
+            **{key: getattr(spec, key) for key in OWN_SCHEDULE},
+        },
     }
 
 
@@ -146,8 +157,10 @@ def _beside_encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
     if not spec.open_clip:
         padded = {} if text.get("pad_to") else {"trained_unpadded": True}
         return text | {"layer": "last", "layers": depth} | padded
+    if _whole(parts):
+        return text | {"layers": depth}
     if not spec.penultimate:
-        return text | {"layer": "last", "layers": depth}
+        return text | {"layer": "last", "layers": depth, "unused_layer": "zeros"}
     # Layer number `depth`, text_projection and logit_scale hold no trained weights.
     return text | {"layer": "penultimate", "layers": depth + 1, "unused_layer": "zeros"}
 

@@ -16,6 +16,7 @@ from latentsmith.files.hub import local_or_hub
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.files.tensors import TensorFile, open_tensors
 
+OWN_SECTION = "latentsmith"  # of a NeMo model config: what NeMo has no key for
 OWN_FILES = {"unet": "unet.safetensors", "vae": "vae.safetensors", "text_encoder": "text_encoder.safetensors"}
 WEIGHTS_FILE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model|model_weights)"
@@ -38,7 +39,8 @@ class Checkpoint:
     """What a path holds.
 
     kind: "ldm", "nemo", "diffusers", "run" (a folder of ours) or "component". metadata: safetensors headers. extras:
-    what a pickle held beside tensors. config: the model config that a NeMo file carries.
+    what a pickle held beside tensors. config: the model config that a NeMo file carries. unknown: keys that no rule
+    knows, with which nothing is loaded.
     """
 
     path: Path
@@ -49,15 +51,16 @@ class Checkpoint:
     extras: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     has_ema: bool = False
+    unknown: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     """Open a file or folder of any supported format, or a hub name ("owner/name") of one.
 
     weights: "ema" takes the moving average of the U-Net where the checkpoint stores one, "raw" the training weights;
-    where only one set exists, it is that one. Raises BadInput for unreadable files and for keys no rule knows.
+    where only one set exists, it is that one. Raises BadInput for unreadable files and those without a known key.
     """
-    path = local_or_hub(path)
+    path = local_or_hub(path, weights)
     if weights not in ("ema", "raw"):
         raise BadInput(f'weights={weights!r}: must be "ema" or "raw"')
     if path.is_dir():
@@ -138,6 +141,7 @@ def _merge(folder: Path, kind: str, opened: Mapping[str, Checkpoint]) -> Checkpo
         {name: checkpoint.parts[name] for name, checkpoint in opened.items()},
         tuple(key for checkpoint in opened.values() for key in checkpoint.ignored),
         metadata={key: value for checkpoint in opened.values() for key, value in checkpoint.metadata.items()},
+        unknown=tuple(key for checkpoint in opened.values() for key in checkpoint.unknown),
     )
 
 
@@ -154,8 +158,9 @@ def _sort(
             raise BadInput(f"{path}: {key} and {keys[name][rest]} are the same tensor twice; delete one")
         entries[name][rest] = entry
         keys.setdefault(name, {})[rest] = key
-    if unknown := keys.get("unknown"):
-        raise BadInput(f"{path}: {len(unknown)} keys of no known format ({_list(unknown.values())})")
+    unknown = tuple(keys.get("unknown", {}).values())
+    if unknown and entries.keys() <= {"unknown", "other", "schedule"}:
+        raise BadInput(f"{path}: {len(unknown)} keys of no known format ({_list(unknown)})")
     has_ema = len(entries.get("ema", {})) > 2  # "ema-only" files carry just decay and num_updates
     if has_ema and weights == "ema":
         entries["unet"] = _averaged(path, entries)
@@ -165,7 +170,8 @@ def _sort(
         key.startswith(("model.", "first_stage_model.", "cond_stage_model.")) for key in file.entries
     )
     kind = kind or ("nemo" if _is_nemo(file) else "ldm" if whole else "component")
-    return Checkpoint(path, kind, parts, ignored, file.metadata, file.extras, config or _stored_config(file), has_ema)
+    config = config or _stored_config(file)
+    return Checkpoint(path, kind, parts, ignored, file.metadata, file.extras, config, has_ema, unknown)
 
 
 def _averaged(path: Path, entries: Mapping[str, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:
@@ -173,10 +179,10 @@ def _averaged(path: Path, entries: Mapping[str, dict[str, LazyTensor]]) -> dict[
     twins = {key: ema_key(key) for key in raw}
     if missing := [key for key, twin in twins.items() if twin not in average]:
         raise BadInput(
-            f"{path}: no moving average of {len(missing)} U-Net tensors ({_list(missing)}); take weights=raw"
+            f"{path}: no moving average of {len(missing)} U-Net tensors ({_list(missing)}); take its raw weights"
         )
     if extra := sorted(set(average) - set(twins.values()) - {"decay", "num_updates"}):
-        raise BadInput(f"{path}: moving averages of no known tensor ({_list(extra)}); take weights=raw")
+        raise BadInput(f"{path}: moving averages of no known tensor ({_list(extra)}); take its raw weights")
     return {key: average[twin] for key, twin in twins.items()}
 
 

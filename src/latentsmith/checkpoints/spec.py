@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
-from latentsmith.checkpoints.opening import WEIGHTS_FILE, Checkpoint, Part, read_json
+from latentsmith.checkpoints.opening import OWN_SECTION, WEIGHTS_FILE, Checkpoint, Part, read_json
 from latentsmith.files.errors import BadInput
 
 SPEC_KEY = "latentsmith.spec"  # our own entry in safetensors metadata
@@ -15,9 +15,12 @@ PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_p
                "x0": "sample", "sample": "sample"}  # fmt: skip
 NULL_TEXT_KEY = "latentsmith.null_text"
 BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names -> LDM's, which are ours
-OWN_SECTION = "latentsmith"  # of a NeMo model config: what NeMo has no key for
 NEMO_LENGTH = 80  # text embeddings of a caption in NeMo v2.0.0, zeros from the 78th on
-V2_BASE_STEP = 875_000  # global_step of 512-base-ema.ckpt
+V21_STEP = 110_000
+V2_STEPS = {875_000: "epsilon", V21_STEP: "v_prediction"}  # global_step of published v2 files: 2-base, 2.1
+PAD_KEY = "latentsmith.pad_to"
+NEMO_SCHEDULE = ("linear_start", "linear_end", "timesteps", "beta_schedule")
+OWN_SCHEDULE = ("zero_terminal_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one")
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,12 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
     if SPEC_KEY in checkpoint.metadata:
         stored = _stored(checkpoint)
         return replace(stored, prediction_type=prediction_type) if prediction_type else stored
-    found, _ = prediction_of(checkpoint)
+    found, source = prediction_of(checkpoint)
     prediction = prediction_type or found
     if prediction is None:
         raise BadInput(
-            f"{checkpoint.path}: its weights do not show their prediction type; "
-            "give prediction_type=epsilon (as v2-base has) or v_prediction (v2 at 768)"
+            f"{checkpoint.path}: its weights do not show their prediction type ({source}); "
+            "give prediction_type epsilon (as v2-base has) or v_prediction (v2 at 768)"
         )
     configs = architecture(checkpoint)
     extra = _schedule(checkpoint) | _latents(checkpoint, prediction)
@@ -117,7 +120,7 @@ def prediction_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
         return "epsilon", "v1 weights"
     step = checkpoint.extras.get("global_step")
     if width == 1024 and isinstance(step, int) and checkpoint.kind == "ldm":
-        return ("epsilon" if step == V2_BASE_STEP else "v_prediction"), f"global_step {step:,}"
+        return V2_STEPS.get(step), f"global_step {step:,}" + ", which no published file has" * (step not in V2_STEPS)
     return None, "nothing in the file tells"
 
 
@@ -180,12 +183,20 @@ def _unet_hints(part: Part, checkpoint: Checkpoint, config: Mapping[str, Any], w
     theirs = component_config(part)
     if isinstance(ours, Mapping):
         kept = {key: ours[key] for key in ("num_heads", "num_head_channels", "resblock_gn_groups") if ours.get(key)}
-        return {key: value for key, value in kept.items() if value != -1}
+        upcast = ((checkpoint.config.get(OWN_SECTION) or {}).get("unet_config") or {}).get("upcast_attention")
+        return {key: value for key, value in kept.items() if value != -1} | _upcast(upcast)
     if theirs:
-        return _diffusers_heads(part, theirs, widths) | {"resblock_gn_groups": theirs.get("norm_num_groups", 32)}
-    if config["model_channels"] == 320 and config["context_dim"] in (768, 1024):
-        return {"num_heads": 8} if config["context_dim"] == 768 else {"num_head_channels": 64}
+        heads = _diffusers_heads(part, theirs, widths) | _upcast(theirs.get("upcast_attention"))
+        return heads | {"resblock_gn_groups": theirs.get("norm_num_groups", 32)}
+    if config["model_channels"] == 320 and config["context_dim"] == 768:
+        return {"num_heads": 8}
+    if config["model_channels"] == 320 and config["context_dim"] == 1024:
+        return {"num_head_channels": 64} | _upcast(checkpoint.extras.get("global_step") == V21_STEP)
     raise BadInput(f"{part.path}: head counts are not in the weights of a U-Net of this size; give its config")
+
+
+def _upcast(upcast: Any) -> dict[str, bool]:
+    return {"upcast_attention": True} if upcast else {}
 
 
 def _diffusers_heads(part: Part, config: Mapping[str, Any], widths: list[int]) -> dict[str, int]:
@@ -257,6 +268,7 @@ def _text(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
         config |= {"layers": 24, "layer": "penultimate"}
     stated = stated_text(checkpoint)
     config |= {"pad_to": NEMO_LENGTH} if pads_text(stated) and positions[0] == 77 else {}
+    config |= {"pad_to": int(checkpoint.metadata[PAD_KEY])} if PAD_KEY in checkpoint.metadata else {}
     if stated.get("layer") in ("last", "penultimate"):
         config["layer"] = stated["layer"]
     return config | _text_hints(part, width, {**component_config(part), **stated})
@@ -311,9 +323,8 @@ def _schedule(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
         found["null_text"] = "zero"
-    return found | {
-        key: config[key] for key in ("linear_start", "linear_end", "timesteps", "beta_schedule") if key in config
-    }
+    stated = {**config, **(config.get(OWN_SECTION) or {})}
+    return found | {key: stated[key] for key in (*NEMO_SCHEDULE, *OWN_SCHEDULE) if key in stated}
 
 
 def _latents(checkpoint: Checkpoint, prediction: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ OPEN_CLIP = {
     "mlp.fc2": "mlp.c_proj",
     "qkv.weight": "attn.in_proj_weight",
     "qkv.bias": "attn.in_proj_bias",
+    "text_projection": "text_projection",
+    "logit_scale": "logit_scale",
 }
 MEGATRON = {
     "embeddings.token_embedding.weight": "language_model.embedding.word_embeddings.weight",

@@ -38,6 +38,9 @@ def convert(
         str | None,
         typer.Option(help="epsilon, v_prediction or sample, where the checkpoint does not tell or is wrong."),
     ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Of a diffusers folder, where the checkpoint has none and CLIP's is not here.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Open the result, compare every tensor, print the largest difference.")
     ] = False,
@@ -60,5 +63,6 @@ def convert(
         weights=weights.value,
         dtype=dtype.value if dtype else None,
         prediction_type=prediction_type,
+        tokenizer=tokenizer,
         verify=verify,
     )

@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from .convert import Weights
+
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="Checkpoint, shard, set, cache or run folder.")],
+    weights: Annotated[Weights, typer.Option(help="The average or the trained weights, where both are there.")] = (
+        Weights.ema
+    ),
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare it with its hashes.")] = False,
 ) -> int:
     """Say what is in a checkpoint, a set of shards, a cache or a run folder; exit code 1 if --verify finds damage.
@@ -22,4 +27,4 @@ def inspect(
     """
     from latentsmith.runs.inspect import inspect as run
 
-    return 1 if run(path, verify=verify) else 0
+    return 1 if run(path, weights=weights.value, verify=verify) else 0

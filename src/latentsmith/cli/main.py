@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     command = typer.main.get_command(app)
-    return _guarded(lambda: command([item for item in given if item != "--debug"], standalone_mode=False), debug)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+        return _guarded(lambda: command([item for item in given if item != "--debug"], standalone_mode=False), debug)
 
 
 def _guarded(run: Callable[[], Any], debug: bool) -> int:

@@ -19,10 +19,11 @@ PLACES = {
 }
 
 
-def build(node: DictConfig | Mapping[str, Any]) -> Any:
+def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
     """The object of `node`: its `_target_` (or LDM's `target` + `params`) called with the other keys as keywords.
 
-    Keys at null take the class's default; keys that have no effect here are left out. Only the classes in
+    Keys at null take the class's default; keys that have no effect here are left out. more: keywords that are no keys
+    of the node. Only the classes in
     `config.targets` can be built. Raises BadInput naming the node for an unknown class, key or impossible size.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
@@ -34,7 +35,7 @@ def build(node: DictConfig | Mapping[str, Any]) -> Any:
             raise schema.unknown_key(f"{place}.{key}", "config")
     arguments = {key: _plain(value) for key, value in plain.items() if _reaches(f"{place}.{key}", value)}
     try:
-        return _find_class(target)(**arguments)
+        return _find_class(target)(**arguments, **more)
     except (ValueError, TypeError) as error:
         raise BadInput(f"{place}: {error}") from error
 

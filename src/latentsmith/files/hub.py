@@ -8,27 +8,33 @@ from latentsmith.files.errors import BadInput
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SMALL_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt"]
+NOT_NEEDED = ["safety_checker/*"]
 # In this order, so that the pickles and the single files of several GB lying beside them are left where they are.
 WEIGHTS = (
     ["*/diffusion_pytorch_model*.safetensors", "*/model*.safetensors", "model.safetensors", "open_clip_*.safetensors"],
     ["*/diffusion_pytorch_model*.bin", "*/pytorch_model*.bin", "pytorch_model.bin", "open_clip_pytorch_model.bin"],
 )
-VARIANTS = ["*.fp16.*", "*.non_ema.*", "safety_checker/*"]  # never needed beside the plain weights
 PUBLISHED = {"laion2b_s32b_b79k": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai": "openai/clip-vit-large-patch14"}
 
 
-def local_or_hub(path: str | Path) -> Path:
+def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
     """`path` if it exists or is no hub name ("owner/name"); else the folder of its snapshot.
 
+    weights: "raw" also fetches the weights that were not averaged, where they lie beside the averages. Half-precision
+    files are fetched where there are no others.
     Raises BadInput, one line, for a hub name that is neither cached nor can be downloaded.
     """
     given = Path(path).expanduser()
     if given.exists() or not NAME.fullmatch(str(path)) or given.parent.exists() or given.suffix in (".nemo", ".ckpt"):
         return given
-    for patterns in WEIGHTS:
-        folder = _snapshot(str(path), [*SMALL_FILES, *patterns])
-        if any(next(folder.glob(pattern), None) for pattern in patterns):
-            return folder
+    others = NOT_NEEDED if weights == "raw" else [*NOT_NEEDED, "*.non_ema.*"]
+    for halves in (False, True):
+        left = others if halves else [*others, "*.fp16.*"]
+        for patterns in WEIGHTS:
+            folder = _snapshot(str(path), [*SMALL_FILES, *patterns], left)
+            files = (file for pattern in patterns for file in folder.glob(pattern))
+            if any(halves or ".fp16." not in file.name for file in files):
+                return folder
     raise BadInput(f"{path}: the hub has no weights of a known name under it; download its file and name that")
 
 
@@ -54,15 +60,13 @@ def cached_snapshots(name: str) -> list[Path]:
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-def _snapshot(name: str, patterns: list[str]) -> Path:
+def _snapshot(name: str, patterns: list[str], left: list[str]) -> Path:
     """The newest snapshot, brought up to date if the hub can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(
-            snapshot_download(name, cache_dir=cache_folder(), allow_patterns=patterns, ignore_patterns=VARIANTS)
-        )
+        return Path(snapshot_download(name, cache_dir=cache_folder(), allow_patterns=patterns, ignore_patterns=left))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         if cached := cached_snapshots(name):
             return cached[0]

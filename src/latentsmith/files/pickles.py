@@ -36,6 +36,8 @@ INERT_NAMES = frozenset(
         "pathlib.Path",
         "pathlib.PosixPath",
         "collections.defaultdict",
+        "_io.BytesIO",  # scales that Transformer Engine keeps as _extra_state
+        "io.BytesIO",
         *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in
           ("dict", "list", "tuple", "set", "frozenset", "str", "int", "long", "float", "bool", "bytes", "complex")),
     }

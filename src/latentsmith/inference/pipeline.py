@@ -87,9 +87,7 @@ class Pipeline:
         }
         length = networks["text_encoder"].max_length
         open_clip = reads_as_open_clip(checkpoint, spec)
-        words = Tokenizer.find(
-            tokenizer, model_folder(checkpoint.path), length, cleaning="open_clip" if open_clip else None
-        )
+        words = Tokenizer.find(tokenizer, checkpoint.path, length, cleaning="open_clip" if open_clip else None)
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():
             network.to(place, kind).eval().requires_grad_(False)
@@ -223,12 +221,6 @@ class Pipeline:
             self.grid(options)
         except ValueError as error:
             raise BadInput(str(error)) from None
-
-
-def model_folder(path: str | Path) -> Path:
-    """Where the files beside the weights lie: for a checkpoint inside a run folder, the run folder."""
-    path = Path(path)
-    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def one_each(name: str, given: Any, count: int) -> list[Any]:

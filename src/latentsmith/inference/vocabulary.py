@@ -75,7 +75,8 @@ def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | No
 
 
 def own_vocabulary(checkpoint: str | Path | None) -> Path | None:
-    """The vocabulary folder that a checkpoint folder brings along."""
+    """The vocabulary folder that a checkpoint brings along: in its folder, in the folder of the whole model that it is
+    the text encoder of, or in the run that it is a checkpoint of."""
     return next(filter(_has_vocabulary, _folders_of(checkpoint)), None)
 
 
@@ -92,8 +93,14 @@ def _named(what: str, given: str | Path) -> Path:
 def _folders_of(checkpoint: str | Path | None) -> list[Path]:
     if checkpoint is None:
         return []
-    folder = Path(checkpoint).expanduser()
-    return [folder / "tokenizer", folder] if folder.is_dir() else []
+    path = Path(checkpoint).expanduser()
+    path = path if path.exists() else next(iter(cached_snapshots(str(checkpoint))), path)
+    folder = path if path.is_dir() else path.parent
+    inside = [path / "tokenizer", path] if path.is_dir() else [folder / "tokenizer"]
+    if folder.name in ("ema", "text_encoder"):
+        folder = folder.parent
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    return [*inside, folder / "tokenizer", run / "tokenizer"]
 
 
 def _has_vocabulary(folder: Path) -> bool:

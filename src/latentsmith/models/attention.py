@@ -1,5 +1,6 @@
 """Attention blocks of the U-Net: the spatial transformer (text to image) and plain self-attention."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,11 +8,16 @@ from .layers import attention, group_norm, join_heads, split_heads, zero_init
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of `query_dim` tokens to a context, or to themselves (`context_dim` None)."""
+    """Multi-head attention of `query_dim` tokens to a context, or to themselves (`context_dim` None).
 
-    def __init__(self, query_dim: int, heads: int, context_dim: int | None, fused: bool, dropout: float):
+    upcast: in float32 whatever the precision, since the scores of Stable Diffusion 2.1 overflow float16.
+    """
+
+    def __init__(
+        self, query_dim: int, heads: int, context_dim: int | None, fused: bool, dropout: float, upcast: bool = False
+    ):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.heads, self.fused, self.upcast = heads, fused, upcast
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(context_dim or query_dim, query_dim, bias=False)
         self.to_v = nn.Linear(context_dim or query_dim, query_dim, bias=False)
@@ -22,7 +28,11 @@ class CrossAttention(nn.Module):
         query, key, value = (
             split_heads(project, self.heads) for project in (self.to_q(tokens), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(join_heads(attention(query, key, value, fused=self.fused)))
+        if not self.upcast:
+            return self.to_out(join_heads(attention(query, key, value, fused=self.fused)))
+        with torch.autocast(tokens.device.type, enabled=False):
+            mixed = attention(query.float(), key.float(), value.float(), fused=self.fused)
+        return self.to_out(join_heads(mixed.to(query.dtype)))
 
 
 class GEGLU(nn.Module):
@@ -49,11 +59,11 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the text, feed-forward: each on normalised tokens, each added to them."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int, fused: bool, dropout: float):
+    def __init__(self, dim: int, heads: int, context_dim: int, fused: bool, dropout: float, upcast: bool = False):
         super().__init__()
-        self.attn1 = CrossAttention(dim, heads, None, fused, dropout)
+        self.attn1 = CrossAttention(dim, heads, None, fused, dropout, upcast)
         self.ff = FeedForward(dim, dropout)
-        self.attn2 = CrossAttention(dim, heads, context_dim, fused, dropout)
+        self.attn2 = CrossAttention(dim, heads, context_dim, fused, dropout, upcast)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, context: Tensor | None) -> Tensor:
@@ -69,14 +79,15 @@ class SpatialTransformer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, heads: int, depth: int, context_dim: int, use_linear: bool, fused: bool, dropout: float
-    ):
+        self, channels: int, heads: int, depth: int, context_dim: int, use_linear: bool, fused: bool, dropout: float,
+        upcast: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.use_linear = use_linear
         self.norm = group_norm(channels, 32, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, heads, context_dim, fused, dropout) for _ in range(depth)
+            BasicTransformerBlock(channels, heads, context_dim, fused, dropout, upcast) for _ in range(depth)
         )
         self.proj_out = zero_init(nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1))
 

@@ -180,6 +180,7 @@ class AutoencoderKL(nn.Module):
     autoencoder has) and num_groups of its norms (32 in Stable Diffusion).
     lossconfig and monitor belong to training and are not used here.
     from_pretrained: a checkpoint to fill every parameter from, strictly; its names may be LDM's or diffusers'.
+    weights: "ema" or "raw", where it has both.
     Height and width must divide by `downsampling`.
     """
 
@@ -192,6 +193,7 @@ class AutoencoderKL(nn.Module):
         monitor: str | None = None,
         from_pretrained: str | None = None,
         from_NeMo: bool | None = None,
+        weights: str = "ema",
     ):
         super().__init__()
         sizes: dict[str, Any] = dict(
@@ -208,7 +210,7 @@ class AutoencoderKL(nn.Module):
         self.embed_dim = embed_dim
         self.reset_parameters()
         self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)
-        load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo)
+        load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo, weights=weights)
 
     def reset_parameters(self) -> None:
         """Fresh weights that learn from the first step: every residual branch starts as the identity, so that the rest

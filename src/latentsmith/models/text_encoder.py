@@ -103,6 +103,7 @@ class ClipTextEncoder(nn.Module):
     freeze: no gradients and always in evaluation mode. version names the weights and is kept for reference; device
     is accepted for old files: the module is where it is put.
     from_pretrained, or restore_from_path for a .nemo: a checkpoint to fill every parameter from, strictly.
+    weights: "ema" or "raw", where it has both.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class ClipTextEncoder(nn.Module):
         device: str | None = None,
         from_pretrained: str | None = None,
         restore_from_path: str | None = None,
+        weights: str = "ema",
     ):
         super().__init__()
         given = dict(
@@ -144,7 +146,7 @@ class ClipTextEncoder(nn.Module):
             self.width,
         )
         self.reset_parameters()
-        load_pretrained(self, from_pretrained or restore_from_path, "text_encoder")
+        load_pretrained(self, from_pretrained or restore_from_path, "text_encoder", weights=weights)
         if freeze:
             self.requires_grad_(False).eval()
 

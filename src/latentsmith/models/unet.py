@@ -96,10 +96,11 @@ class UNetModel(nn.Module):
     transformer_depth: transformer blocks in each spatial transformer, or one number for each level.
     context_dim: features of the text embeddings.
     use_checkpoint: recompute activations in the backward pass. use_flash_attention: fused attention kernels.
+    upcast_attention: attention in float32 at any precision, as Stable Diffusion 2.1 needs it in float16.
     legacy: has no effect with spatial transformers; else kept for files of old models.
     resblock_gn_groups: groups of the residual blocks' norms. image_size: unused, accepted for old files.
     from_pretrained: a checkpoint to fill every parameter from, strictly. from_NeMo: true if its names are NeMo's or
-    LDM's, false if they are diffusers'; unset, the names themselves decide.
+    LDM's, false if they are diffusers'; unset, the names themselves decide. weights: "ema" or "raw", where it has both.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -120,12 +121,14 @@ class UNetModel(nn.Module):
         context_dim: int | None = None,
         use_checkpoint: bool = False,
         use_flash_attention: bool = True,
+        upcast_attention: bool = False,
         legacy: bool = False,
         dropout: float = 0.0,
         resblock_gn_groups: int = 32,
         image_size: int | None = None,
         from_pretrained: str | None = None,
         from_NeMo: bool | None = None,
+        weights: str = "ema",
     ):
         super().__init__()
         levels = len(channel_mult)
@@ -146,8 +149,9 @@ class UNetModel(nn.Module):
             if context_dim is None:
                 return AttentionBlock(width, heads, fused=use_flash_attention)
             return SpatialTransformer(
-                width, heads, depth, context_dim, use_linear_in_transformer, use_flash_attention, dropout
-            )
+                width, heads, depth, context_dim, use_linear_in_transformer, use_flash_attention, dropout,
+                upcast_attention,
+            )  # fmt: skip
 
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -182,7 +186,7 @@ class UNetModel(nn.Module):
             zero_init(nn.Conv2d(width, out_channels, 3, padding=1)),
         )
         self.set_checkpointing(use_checkpoint)
-        load_pretrained(self, from_pretrained, "unet", from_nemo=from_NeMo)
+        load_pretrained(self, from_pretrained, "unet", from_nemo=from_NeMo, weights=weights)
 
     def set_checkpointing(self, use_checkpoint: bool) -> None:
         """Recompute the activations of residual blocks and transformers in the backward pass, or keep them."""

@@ -18,6 +18,7 @@ from latentsmith.checkpoints import (
     match,
     open_checkpoint,
     spec_of,
+    unused_text,
 )
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
@@ -40,15 +41,18 @@ def convert(
     weights: str = "ema",
     dtype: str | torch.dtype | None = None,
     prediction_type: str | None = None,
+    tokenizer: str | Path | None = None,
     verify: bool = False,
 ) -> Path:
     """Write the whole model at `src` to `dst`, which must not exist; returns it.
 
     to: "diffusers" (a folder), "ldm" (one .safetensors) or "nemo" (.nemo). weights: "ema" or "raw", where both are
     there. dtype: "fp32", "fp16", "bf16" or torch's own for every weight; None keeps each. prediction_type: overrides
-    what the checkpoint says. verify: open the result again and compare every tensor, and what each network makes of one
-    input, with its source's.
-    Raises BadInput for a source that is not a whole model or a destination that cannot be written; RuntimeError if
+    what the checkpoint says. tokenizer: file or folder of the one for a diffusers folder, where the checkpoint has none
+    and CLIP's is not on this machine.
+    verify: open the result again and compare every tensor, and what each network makes of one input, with its source's.
+    Raises BadInput for a source that is not a whole model, a destination that cannot be written, or a diffusers folder
+    without a tokenizer; RuntimeError if
     verifying finds a tensor that is not what was meant to be written.
     """
     dst, kind = Path(dst), named_dtype(dtype)
@@ -59,7 +63,9 @@ def convert(
     parts = {part: match(checkpoint, part, shapes[part]) for part in NETWORKS}
     export: Any = EXPORTERS[to]
     if to == "diffusers":
-        export = partial(export, tokenizer=tokenizer_files(checkpoint, parts, spec))
+        export = partial(export, tokenizer=tokenizer_files(checkpoint, parts, spec, tokenizer))
+    else:
+        parts["text_encoder"] |= unused_text(checkpoint, shapes["text_encoder"])
     total = sum(len(tensors) for tensors in parts.values())
     with progress("converting", "tensors") as tell:
         export(parts, dst, spec, dtype=kind, written=Tally(tell, total))
@@ -118,22 +124,24 @@ def network_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int,
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def tokenizer_files(checkpoint: Checkpoint, parts: Parts, spec: ModelSpec) -> dict[str, bytes] | None:
-    """The tokenizer for a diffusers folder: the checkpoint's own, else CLIP's if it is found and fits; None without."""
-    path, embeddings = checkpoint.path, parts["text_encoder"]
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+def tokenizer_files(
+    checkpoint: Checkpoint, parts: Parts, spec: ModelSpec, given: str | Path | None
+) -> dict[str, bytes]:
+    """The tokenizer for a diffusers folder: the one given, the checkpoint's own, or CLIP's.
+
+    BadInput where none is found or it has more tokens than the text encoder: diffusers opens no folder without one.
+    """
+    embeddings = parts["text_encoder"]
     tokens, length = (
         embeddings[f"text_model.embeddings.{table}_embedding.weight"].shape[0] for table in ("token", "position")
     )
-    try:
-        found = find_vocabulary(None, run)
-        vocabulary = read_vocabulary(found)
-    except BadInput as error:
-        print(f"without a tokenizer: {error}")
-        return None
+    found = find_vocabulary(given, checkpoint.path)
+    vocabulary = read_vocabulary(found)
     if len(vocabulary.tokens) > tokens:
-        print(f"without a tokenizer: {found} has {len(vocabulary.tokens):,} tokens, the text encoder {tokens:,}")
-        return None
+        raise BadInput(
+            f"{found}: a tokenizer of {len(vocabulary.tokens):,} tokens, the text encoder knows {tokens:,}; "
+            "give the model's own (--tokenizer)"
+        )
     if (found / "merges.txt").is_file():
         return {file.name: file.read_bytes() for file in sorted(found.iterdir()) if file.suffix in (".json", ".txt")}
     pad = "!" if spec.open_clip and vocabulary.pad is None else None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ KINDS = {
 }
 
 
-def inspect(path: str | Path, *, verify: bool = False) -> list[str]:
+def inspect(path: str | Path, *, weights: str = "ema", verify: bool = False) -> list[str]:
     """Print what `path` is: a checkpoint of any kind, a set of shards, a latent cache, a run folder or a tar.
 
+    weights: "ema" or "raw", of a checkpoint that has both.
     verify: read everything; shards are compared with the checksums of set.json, checkpoints of ours with those of
     state.json, the tensors of any other checkpoint are looked through for values that are not finite.
     Returns what verifying found damaged, a line for each, printed too. Raises BadInput if `path` is none of these.
     """
     path = Path(path)
-    say, check = handlers(path)
+    say, check = handlers(path, weights)
     for line in say(path):
         print(line)
     if not verify:
@@ -53,7 +55,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> list[str]:
     return damaged
 
 
-def handlers(path: Path) -> tuple[Any, Any]:
+def handlers(path: Path, weights: str) -> tuple[Any, Any]:
     """The function that describes `path` and the one that verifies it."""
     if is_shards(path):
         return (say_cache if (path / CACHE_FILE).is_file() else say_shards), verify_shards
@@ -61,7 +63,7 @@ def handlers(path: Path) -> tuple[Any, Any]:
         return say_run, verify_run
     if (path / STATE_FILE).is_file():
         return say_step, verify_run
-    return say_checkpoint, verify_checkpoint
+    return partial(say_checkpoint, weights=weights), partial(verify_checkpoint, weights=weights)
 
 
 def is_shards(path: Path) -> bool:
@@ -184,18 +186,18 @@ def verify_run(path: Path) -> tuple[str, list[str]]:
 # ---- Checkpoints ----
 
 
-def say_checkpoint(path: Path) -> Iterator[str]:
-    checkpoint = open_checkpoint(path)
+def say_checkpoint(path: Path, weights: str) -> Iterator[str]:
+    checkpoint = open_checkpoint(path, weights)
     held = " and ".join(checkpoint.parts) or "nothing that is known"
     yield f"{path}: {KINDS.get(checkpoint.kind, held)}"
-    yield from say_parts(path)
+    yield from say_parts(path, weights)
 
 
-def say_parts(path: Path) -> Iterator[str]:
+def say_parts(path: Path, weights: str = "ema") -> Iterator[str]:
     """The parts of a checkpoint, what it predicts, what is left unread; keys held against the sizes it states."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, weights)
     shapes, unchecked = expected_shapes(checkpoint)
-    found = describe(path, shapes)
+    found = describe(path, shapes, weights)
     if "unet" in found.parts:
         prediction, source = stated_prediction(checkpoint) or (found.prediction, found.prediction_source)
         yield f"  model     {found.version or 'sizes of its own'}, prediction {prediction} ({source})"
@@ -203,6 +205,8 @@ def say_parts(path: Path) -> Iterator[str]:
         kinds = ", ".join(sorted(part.dtypes))
         yield f"  {name:12} {part.tensors:,} tensors, {part.parameters:,} parameters, {kinds}, {part.dialect} names"
     yield from say_keys(found)
+    if found.unknown:
+        yield f"  {len(found.unknown)} keys of no part ({', '.join(found.unknown[:3])}): nothing loads it as it is"
     if unchecked:
         yield f"  keys not checked: {unchecked}"
     if found.has_ema:
@@ -255,9 +259,9 @@ def stated_prediction(checkpoint: Checkpoint) -> tuple[str, str] | None:
     return (prediction, "its own metadata") if prediction else None
 
 
-def verify_checkpoint(path: Path) -> tuple[str, list[str]]:
+def verify_checkpoint(path: Path, weights: str) -> tuple[str, list[str]]:
     """Read every tensor; which hold values that are not finite."""
-    parts = open_checkpoint(path).parts
+    parts = open_checkpoint(path, weights).parts
     damaged, total = [], sum(len(part.entries) for part in parts.values())
     with progress("verifying", "tensors") as tell:
         done = 0

@@ -74,7 +74,7 @@ def build_network(config: DictConfig, part: str) -> nn.Module:
     """One network with its weights, or with fresh ones that are a function of model.seed."""
     torch.manual_seed(config.model.seed)
     filled = {"from_pretrained": weights_of(config, part)}
-    return build(OmegaConf.merge(config.model[PARTS[part]], filled))  # type: ignore[arg-type]
+    return build(OmegaConf.merge(config.model[PARTS[part]], filled), weights=config.model.ckpt_weights)  # type: ignore[arg-type]
 
 
 def build_tokenizer(config: DictConfig) -> Tokenizer:

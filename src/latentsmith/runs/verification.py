@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.checkpoints import ModelSpec, match, open_checkpoint
+from latentsmith.checkpoints import ModelSpec, match, open_checkpoint, unused_text
 from latentsmith.checkpoints.packing import lazy
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.files.tensors import tensor_bytes
@@ -27,6 +27,7 @@ def verify_conversion(parts: Parts, dst: Path, spec: ModelSpec, shapes: Shapes, 
     configs = {"unet": spec.unet_config, "vae": spec.first_stage_config, "text_encoder": spec.cond_stage_config}
     for part, tensors in parts.items():
         written = match(again, part, shapes[part])
+        written |= unused_text(again, shapes[part]) if part == "text_encoder" else {}
         largest, at = 0.0, ""
         for name, tensor in tensors.items():
             if tensor_bytes(lazy(tensor, dtype)) != tensor_bytes(written[name]):
@@ -34,7 +35,8 @@ def verify_conversion(parts: Parts, dst: Path, spec: ModelSpec, shapes: Shapes, 
             apart = difference(tensor, written[name])
             if apart > largest:
                 largest, at = apart, f" ({name})"
-        before, after = (probe(part, configs[part], weights) for weights in (tensors, written))
+        used = ({name: weights[name] for name in shapes[part]} for weights in (tensors, written))
+        before, after = (probe(part, configs[part], weights) for weights in used)
         apart = (after - before).abs().max().item()
         scale = before.abs().max().item()
         print(
