@@ -110,10 +110,10 @@ def test_generate(call, tmp_path):
     assert main([*arguments, "--negative", "blurry", "--height", "64", "--seed", "3"]) == 0
     positional, keywords = calls[0]
     assert positional == ("run", ["one", "two", "three"], Path("o"))
-    assert keywords == {
-        **{"negative_prompt": "blurry", "steps": 25, "guidance_scale": 7.5, "sampler": "dpmsolver++", "seed": 3},
-        **{"height": 64, "width": None, "count": 1, "batch_size": 8, "device": "auto"},
-    }
+    assert keywords == {"negative_prompt": "blurry", "height": 64, "seed": 3}
+    assert main([*arguments, "--grid", "guidance=1,3", "steps=2", "--vae-tiling", "--prompt-syntax", "webui"]) == 0
+    assert calls[1][0] == positional
+    assert calls[1][1] == {"grid": ["guidance=1,3", "steps=2"], "vae_tiling": True, "prompt_syntax": "webui"}
 
 
 def test_convert_inspect_demo(call):

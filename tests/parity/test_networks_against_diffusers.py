@@ -145,7 +145,7 @@ def their_embeddings(text, token_ids):
 def test_unet(name, from_nemo, randomise, tmp_path):
     theirs, ours = UNETS[name]
     reference = their_unet(theirs, randomise)
-    sizes = [(8, 8, [0.0, 999.0]), (16, 24, [1.0]), (24, 8, [500.0, 37.0]), (8, 8, [123.5])]
+    sizes = [(8, 8, [0.0, 999.0]), (16, 24, [1.0]), (24, 8, [500.0, 37.0]), (8, 8, [123.5]), (9, 13, [7.0, 7.0])]
     expected = unet_outputs(reference, unet_cases(ours["context_dim"], sizes))
     unet = UNetModel(model_channels=32, from_pretrained=str(saved(reference, tmp_path)), from_NeMo=from_nemo, **ours)
     found = unet_outputs(unet.eval(), unet_cases(ours["context_dim"], sizes))

@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
+import re
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from latentsmith.cli.options import OutFolder
+from latentsmith.cli.convert import Dtype, Weights
 from latentsmith.files.errors import BadInput
+
+AXIS = re.compile(r"[a-z_]+=[^\s]*")
+
+
+class Syntax(StrEnum):
+    plain = "plain"
+    webui = "webui"
+
+
+class LongPrompts(StrEnum):
+    chunks = "chunks"
+    cut = "cut"
+
+
+class Spacing(StrEnum):
+    leading = "leading"
+    trailing = "trailing"
+    linspace = "linspace"
+
+
+def option(words: str, **limits: Any) -> Any:
+    return typer.Option(help=words, show_default=False, **limits)
 
 
 def generate(
-    source: Annotated[str, typer.Option("--from", help="Checkpoint: run folder, diffusers folder, one file, .nemo.")],
-    out: OutFolder,
+    source: Annotated[
+        str | None, typer.Option("--from", help="Checkpoint: run folder, diffusers folder, one file, .nemo, hub name.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file with a prompt on each line.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Sampling steps.")] = 25,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="How strongly the prompt counts; 1 is none.")] = 7.5,
-    sampler: Annotated[str, typer.Option(help="dpmsolver++, ddim, euler, ...")] = "dpmsolver++",
-    seed: Annotated[int, typer.Option(min=0, help="Picture i of a prompt uses seed + i.")] = 0,
-    height: Annotated[int | None, typer.Option(min=8, help="Pixels; by default what the model was trained at.")] = None,
-    width: Annotated[int | None, typer.Option(min=8, help="Pixels; by default what the model was trained at.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
-) -> None:
+    prompts_file: Annotated[Path | None, option("A text file with a prompt on each line.")] = None,
+    negative: Annotated[str | None, option("What to steer away from.")] = None,
+    config: Annotated[Path | None, option("NeMo's inference YAML; options given here go first.")] = None,
+    steps: Annotated[int | None, option("Sampling steps. [25]", min=1, max=1000)] = None,
+    guidance_scale: Annotated[float | None, option("How strongly the prompt counts; 1 is off. [7.5]")] = None,
+    guidance_rescale: Annotated[float | None, option("0 to 1: keeps strong guidance from overexposing. [0]")] = None,
+    split_guidance: Annotated[bool | None, option("Prompt and null text one after the other: half the memory.")] = None,
+    sampler: Annotated[str | None, option("dpmsolver++, ddim, euler, ...; Karras after it. [dpmsolver++]")] = None,
+    spacing: Annotated[Spacing | None, option("Of the timesteps; by default as the model says.")] = None,
+    eta: Annotated[float | None, option("0 to 1: share of random noise in ddim. [0]")] = None,
+    parallelism: Annotated[int | None, option("Steps at a time in para_ddim. [8]")] = None,
+    tolerance: Annotated[float | None, option("When para_ddim takes a step as done. [0.1]")] = None,
+    seed: Annotated[int | None, option("Picture i of a prompt uses seed + i. [0]", min=0)] = None,
+    variation_seed: Annotated[int | None, option("Of the noise to vary towards. [0]", min=0)] = None,
+    variation_strength: Annotated[float | None, option("0 to 1: how far towards it. [0]")] = None,
+    height: Annotated[int | None, option("Pixels; by default what the model was trained at.", min=8)] = None,
+    width: Annotated[int | None, option("Pixels; by default what the model was trained at.", min=8)] = None,
+    image: Annotated[Path | None, option("A picture to start from.")] = None,
+    strength: Annotated[float | None, option("0 to 1: how much of it is redrawn. [0.75]")] = None,
+    mask: Annotated[Path | None, option("Of the picture: white where to redraw, the rest is kept.")] = None,
+    prompt_syntax: Annotated[Syntax | None, option("webui reads (word:1.2) as a weight. [plain]")] = None,
+    long_prompts: Annotated[LongPrompts | None, option("Over 77 tokens: in chunks, or cut. [chunks]")] = None,
+    vae_tiling: Annotated[bool | None, option("Decode in tiles: any size in bounded memory.")] = None,
+    count: Annotated[int | None, option("Pictures of each prompt. [1]", min=1)] = None,
+    batch_size: Annotated[int | None, option("Pictures at a time. [8]", min=1)] = None,
+    device: Annotated[str | None, option("auto, cuda, mps or cpu. [auto]")] = None,
+    dtype: Annotated[Dtype | None, option("Of the weights. [fp32]")] = None,
+    weights: Annotated[Weights | None, option("The average or the trained weights. [ema]")] = None,
+    prediction_type: Annotated[str | None, option("Where the checkpoint does not say it.")] = None,
+    tokenizer: Annotated[str | None, option("Where the checkpoint has none.")] = None,
+    preview: Annotated[Path | None, option("A PNG that shows what is being drawn.")] = None,
+    sheet: Annotated[bool | None, option("Also one sheet of all pictures.")] = None,
+    grid: Annotated[list[str] | None, option("A sheet with axes: --grid guidance=1,3,7 steps=10,25")] = None,
+    again: Annotated[Path | None, option("Make this picture again and say what differs.")] = None,
+) -> int:
     """Draw pictures from prompts; each PNG records how it was made.
 
     \b
@@ -34,27 +83,40 @@ def generate(
       latentsmith generate --from runs/demo --out pictures "a small red circle at the top left on a white background"
       latentsmith generate --from v1-5.safetensors --out pictures --steps 30 --seed 7 --count 4 "an astronaut"
       latentsmith generate --from sd2.nemo --out pictures --prompts-file prompts.txt --negative "blurry"
+      latentsmith generate --from runs/sd1 --out pictures --image cat.png --strength 0.6 "a tiger"
+      latentsmith generate --from runs/sd1 --out pictures --grid guidance=1,3,7 steps=10,25 "a red circle"
+      latentsmith generate --again pictures/a-red-circle-seed0.png
+      torchrun --nproc-per-node 8 -m latentsmith generate --from sd2 --out pictures --prompts-file prompts.txt
     """
+    if again is not None:
+        from latentsmith.runs.again import again as repeat
+
+        same = repeat(again, out or again.parent, source=source, device=device or "auto")
+        return 0 if same else 1
+    named = {"source", "out", "prompts", "prompts_file", "negative", "config", "again", "named"}
+    given = {name: value for name, value in locals().items() if name not in named and value is not None}
+    given = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
+    told = {"negative_prompt": negative, "source": source, "out": out}
+    given |= {name: value for name, value in told.items() if value is not None}
     wanted = [*(prompts or []), *_read_prompts(prompts_file)]
+    if grid:
+        given["grid"] = [*grid, *(word for word in wanted if AXIS.fullmatch(word))]
+        wanted = [word for word in wanted if not AXIS.fullmatch(word)]
+    if config is not None:
+        from latentsmith.config.infer import read_infer
+
+        given = read_infer(config) | given
+    wanted = wanted or given.pop("prompts", [])
+    given.pop("prompts", None)
     if not wanted:
         raise BadInput('no prompt: give one in quotes ("a red circle"), or a file of them with --prompts-file')
+    for name, flag in (("source", "--from"), ("out", "--out")):
+        if name not in given:
+            raise BadInput(f"{flag} is missing: {'the checkpoint' if name == 'source' else 'the folder to write'}")
     from latentsmith.runs.generate import generate as run
 
-    run(
-        source,
-        wanted,
-        out,
-        negative_prompt=negative,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        seed=seed,
-        height=height,
-        width=width,
-        count=count,
-        batch_size=batch_size,
-        device=device,
-    )
+    run(given.pop("source"), wanted, Path(given.pop("out")), **given)
+    return 0
 
 
 def _read_prompts(path: Path | None) -> list[str]:

@@ -3,6 +3,7 @@
 from latentsmith.diffusion.denoiser import Denoiser
 from latentsmith.diffusion.grid import SamplingGrid, karras_sigmas
 from latentsmith.diffusion.guidance import GuidedDenoiser
+from latentsmith.diffusion.inpainting import keep_outside
 from latentsmith.diffusion.loss import LOSS_TYPES, min_snr_weight, per_sample_loss
 from latentsmith.diffusion.parameterization import (
     PREDICTION_TYPES,
@@ -30,6 +31,7 @@ __all__ = [
     "canonical_prediction_type",
     "canonical_sampler",
     "karras_sigmas",
+    "keep_outside",
     "min_snr_weight",
     "per_sample_loss",
     "sample",

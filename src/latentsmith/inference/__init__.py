@@ -1,6 +1,7 @@
 """From a checkpoint and prompts to pictures."""
 
-from .pipeline import Pipeline
+from .options import SamplingOptions
+from .pipeline import Drawing, Pipeline
 from .tokenizer import Tokenizer
 
-__all__ = ["Pipeline", "Tokenizer"]
+__all__ = ["Drawing", "Pipeline", "SamplingOptions", "Tokenizer"]

@@ -1,43 +1,84 @@
 """Prompts to pictures: text encoder, guided U-Net, sampler, VAE."""
 
+import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, reads_as_open_clip, spec_of
 from latentsmith.diffusion import (
-    SAMPLERS,
     Denoiser,
     GuidedDenoiser,
     NoiseSchedule,
     SamplingGrid,
-    Step,
-    canonical_sampler,
+    keep_outside,
     sample,
     sampling_grid,
 )
 from latentsmith.files.errors import BadInput
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 
-from .scaling import to_vae_latents
+from .noise import mixed_noise, noise_of
+from .options import SamplingOptions, one_each
+from .pictures import Base, based_on, tiled, to_pictures
+from .prompts import EncodedPrompt, embed_prompt, encode_prompt
+from .scaling import to_latents, to_vae_latents
 from .tokenizer import Tokenizer
 
+TILE, OVERLAP = 64, 16  # latents
+AT_ONCE = 512 * 512  # pixels decoded at a time, where there is more than one picture
+OTHER_KINDS = {9: "an inpainting model: ", 8: "an instruct-pix2pix model: ", 5: "a depth model: "}  # by input channels
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How pictures are drawn. Sizes are in pixels; steps and sampler as `diffusion.sampling_grid` takes them."""
 
-    height: int
-    width: int
-    steps: int = 25
-    guidance_scale: float = 7.5
-    sampler: str = "dpmsolver++"
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A batch of pictures after one step; `Pipeline.pictures` shows it.
+
+    numbers: which of the prompts they are of. step: done, from 1, of `steps`. latents: as they are; after the last
+    step the result. denoised: what they are expected to become. Both scaled, (batch, channels, height / f, width / f).
+    bases: what each picture started from, if anything.
+    """
+
+    numbers: tuple[int, ...]
+    step: int
+    steps: int
+    latents: Tensor
+    denoised: Tensor
+    bases: tuple[Base | None, ...]
+    options: SamplingOptions
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """One picture to draw. null: away from the null text of the training, rather than from a negative prompt.
+    noise: in place of the seed's."""
+
+    number: int
+    prompt: EncodedPrompt
+    negative: EncodedPrompt
+    null: bool
+    guidance_scale: float
+    seed: int
+    variation_seed: int
+    noise: Tensor | None
+    base: Base | None
+
+    @property
+    def chunks(self) -> int:
+        """Stretches of text that both prompts are filled up to."""
+        return max(len(self.prompt.chunks), len(self.negative.chunks))
 
 
 class Pipeline:
@@ -50,6 +91,11 @@ class Pipeline:
         self, unet: UNetModel, vae: AutoencoderKL, text_encoder: ClipTextEncoder, tokenizer: Tokenizer, spec: ModelSpec
     ):
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.spec = unet, vae, text_encoder, tokenizer, spec
+        if unet.in_channels != vae.embed_dim:
+            raise BadInput(
+                f"{OTHER_KINDS.get(unet.in_channels, '')}the U-Net takes {unet.in_channels} channels, the VAE's "
+                f"latents have {vae.embed_dim}; only models that draw from text alone can be run"
+            )
         self.schedule = NoiseSchedule.from_config(
             spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps
         )
@@ -103,97 +149,181 @@ class Pipeline:
         return self.spec.image_size * self.vae.downsampling
 
     def __call__(
+        self, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None, **keywords: Any
+    ) -> list[Image.Image]:
+        """One picture for each prompt; the keywords are those of `stream`."""
+        pictures: dict[int, Image.Image] = {}
+        for drawing in self.stream(prompts, negative_prompts, **keywords):
+            if drawing.done:
+                pictures |= zip(drawing.numbers, self.pictures(drawing), strict=True)
+        return [pictures[number] for number in sorted(pictures)]
+
+    def stream(
         self,
         prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str] | None = None,
+        negative_prompts: str | Sequence[str | None] | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 25,
-        guidance_scale: float = 7.5,
-        sampler: str = "dpmsolver++",
         seed: int | Sequence[int] = 0,
+        variation_seed: int | Sequence[int] = 0,
         latents: Tensor | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask: Image.Image | Sequence[Image.Image] | None = None,
         batch_size: int = 8,
-    ) -> list[Image.Image]:
-        """One picture for each prompt.
+        **options: Any,
+    ) -> Iterator[Drawing]:
+        """Every step of every batch, so that the caller owns progress, previews and stopping.
 
         negative_prompts: one for all or one each; None uses the null text that the model was trained with, "" always
-        encodes the empty prompt. seed: of the noise; one for all, or one each. latents: noise of unit variance
-        (prompts, channels, height / f, width / f) to start from in place of the seeds'. batch_size: pictures at a time.
-        Raises BadInput for sizes that VAE and U-Net cannot halve, unknown samplers, steps out of range.
+        encodes the empty prompt. height, width: in pixels; by default the picture's to start from, else image_size.
+        seed: of the noise; one for all, or one each. variation_seed: see variation_strength. latents: noise of unit
+        variance (prompts, channels, height / f, width / f) to start from in place of the seeds'.
+        image: a picture to start from, one for all or one each, cropped to height and width if these are given.
+        mask: of the picture's size, white where to redraw; the rest stays as it is, pixel for pixel.
+        batch_size: pictures at a time, which changes none of them. options: the fields of SamplingOptions.
+        Raises BadInput, at once, for what cannot be drawn; warns of prompts that are cut.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        options = SamplingOptions(height or self.image_size, width or self.image_size, steps, guidance_scale, sampler)
-        self.check(prompts, options)
-        seeds = one_each("seeds", seed, len(prompts))
-        negatives = one_each("negative prompts", negative_prompts, len(prompts))
-        noise = self.noise(seeds, options)
-        if latents is not None and latents.shape != noise.shape:
+        count = len(prompts)
+        bases = based_on(image, mask, count, height, width, self.vae.downsampling)
+        side = bases[0].size if bases and bases[0] else (self.image_size, self.image_size)
+        wanted = SamplingOptions(height or side[0], width or side[1], **options)
+        self.check(prompts, wanted)
+        if image is not None and int(wanted.steps * wanted.strength) < 1:
+            raise BadInput(f"strength {wanted.strength} of {wanted.steps} steps leaves none; give more of either")
+        if latents is not None and latents.shape != (count, *self.latent_shape(wanted)):
             raise BadInput(
-                f"latents are {tuple(latents.shape)}; {len(prompts)} pictures of {options.height}x{options.width} "
-                f"start from {tuple(noise.shape)}"
+                f"latents are {tuple(latents.shape)}; {count} pictures of {wanted.height}x{wanted.width} "
+                f"start from {(count, *self.latent_shape(wanted))}"
             )
-        noise = noise if latents is None else latents
-        pictures: list[Image.Image] = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            *_, last = self.stream(prompts[part], negatives[part], noise[part], seeds[part], options)
-            pictures += to_pictures(self.decode(last.latents))
-        return pictures
+        negatives = one_each("negative prompts", negative_prompts, count)
+        read = partial(
+            encode_prompt, tokenizer=self.tokenizer, syntax=wanted.prompt_syntax, long_prompts=wanted.long_prompts
+        )
+        encoded = {text: read(text) for text in dict.fromkeys([*prompts, *(text or "" for text in negatives)])}
+        columns = zip(
+            prompts,
+            negatives,
+            one_each("guidance scales", wanted.guidance_scale, count),
+            one_each("seeds", seed, count),
+            one_each("variation seeds", variation_seed, count),
+            [None] * count if latents is None else latents,
+            bases,
+            strict=True,
+        )
+        orders = [
+            Order(number, encoded[prompt], encoded[negative or ""], negative is None, *rest)
+            for number, (prompt, negative, *rest) in enumerate(columns)
+        ]
+        return self._draw(orders, wanted, batch_size)
+
+    def _draw(self, orders: Sequence[Order], options: SamplingOptions, batch_size: int) -> Iterator[Drawing]:
+        grid = self.grid(options)
+        for batch in batches(orders, batch_size):
+            yield from self._draw_batch(batch, options, grid)
 
     @torch.no_grad()
-    def stream(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str | None],
-        noise: Tensor,
-        seeds: Sequence[int],
-        options: SamplingOptions,
-    ) -> Iterator[Step]:
-        """Every step of one batch, so that the caller owns progress, previews and stopping; the last Step's latents
-        are the result, scaled. noise: (prompts, channels, height / f, width / f), unit variance."""
-        grid = self.grid(options)
+    def _draw_batch(self, orders: Sequence[Order], options: SamplingOptions, grid: SamplingGrid) -> Iterator[Drawing]:
         denoiser = Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=grid.timestep_at)
-        context = {"context": self.embed(prompts)}
-        null = {"context": self.embed_null(negatives)} if options.guidance_scale != 1 else None
-        guided = GuidedDenoiser(denoiser, context, null, options.guidance_scale)
-        draws = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        shape = noise.shape[1:]
-        for generator in draws:  # the start took the first draw of each seed
-            torch.randn(shape, generator=generator)
+        denoise: Any = GuidedDenoiser(
+            denoiser,
+            *self.conditionings(orders),
+            scale_of([order.guidance_scale for order in orders]),
+            rescale=options.guidance_rescale,
+            one_batch=not options.split_guidance,
+        )
+        draws = [torch.Generator("cpu").manual_seed(order.seed) for order in orders]
+        start = torch.stack([self.noise(order, options, draw) for order, draw in zip(orders, draws, strict=True)])
+        start = start.to(self.device)
+        bases, mask = tuple(order.base for order in orders), None
+        if orders[0].base is not None:
+            grid = grid.from_step(grid.steps - int(grid.steps * options.strength))
+            clean = self.encode(torch.stack([base.image for base in bases if base]), tiling=options.vae_tiling)
+            start = (clean + grid.sigmas[0].item() * start) / grid.start_scale
+            latent_masks = [base.latent_mask for base in bases if base and base.latent_mask is not None]
+            if latent_masks:
+                mask = torch.stack(latent_masks).to(self.device)
+                denoise = keep_outside(denoise, mask, clean)
 
         def noise_at(step: int) -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in draws]).to(self.device)
+            return torch.stack([noise_of(draw, start.shape[1:]) for draw in draws]).to(self.device)
 
-        yield from sample(options.sampler, guided, noise.to(self.device), grid, noise_at=noise_at)
+        numbers = tuple(order.number for order in orders)
+        for step in sample(options.sampler, denoise, start, grid, noise_at=noise_at, **options.sampler_options):
+            latents = step.latents
+            if mask is not None and step.index + 1 == grid.steps:  # grids may end a little above sigma 0
+                latents = clean + mask * (latents - clean)
+            yield Drawing(numbers, step.index + 1, grid.steps, latents, step.denoised, bases, options)
+
+    def conditionings(self, orders: Sequence[Order]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """What the U-Net takes besides, with the prompts and without; each distinct prompt is encoded once."""
+        chunks = orders[0].chunks
+        guided = any(order.guidance_scale != 1 for order in orders)
+        distinct = dict.fromkeys(prompt for order in orders for prompt in (order.prompt, order.negative)[: 1 + guided])
+        found = {prompt: embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder) for prompt in distinct}
+        context = {"context": torch.stack([found[order.prompt] for order in orders])}
+        if not guided:
+            return context, None
+        zeroed = self.spec.null_text == "zero"
+        null = [found[order.negative] * (not (order.null and zeroed)) for order in orders]
+        return context, {"context": torch.stack(null)}
+
+    def pictures(self, drawing: Drawing) -> list[Image.Image]:
+        """The pictures of a batch: the result after its last step, before that what is expected."""
+        images = self.decode(drawing.latents if drawing.done else drawing.denoised, tiling=drawing.options.vae_tiling)
+        pairs = zip(drawing.bases, images.cpu(), strict=True)
+        return to_pictures(torch.stack([base.around(image) if base else image for base, image in pairs]))
 
     @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings (prompts, length, context_dim); a prompt that comes again is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        embedded = self.text_encoder(self.tokenizer(distinct).to(self.device))
-        return embedded[[distinct.index(prompt) for prompt in prompts]]
+    def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
+        """Images (batch, 3, height, width) in [-1, 1] of scaled latents, float32.
 
-    def embed_null(self, negatives: Sequence[str | None]) -> Tensor:
-        """What guidance steers away from: each negative prompt, or the model's own null text where it is None."""
-        embedded = self.embed([negative or "" for negative in negatives])
-        if self.spec.null_text == "zero":
-            given = torch.tensor([negative is not None for negative in negatives], device=embedded.device)
-            embedded = embedded * given[:, None, None]
-        return embedded
+        A VAE in float16 whose values overflow is used once more in float32, with a warning. tiling: see
+        SamplingOptions.vae_tiling.
+        """
+        images = self._decoded(self.vae, latents, tiling)
+        if next(self.vae.parameters()).dtype == torch.float16 and latents.isfinite().all() > images.isfinite().all():
+            warnings.warn("the VAE overflows in float16 and is used in float32 instead", stacklevel=2)
+            images = self._decoded(copy.deepcopy(self.vae).float(), latents, tiling)
+        return images.clamp(-1, 1)
+
+    def _decoded(self, vae: AutoencoderKL, latents: Tensor, tiling: bool) -> Tensor:
+        given = to_vae_latents(latents, self.spec.scale_factor).to(next(vae.parameters()).dtype)
+        at_once = max(1, AT_ONCE // (given.shape[2] * given.shape[3] * vae.downsampling**2))
+
+        def run(piece: Tensor) -> Tensor:
+            return torch.cat([vae.decode(part) for part in piece.split(at_once)])
+
+        if not tiling:
+            return run(given).float()
+        return tiled(run, given, Fraction(vae.downsampling), tile=TILE, overlap=OVERLAP).float()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (batch, 3, height, width) in [-1, 1] of scaled latents."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode(to_vae_latents(latents, self.spec.scale_factor).to(dtype)).float().clamp(-1, 1)
-
-    def noise(self, seeds: Sequence[int], options: SamplingOptions) -> Tensor:
-        """The start of each picture, (seeds, channels, height / f, width / f): a function of its own seed alone."""
+    def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
+        """Scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
         factor = self.vae.downsampling
-        shape = (self.unet.in_channels, options.height // factor, options.width // factor)
-        return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
+        given = images.to(self.device, next(self.vae.parameters()).dtype)
+
+        def run(piece: Tensor) -> Tensor:
+            return torch.cat([self.vae.mode(self.vae.encode(part)) for part in piece.split(1)])
+
+        sizes = dict(tile=TILE * factor, overlap=OVERLAP * factor)
+        found = tiled(run, given, Fraction(1, factor), **sizes) if tiling else run(given)
+        return to_latents(found.float(), self.spec.scale_factor)
+
+    def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
+        factor = self.vae.downsampling
+        return self.unet.in_channels, options.height // factor, options.width // factor
+
+    def noise(self, order: Order, options: SamplingOptions, generator: torch.Generator) -> Tensor:
+        """The start of a picture, a function of its own seeds alone; the first draw of the generator."""
+        shape = self.latent_shape(options)
+        own = noise_of(generator, shape)
+        if options.variation_strength:
+            other = noise_of(torch.Generator("cpu").manual_seed(order.variation_seed), shape)
+            own = mixed_noise(own, other, options.variation_strength)
+        return own if order.noise is None else order.noise.cpu()
 
     def grid(self, options: SamplingOptions) -> SamplingGrid:
         """The noise levels to visit, laid as the checkpoint's scheduler config says; ValueError if they cannot be."""
@@ -202,33 +332,36 @@ class Pipeline:
             self.schedule,
             options.sampler,
             options.steps,
-            spacing=spec.timestep_spacing,
+            spacing=options.spacing or spec.timestep_spacing,
             steps_offset=spec.steps_offset,
             set_alpha_to_one=spec.set_alpha_to_one,
         )
 
     def check(self, prompts: Sequence[str], options: SamplingOptions) -> None:
         """Raise BadInput, in one line, for what cannot be drawn."""
-        factor = self.vae.downsampling * self.unet.downsampling
+        factor = self.vae.downsampling
         if not prompts:
             raise BadInput("no prompt to draw")
         if options.height % factor or options.width % factor:
-            raise BadInput(
-                f"pictures of {options.height}x{options.width} do not divide by {factor}, what VAE and U-Net reduce by"
-            )
+            raise BadInput(f"pictures of {options.height}x{options.width} do not divide by {factor}, the VAE's factor")
         try:
-            canonical_sampler(options.sampler, SAMPLERS)
             self.grid(options)
         except ValueError as error:
             raise BadInput(str(error)) from None
 
 
-def one_each(name: str, given: Any, count: int) -> list[Any]:
-    """One of what is `given` for each of `count` prompts, of one for all or a sequence; BadInput for another count."""
-    several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * count
-    if len(several) != count:
-        raise BadInput(f"{len(several)} {name} for {count} prompts; give one, or one each")
-    return several
+def batches(orders: Sequence[Order], size: int) -> Iterator[list[Order]]:
+    """At most `size` pictures at a time, all with prompts of as many chunks, so that none depends on the others."""
+    by_length: dict[int, list[Order]] = {}
+    for order in orders:
+        by_length.setdefault(order.chunks, []).append(order)
+    for alike in by_length.values():
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def scale_of(scales: Sequence[float]) -> Tensor | float:
+    """One number where all are the same."""
+    return scales[0] if len(set(scales)) == 1 else torch.tensor(scales)
 
 
 def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
@@ -246,11 +379,3 @@ def pick_device(device: str | None) -> str:
     if device not in (None, "auto"):
         return str(device)
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (batch, 3, height, width) in [-1, 1] as pictures of 8 bits; BadInput where a value is not finite."""
-    if not images.isfinite().all():
-        raise BadInput("the pictures hold values that are not finite; with float16 try float32")
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]

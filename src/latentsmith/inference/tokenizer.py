@@ -29,6 +29,7 @@ from latentsmith.inference.vocabulary import (
     WORD_END,
     Vocabulary,
     byte_symbols,
+    bytes_of_symbols,
     find_vocabulary,
     laid_out,
     read_vocabulary,
@@ -116,9 +117,23 @@ class Tokenizer:
     def _row(self, text: str) -> tuple[list[int], str]:
         encoded = self._encoder.encode(text, add_special_tokens=False)
         room = self.max_length - 2
-        ids = [self.start_id, *encoded.ids[:room], self.end_id]
         rest = text[encoded.offsets[room][0] :] if len(encoded.ids) > room else ""
-        return ids + [self.pad_id] * (self.max_length - len(ids)), rest
+        return self.framed(encoded.ids[:room]), rest
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, of any length, without start, end and padding."""
+        return self._encoder.encode(self._clean(text), add_special_tokens=False).ids
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """At most max_length - 2 ids between start and end, filled up to max_length."""
+        row = [self.start_id, *ids, self.end_id]
+        return row + [self.pad_id] * (self.max_length - len(row))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that ids stand for, as cleaning left it, one blank between words."""
+        names, letters = {index: name for name, index in self.vocabulary.tokens.items()}, bytes_of_symbols()
+        parts = (names[index].replace(WORD_END, chr(288)) for index in ids)  # 288 stands for a blank
+        return bytes(letters[letter] for part in parts for letter in part).decode("utf-8", "replace").strip()
 
     def describe(self) -> dict[str, Any]:
         """All that decides which ids a caption gets."""

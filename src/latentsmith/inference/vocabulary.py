@@ -44,6 +44,12 @@ def byte_symbols() -> list[str]:
     return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
 
 
+def bytes_of_symbols() -> dict[str, int]:
+    """The byte that each of the 256 characters stands for."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return dict(zip(byte_symbols(), [*visible, *sorted({*range(256)} - {*visible})], strict=True))
+
+
 def laid_out(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
     """Token ids in CLIP's order: bytes, bytes ending a word, merges, START, END."""
     symbols = byte_symbols()

@@ -4,6 +4,7 @@ Parameter names are LDM's, so a Stable Diffusion file loads as it is.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,30 +53,30 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width by nearest neighbours, then a convolution."""
+    """Nearest neighbours up to `size` (height, width), about twice its input's, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+    def forward(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(hidden, size, mode="nearest"))
 
 
 class UNetBlock(nn.Sequential):
-    """Layers in a row, each given the inputs of its kind: timestep embedding or text."""
+    """Layers in a row, each given the inputs of its kind: timestep embedding, text, or the size to grow to."""
 
     use_checkpoint = False
 
-    def forward(self, hidden: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, emb: Tensor, context: Tensor | None, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        inputs = ((ResBlock, emb), (SpatialTransformer, context), (Upsample, size))
         for layer in self:
-            inputs = (emb,) if isinstance(layer, ResBlock) else ()
-            if isinstance(layer, SpatialTransformer):
-                inputs = (context,)  # type: ignore[assignment]
-            hidden = self.run(layer, hidden, *inputs)
+            hidden = self.run(layer, hidden, *(given for kind, given in inputs if isinstance(layer, kind)))
         return hidden
 
-    def run(self, layer: nn.Module, *inputs: Tensor) -> Tensor:
+    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """`layer(*inputs)`, its activations recomputed in the backward pass if `use_checkpoint`."""
         recompute = self.use_checkpoint and torch.is_grad_enabled()
         if recompute and isinstance(layer, ResBlock | SpatialTransformer | AttentionBlock):
@@ -137,7 +138,7 @@ class UNetModel(nn.Module):
         if (num_heads == -1) == (num_head_channels == -1):
             raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
         self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
-        self.model_channels, self.downsampling = model_channels, 2 ** (levels - 1)
+        self.model_channels = model_channels
         res_blocks, depths = per_level(num_res_blocks, levels), per_level(transformer_depth, levels)
         emb_channels = 4 * model_channels
 
@@ -203,13 +204,9 @@ class UNetModel(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's prediction, (batch, out_channels, height, width).
 
-        latents: (batch, in_channels, height, width), noisy and scaled; height and width divide by
-            `downsampling`, 2**(levels - 1).
+        latents: (batch, in_channels, height, width), noisy and scaled, of any size.
         timesteps: (batch,), 0..999, whole or fractional. context: (batch, length, context_dim) text embeddings.
         """
-        height, width = latents.shape[2:]
-        if height % self.downsampling or width % self.downsampling:
-            raise ValueError(f"latents of {height}x{width} do not divide by {self.downsampling}, the U-Net's factor")
         dtype = next(self.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (batch, 4 * channels)
         hidden, skips = latents.to(dtype), []
@@ -218,7 +215,8 @@ class UNetModel(nn.Module):
             skips.append(hidden)
         hidden = self.middle_block(hidden, emb, context)
         for block in self.output_blocks:
-            hidden = block(torch.cat([hidden, skips.pop()], dim=1), emb, context)
+            size = skips[-2].shape[2:] if len(skips) > 1 else None  # odd sizes are halved upwards
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), emb, context, size)
         return self.out(hidden)
 
 

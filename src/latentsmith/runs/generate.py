@@ -1,17 +1,49 @@
 """`latentsmith generate`: pictures from prompts, each with what made it."""
 
-import json
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from latentsmith.files.atomic import atomic_open
-from latentsmith.inference import Pipeline
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import sha256_files
+from latentsmith.inference import Drawing, Pipeline
+from latentsmith.inference.png import free_path, save_picture
 
+from .drawing_model import DrawingModel
 from .progress import progress
+from .sheet import axis_sheet, labelled_sheet
+
+PREVIEWS = 5  # of a batch
+AXES = {"guidance": "guidance_scale", "rescale": "guidance_rescale"} | {
+    name: name for name in ("steps", "guidance_scale", "sampler", "seed", "eta", "strength", "spacing")
+}
+KINDS = {"steps": int, "seed": int, "sampler": str, "spacing": str}  # of an axis' values; all others are numbers
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture: what is written into it, and what the pipeline is called with."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    variation_seed: int
+    number: int
+    axes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the picture says of it."""
+        seed = dict(self.axes).get("seed", self.seed)
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        return texts | {"seed": seed, "variation_seed": self.variation_seed}
 
 
 def generate(
@@ -20,65 +52,146 @@ def generate(
     out: Path,
     *,
     negative_prompt: str | None = None,
-    steps: int = 25,
-    guidance_scale: float = 7.5,
-    sampler: str = "dpmsolver++",
     seed: int = 0,
-    height: int | None = None,
-    width: int | None = None,
+    variation_seed: int = 0,
     count: int = 1,
     batch_size: int = 8,
+    image: Path | None = None,
+    mask: Path | None = None,
     device: str = "auto",
+    dtype: str = "fp32",
+    weights: str = "ema",
+    prediction_type: str | None = None,
+    tokenizer: str | None = None,
+    preview: Path | None = None,
+    sheet: bool = False,
+    grid: Sequence[str] = (),
+    **options: Any,
 ) -> list[Path]:
-    """Draw `count` pictures of every prompt into `out`; picture i of a prompt uses seed + i. Returns the PNGs."""
-    pipeline = Pipeline.from_pretrained(source, device=device)
-    wanted = [(prompt, seed + i) for prompt in prompts for i in range(count)]
-    paths: list[Path] = []
-    options = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
-    with progress("drawing", "pictures") as tell:
-        for start in range(0, len(wanted), batch_size):
-            batch = wanted[start : start + batch_size]
-            pictures = pipeline(
-                [prompt for prompt, _ in batch],
-                negative_prompt,
-                seed=[one for _, one in batch],
-                height=height,
-                width=width,
-                batch_size=batch_size,
-                **options,  # type: ignore[arg-type]
-            )
-            for picture, (prompt, one) in zip(pictures, batch, strict=True):
-                made = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": one, "from": source, **options}
-                paths.append(save_picture(picture, out, made))
-            tell(len(paths), len(wanted))
+    """Draw `count` pictures of every prompt into `out`; picture i of a prompt uses seed + i. Returns the PNGs.
+
+    image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is drawn. sheet: also one of all
+    pictures. grid: axes such as "guidance=1,3,7", one or two, drawn against each other on a sheet for each prompt.
+    options: height, width and the fields of SamplingOptions. Under torchrun or SLURM each process draws its share.
+    """
+    axes = [parsed_axis(words) for words in grid]
+    if len(axes) > 2:
+        raise BadInput(f"a grid has one or two axes, not {len(axes)}")
+    with DrawingModel(source, device, dtype, weights, prediction_type, tokenizer) as model:
+        given: dict[str, Any] = {"image": opened(image), "mask": opened(mask)}
+        cells = product(*([(name, value) for value in values] for name, values in axes))
+        wishes = [
+            Wish(prompt, negative_prompt, seed + i, variation_seed + i, number, cell)
+            for number, (cell, prompt, i) in enumerate(product(cells, prompts, range(count)))
+        ]
+        rank, processes = process_of()
+        mine = wishes[rank::processes]
+        bases = {"image": described(image), "mask": described(mask)}
+        paths: dict[Wish, Path] = {}
+        try:
+            for wish, picture, used in draw(model.pipeline, mine, given | options, batch_size, preview):
+                paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases))
+        except KeyboardInterrupt:
+            print(f"{out}: {len(paths)} of {len(mine)} pictures, kept")
+            raise
+    if processes == 1 and (sheet or axes):
+        draw_sheets(out, wishes, paths, axes)
     print(f"{out}: {len(paths)} pictures")
-    return paths
+    return [paths[wish] for wish in mine]
 
 
-def save_picture(picture: Image.Image, folder: Path, made: dict) -> Path:
-    """Write a PNG under a name that is free, with what made it as JSON and as web UIs' `parameters` text."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", made["prompt"].lower()).strip("-")[:60] or "picture"
-    name = f"{stem}-seed{made['seed']}"
-    path, number = folder / f"{name}.png", 2
-    while path.exists():
-        path, number = folder / f"{name}-{number}.png", number + 1
-    info = PngInfo()
-    info.add_text("latentsmith", json.dumps(made))
-    info.add_text("parameters", parameters_text(made, picture.size))
+def draw(
+    pipeline: Pipeline, wishes: Sequence[Wish], options: Mapping[str, Any], batch_size: int, preview: Path | None
+) -> Iterator[tuple[Wish, Image.Image, dict[str, Any]]]:
+    """(wish, picture, options used) as the pictures are done; those of equal axes together."""
+    groups: dict[tuple, list[Wish]] = {}
+    for wish in wishes:
+        groups.setdefault(tuple(pair for pair in wish.axes if pair[0] != "seed"), []).append(wish)
+    streams = []
+    for axes, alike in groups.items():  # all are checked before the first is drawn
+        seeds = [wish.told["seed"] for wish in alike]
+        streams.append((alike, pipeline.stream(
+            [wish.prompt for wish in alike], [wish.negative_prompt for wish in alike], seed=seeds,
+            variation_seed=[wish.variation_seed for wish in alike], batch_size=batch_size, **{**options, **dict(axes)},
+        )))  # fmt: skip
+    drawn = 0
+    with progress("drawing", "pictures") as tell:
+        for alike, stream in streams:
+            for drawing in stream:
+                tell(drawn + len(drawing.numbers) * drawing.step // drawing.steps, len(wishes))
+                if drawing.done:
+                    drawn += len(drawing.numbers)
+                    for number, picture in zip(drawing.numbers, pipeline.pictures(drawing), strict=True):
+                        yield alike[number], picture, asdict(drawing.options)
+                elif preview and drawing.step % max(1, drawing.steps // PREVIEWS) == 0:
+                    show(pipeline, drawing, preview)
+
+
+def show(pipeline: Pipeline, drawing: Drawing, path: Path) -> None:
+    """What a batch is expected to become, in one row."""
+    try:
+        row = np.concatenate([np.asarray(picture) for picture in pipeline.pictures(drawing)], axis=1)
+    except BadInput:  # nothing to see yet
+        return
     with atomic_open(path) as file:
-        picture.save(file, format="PNG", pnginfo=info)
-    return path
+        Image.fromarray(row).save(file, format="PNG")
 
 
-def parameters_text(made: dict, size: tuple[int, int]) -> str:
-    """The text that web UIs read back: prompt, negative prompt, then settings by name."""
-    negative = f"\nNegative prompt: {made['negative_prompt']}" if made["negative_prompt"] else ""
-    settings = {
-        "Steps": made["steps"],
-        "Sampler": made["sampler"],
-        "CFG scale": made["guidance_scale"],
-        "Seed": made["seed"],
-        "Size": f"{size[0]}x{size[1]}",
-    }
-    return made["prompt"] + negative + "\n" + ", ".join(f"{key}: {value}" for key, value in settings.items())
+def process_of() -> tuple[int, int]:
+    """(rank, processes) as torchrun or SLURM says; (0, 1) alone."""
+    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and processes in os.environ:
+            return int(os.environ[rank]), int(os.environ[processes])
+    return 0, 1
+
+
+def opened(path: Path | None) -> Image.Image | None:
+    if path is None:
+        return None
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def described(path: Path | None) -> dict[str, str] | None:
+    return None if path is None else {"file": str(path), "hash": sha256_files([path])}
+
+
+def parsed_axis(words: str) -> tuple[str, list[Any]]:
+    """ "guidance=1,3,7" as the option's name and its values; BadInput for anything else."""
+    name, _, values = words.partition("=")
+    if name not in AXES or not values:
+        raise BadInput(f"--grid {words}: give NAME=VALUE,VALUE,..., NAME one of {', '.join(AXES)}")
+    kind = KINDS.get(AXES[name], float)
+    try:
+        return AXES[name], [kind(value.strip()) for value in values.split(",")]
+    except ValueError:
+        raise BadInput(f"--grid {words}: {name} takes {'whole numbers' if kind is int else 'numbers'}") from None
+
+
+def draw_sheets(
+    out: Path, wishes: Sequence[Wish], paths: Mapping[Wish, Path], axes: Sequence[tuple[str, list[Any]]]
+) -> None:
+    """One sheet of all pictures, or one for each prompt and seed with the axes' values at its edges."""
+    pictures = {wish: np.asarray(Image.open(path)) for wish, path in paths.items()}
+    if not axes:
+        cells = [(pictures[wish], f"{wish.prompt} ({wish.seed})", False) for wish in wishes]
+        write_sheet(labelled_sheet(cells, columns=min(8, len(cells)), zoom=1), out, "sheet")
+        return
+    across, down = axes[0], axes[1] if len(axes) > 1 else ("", [""])
+    per_cell = len(wishes) // (len(across[1]) * len(down[1]))
+    for number in range(per_cell):  # the wishes run over the axes first, the last of them fastest
+        alike = wishes[number::per_cell]
+        table = [[pictures[wish] for wish in alike[row :: len(down[1])]] for row in range(len(down[1]))]
+        rows, columns = ([f"{name} {value}".strip() for value in values] for name, values in (down, across))
+        write_sheet(axis_sheet(table, rows, columns, alike[0].prompt), out, "grid")
+
+
+def write_sheet(sheet: Image.Image, out: Path, stem: str) -> None:
+    path = free_path(out, stem)
+    with atomic_open(path) as file:
+        sheet.save(file, format="PNG")
+    print(f"{path}: contact sheet")

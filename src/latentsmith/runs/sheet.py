@@ -1,4 +1,4 @@
-"""Contact sheets: pictures under their prompts."""
+"""Contact sheets: pictures under their prompts, or between two axes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -29,4 +29,29 @@ def labelled_sheet(
         pen.multiline_text(
             (left, top + height + 3), "\n".join(words), fill=MARK if marked else "black", font=font, spacing=1
         )
+    return sheet
+
+
+def axis_sheet(
+    pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], title: str
+) -> Image.Image:
+    """Rows of pictures (height, width, 3) uint8 of one size, with a label at each row and column and a title above."""
+    height, width = pictures[0][0].shape[:2]
+    zoom = max(1, 96 // width)
+    height, width, pad = height * zoom, width * zoom, 4
+    font = ImageFont.load_default(size=12)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = max((int(measure.textlength(label, font=font)) for label in rows), default=0) + 2 * pad
+    top, across = 40, max(width + pad, *(int(measure.textlength(label, font=font)) + 2 * pad for label in columns), 0)
+    sheet = Image.new("RGB", (margin + len(columns) * across + pad, top + len(rows) * (height + pad) + pad), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((pad, pad), textwrap.shorten(title, max(8, sheet.width // 7), placeholder="..."), fill="black", font=font)
+    for column, label in enumerate(columns):
+        pen.text((margin + column * across, 22), label, fill="black", font=font)
+    for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
+        at = top + row * (height + pad)
+        pen.text((pad, at + height // 2 - 6), label, fill="black", font=font)
+        for column, picture in enumerate(line):
+            cell = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (margin + column * across, at))
     return sheet

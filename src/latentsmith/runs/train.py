@@ -11,7 +11,7 @@ from torch import nn
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.inference import Pipeline
-from latentsmith.inference.pipeline import SamplingOptions
+from latentsmith.inference.options import SamplingOptions
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective

@@ -69,8 +69,7 @@ def probe(part: str, config: Mapping[str, Any], weights: Mapping[str, LazyTensor
         side = 4 * network.downsampling
         moments = network.encode(torch.rand(1, 3, side, side, generator=generator) * 2 - 1)
         return torch.cat([moments.flatten(), network.decode(network.mode(moments)).flatten()])
-    side = 2 * network.downsampling
-    latents = torch.randn(1, network.in_channels, side, side, generator=generator)
+    latents = torch.randn(1, network.in_channels, 16, 16, generator=generator)
     width = network.context_dim
     context = None if width is None else torch.randn(1, 77, width, generator=generator)
     return network(latents, torch.tensor([500]), context)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from latentsmith.files.atomic import atomic_open
+from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 
 from .module import StepCallback, TrainingModule
@@ -37,6 +38,9 @@ class SampleLog(StepCallback):
             module.eval()
             with torch.no_grad():
                 pictures = self.pipeline(self.prompts, **self.options)
+        except BadInput as error:  # early weights may draw what is no picture
+            print(f"no sample pictures at step {module.progress.global_step}: {error}")
+            return
         finally:
             for average, part in averaged:
                 average.swap(part)
