@@ -28,6 +28,7 @@ from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 
 from .noise import mixed_noise, noise_of
 from .options import SamplingOptions, one_each
+from .packing import pack_convolutions
 from .pictures import Base, based_on, tiled, to_pictures
 from .prompts import EncodedPrompt, embed_prompt, encode_prompt
 from .scaling import to_latents, to_vae_latents
@@ -137,6 +138,7 @@ class Pipeline:
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():
             network.to(place, kind).eval().requires_grad_(False)
+            pack_convolutions(network)
         return cls(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
 
     @property

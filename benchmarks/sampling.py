@@ -1,0 +1,111 @@
+"""Seconds a picture and peak memory against diffusers' StableDiffusionPipeline: same weights, noise, sampler and steps.
+
+    python benchmarks/sampling.py WORK_FOLDER [--size full|small] [--rounds 3]
+
+full: Stable Diffusion v1 at 256 px, 4 steps. small: a 37M-parameter cut at 256 px, 10 steps, 4 pictures. Random
+weights, saved by diffusers. The peers alternate as processes of their own, in both orders; each loads, draws once
+unmeasured, then once measured. latentsmith runs as its command line does, with huge pages asked for; diffusers as its
+users run it, and once more with the same. Memory is the process' largest resident set. Pictures are compared first.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+SIZES = {
+    "full": dict(widths=(320, 640, 1280, 1280), vae=(128, 256, 512, 512), pixels=256, steps=4, pictures=1),
+    "small": dict(widths=(64, 128, 256, 256), vae=(32, 64, 128, 128), pixels=256, steps=10, pictures=4),
+}
+HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
+PEERS = {"latentsmith": HUGE_PAGES, "diffusers": {}, "diffusers, huge pages": HUGE_PAGES}
+MAKE = """
+import json, sys, diffusers, torch, transformers
+from latentsmith.inference.tokenizer import Tokenizer
+size, folder = json.loads(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu"))
+Tokenizer.find().save(folder + "-words")
+vae = diffusers.AutoencoderKL(block_out_channels=size["vae"], layers_per_block=2, latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+unet = diffusers.UNet2DConditionModel(block_out_channels=size["widths"], attention_head_dim=8,
+    layers_per_block=2, cross_attention_dim=768, sample_size=64)
+scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+    clip_sample=False, set_alpha_to_one=False)
+diffusers.StableDiffusionPipeline(
+    unet=unet, vae=vae, text_encoder=text, tokenizer=transformers.CLIPTokenizer.from_pretrained(folder + "-words"),
+    scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+).save_pretrained(folder)
+"""
+DRAW = """
+import json, resource, sys, time, numpy as np, torch
+kind, size, folder, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
+started = time.perf_counter()
+prompts = ["a red circle above a small blue square"] * size["pictures"]
+side = size["pixels"] // 8
+latents = torch.randn(len(prompts), 4, side, side, generator=torch.Generator().manual_seed(1))
+if kind.startswith("diffusers"):
+    import diffusers
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    draw = lambda steps: pipeline(prompts, latents=latents, height=size["pixels"], width=size["pixels"],
+                                  num_inference_steps=steps, guidance_scale=7.5).images
+else:
+    from latentsmith import Pipeline
+    pipeline = Pipeline.from_pretrained(folder)
+    draw = lambda steps: pipeline(prompts, latents=latents, height=size["pixels"], width=size["pixels"], steps=steps,
+                                  guidance_scale=7.5, sampler="ddim")
+loaded = time.perf_counter() - started
+draw(1)
+started = time.perf_counter()
+pictures = draw(size["steps"])
+seconds = (time.perf_counter() - started) / len(prompts)
+np.save(out, np.stack([np.asarray(picture) for picture in pictures]))
+print(json.dumps({"seconds": seconds, "loading": loaded,
+                  "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+"""
+
+
+def drawn(kind: str, size: dict, folder: Path) -> dict:
+    """What one process measured."""
+    words = [sys.executable, "-c", DRAW, kind, json.dumps(size), str(folder), str(folder.with_suffix(f".{kind}.npy"))]
+    done = subprocess.run(
+        words, check=True, capture_output=True, text=True, env={**os.environ, **PEERS[kind], "HF_HUB_OFFLINE": "1"}
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    import numpy as np
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    size, folder = SIZES[given.size], given.work / given.size
+    if not folder.exists():
+        subprocess.run([sys.executable, "-c", MAKE, json.dumps(size), str(folder)], check=True)
+    rows: dict[str, list[dict]] = {kind: [] for kind in PEERS}
+    for number in range(given.rounds):
+        for kind in list(rows)[:: 1 if number % 2 else -1]:
+            rows[kind].append(drawn(kind, size, folder))
+        pictures = [np.load(folder.with_suffix(f".{kind}.npy")).astype(int) for kind in list(rows)[:2]]
+        print(
+            f"round {number + 1}: pictures differ by {abs(pictures[0] - pictures[1]).max()} of 255 at most", flush=True
+        )
+    print("| | seconds a picture | loading, s | peak memory, GiB |\n|---|---|---|---|")
+    for kind, found in rows.items():
+        print(f"| {kind} | " + " | ".join(f"{median(one[name] for one in found):.2f}" for name in found[0]) + " |")
+    for kind in list(rows)[1:]:
+        for name in ("seconds", "loading", "memory"):
+            ratios = [theirs[name] / ours[name] for ours, theirs in zip(rows["latentsmith"], rows[kind], strict=True)]
+            print(f"{name}: {kind} over latentsmith {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
