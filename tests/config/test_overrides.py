@@ -72,7 +72,10 @@ def test_later_overrides_win():
         ("~model.optim.learing_rate", "did you mean model.optim.lr?"),
         ("model.optim.lr", "command line: 'model.optim.lr' is not an override; write key=value"),
         ("=3", "is not an override"),
-        ("model.optim.lr=1,2", "model.optim.lr=1,2 is a sweep; a command makes one run"),
+        (
+            "model.optim.lr=1,2",
+            "model.optim.lr=1,2 is a sweep: write lists as [1,2], or ask for one run each (--multirun)",
+        ),
         ("trainer.max_steps=range(1,3)", "is a sweep"),
         ("trainer.max_steps=(", "trainer.max_steps=( is outside Hydra's grammar"),
         ("model={optim: {lrr: 1}}", "command line: model.optim.lrr is not an option"),

@@ -63,6 +63,21 @@ def explain(
 
 
 @app.command()
+def migrate(config: Name, overrides: Overrides = None) -> None:
+    """Print a config of NeMo's or LDM's as one of ours: our keys, nothing that is at its default.
+
+    \b
+    Examples:
+      latentsmith config migrate sd_train.yaml > mine.yaml
+      latentsmith config migrate v2-inference-v.yaml model.data.train.dataset_path=shards > mine.yaml
+    """
+    from latentsmith.config import compose
+    from latentsmith.config.describe import migrated
+
+    typer.echo(migrated(compose(config, overrides or []), config))
+
+
+@app.command()
 def diff(first: Name, second: Name) -> None:
     """Print the options in which two configs differ.
 

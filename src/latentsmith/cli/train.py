@@ -9,10 +9,17 @@ import typer
 from latentsmith.cli.options import Config, Overrides, load
 
 Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from; the same as model.ckpt_path=FILE.")]
+MultiRun = Annotated[bool, typer.Option("--multirun", "-m", help="A run for each of key=a,b, one after the other.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, train nothing.")]
 
 
-def train(config: Config, overrides: Overrides = None, init: Init = None, dry_run: DryRun = False) -> None:
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    init: Init = None,
+    multirun: MultiRun = False,
+    dry_run: DryRun = False,
+) -> None:
     """Train or fine-tune a latent diffusion model.
 
     \b
@@ -23,11 +30,31 @@ def train(config: Config, overrides: Overrides = None, init: Init = None, dry_ru
       latentsmith train --config my.yaml trainer.precision=bf16 model.unet_config.use_checkpoint=True
       latentsmith train --config sd1 --init v1-5-pruned.safetensors model.optim.lr=1e-5
       latentsmith train --config sd2_v --dry-run
+      latentsmith train --config demo --multirun model.optim.lr=1e-3,3e-4 model.seed=0,1
     """
-    loaded = load(config, _with_init(overrides, init))
+    given = _with_init(overrides, init)
+    configs = [load(config, changes) for changes in (_sweep(config, given) if multirun else [given])]
     from latentsmith.runs.train import train as run
 
-    run(loaded, dry_run=dry_run)
+    for loaded in configs:
+        if multirun:
+            print(f"{loaded.exp_manager.name}:", flush=True)
+        run(loaded, dry_run=dry_run)
+
+
+def _sweep(config: str, given: list[str]) -> list[list[str]]:
+    """The overrides of each run, with a name of its own that tells what differs."""
+    from latentsmith.config import overrides as grammar
+
+    runs = grammar.sweep(given)
+    varied = [index for index in range(len(given)) if len({run[index] for run in runs}) > 1]
+    named = []
+    for run in runs:
+        pairs = [run[index].partition("=") for index in varied]
+        parts = [f"{key.rpartition('.')[2]}{value}".replace("/", "-") for key, _, value in pairs]
+        name = load(config, run).exp_manager.name
+        named.append([*run, f"exp_manager.name={'-'.join([name, *parts])}"])
+    return named
 
 
 def train_vae(config: Config, overrides: Overrides = None, init: Init = None) -> None:

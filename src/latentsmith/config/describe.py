@@ -75,6 +75,35 @@ def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
     return "default" if option is None or option.default in (value, "${name}") else "follows from other options"
 
 
+MOVED = ("model.base_learning_rate", "model.scale_by_std", "model.resume_from_checkpoint")  # read as keys of ours
+
+
+def migrated(composed: Composed, source: str) -> str:
+    """A config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
+    tree: dict[str, Any] = {}
+    for key, value in overrides.leaves(_plain(composed.config)).items():
+        option = schema.find(key)
+        if option is None or option.fate not in ("used", "mapped") or option.key in MOVED:
+            continue
+        if option.optional or option.key != key or option.default not in (value, "${name}"):
+            _put(tree, key, value)
+    lines = [f"# Made from {source}; options at their defaults are left out.", _yaml(tree)]
+    if composed.notes:
+        lines += ["# Left out, since they have no effect here:", *(f"#   {note}" for note in composed.notes)]
+    return "\n".join(lines)
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, leaf = key.split(".")
+    for name in path:
+        tree = tree.setdefault(name, {})
+    tree[leaf] = value
+
+
+def _yaml(tree: dict[str, Any]) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120).rstrip()
+
+
 def diff(first: DictConfig, second: DictConfig) -> list[str]:
     """A line for each option whose value differs: `KEY: first -> second`."""
     left, right = (overrides.leaves(_plain(config)) for config in (first, second))

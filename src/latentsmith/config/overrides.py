@@ -12,7 +12,7 @@ PLACE = "command line"
 SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<text>.*))?", re.DOTALL)
 
 
-def parse(override: str) -> tuple[bool, str, Any]:
+def parse(override: str, *, sweeps: bool = False) -> tuple[bool, str, Any]:
     """(delete, key, value) of one override.
 
     For text options the value is the text itself wherever Hydra would read something else: a path such as ~/data or
@@ -27,10 +27,10 @@ def parse(override: str) -> tuple[bool, str, Any]:
     if option is None and key not in schema.groups():
         raise schema.unknown_key(key, PLACE)
     literal = option is not None and option.kind.literal
-    return shape["mark"] == "~", key, _value(shape["text"], key, literal)
+    return shape["mark"] == "~", key, _value(shape["text"], key, literal, sweeps)
 
 
-def _value(text: str | None, key: str, literal: bool) -> Any:
+def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
     if text is None:
         return None
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,11 +43,32 @@ def _value(text: str | None, key: str, literal: bool) -> Any:
             return text
         raise BadInput(f"{PLACE}: {key}={text} is outside Hydra's grammar; quote the value: '{key}=\"...\"'") from None
     if parsed.is_sweep_override():
-        if literal:
+        if literal or sweeps:
             return text
-        raise BadInput(f"{PLACE}: {key}={text} is a sweep; a command makes one run, write lists as [1,2]")
+        raise BadInput(f"{PLACE}: {key}={text} is a sweep: write lists as [1,2], or ask for one run each (--multirun)")
     value: Any = parsed.value()
     return text if literal and isinstance(value, (int, float)) and not isinstance(value, bool) else value
+
+
+def sweep(given: list[str]) -> list[list[str]]:
+    """The overrides of every run of a sweep: one for each combination of key=a,b, choice(...) and range(...).
+
+    The last key varies fastest. Text options such as paths, where a comma may be meant, only sweep as choice(a,b).
+    Raises BadInput for what is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    runs: list[list[str]] = [[]]
+    for override in given:
+        _, key, _ = parse(override, sweeps=True)
+        option, text = schema.find(key), override.partition("=")[2]
+        values = [override]
+        if not (option and option.kind.literal) or text.startswith(("choice(", "range(")):
+            parsed = OverridesParser.create().parse_override(f"key={text}") if text else None
+            if parsed is not None and parsed.is_sweep_override():
+                values = [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
+        runs = [[*run, value] for run in runs for value in values]
+    return runs
 
 
 def apply(tree: dict[str, Any], override: str) -> list[str]:

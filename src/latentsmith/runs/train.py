@@ -20,6 +20,8 @@ from latentsmith.training.sample_log import SampleLog
 from latentsmith.training.samples import RunSamples
 
 from . import pieces, sets
+from .dry_run import dry_run as what_would_be_trained
+from .dry_run import header
 from .fitting import fit_as_configured
 from .folder import open_run_folder, run_folder
 from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
@@ -33,6 +35,10 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     dry_run: check everything that training would, print what would be trained, and stop.
     """
     pieces.check_device(config)
+    trained = ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
+    if dry_run:
+        print("\n".join(what_would_be_trained(config, trained)))
+        return run_folder(config)
     model, batch = config.model, pieces.global_batch(config, pieces.process_count(config))
     settle_padding(config)
     networks = build_networks(config)
@@ -40,10 +46,9 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     samples = sets.open_set(config, networks, words)
     max_steps = pieces.step_limit(config, len(samples.shards), batch)
     optimisation = pieces.optimisation(config, batch, max_steps)
-    trained = ("unet", "text_encoder") if model.cond_stage_trainable else ("unet",)
-    print_header(networks, trained, samples, max_steps, batch)
-    if dry_run:
-        return run_folder(config)
+    epochs = max_steps * batch / len(samples.shards)
+    print(*header(networks, trained), sep="\n")
+    print(f"{sets.summary(samples)}; {max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
     goal = objective(config, measured_scale(read, samples, networks, model.seed))
@@ -146,16 +151,3 @@ def measured_scale(
         return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
 
     return measure
-
-
-def print_header(
-    networks: dict[str, nn.Module], trained: tuple[str, ...], samples: sets.TrainingSet, steps: int, batch: int
-) -> None:
-    """What will be trained, on what, for how long."""
-    for name, network in networks.items():
-        size = sum(parameter.numel() for parameter in network.parameters())
-        print(f"{name}: {size:,} parameters, {'trained' if name in trained else 'frozen'}")
-    print(
-        f"{sets.summary(samples)}; {steps:,} steps of {batch}: {steps * batch / len(samples.shards):.1f} epochs",
-        flush=True,
-    )

@@ -1,0 +1,107 @@
+"""`latentsmith train --dry-run`: what a config would train, on what, at what cost, without training or loading it."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from latentsmith.models import UNetModel
+
+from . import pieces, sets
+from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
+
+HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+GIB = 2**30
+CPU_ATTENTION = {  # which the counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
+
+
+def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
+    """Check the config against its files, its data and this machine, and say in lines what it would train.
+
+    Networks are built on the meta device and checkpoints are read to their headers; only a cache's fingerprints need
+    the weights of the frozen networks. Raises BadInput, one line, for all that training would refuse before its first
+    step.
+    """
+    settle_padding(config)
+    model, processes = config.model, pieces.process_count(config)
+    batch = pieces.global_batch(config, processes)
+    with torch.device("meta"):
+        networks = build_networks(config)
+    words = build_tokenizer(config) if "text_encoder" in networks else None
+    cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
+    frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
+    samples = sets.open_set(config, frozen, words)
+    steps = pieces.step_limit(config, len(samples.shards), batch)
+    pieces.optimisation(config, batch, steps)
+    return [
+        *header(networks, trained),
+        f"{sets.summary(samples)}; {steps:,} steps of {batch}: {steps * batch / len(samples.shards):.1f} epochs",
+        *cost(config, networks, trained, samples.latent_shape, batch, processes),
+    ]
+
+
+def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:
+    """A line for each network."""
+    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    return [f"{name}: {n:,} parameters, {'trained' if name in trained else 'frozen'}" for name, n in counts.items()]
+
+
+def cost(
+    config: DictConfig,
+    networks: dict[str, nn.Module],
+    trained: tuple[str, ...],
+    latent_shape: tuple[int, int, int],
+    batch: int,
+    processes: int,
+) -> list[str]:
+    """Arithmetic of a step, and memory of one process, counted on tensors without data."""
+    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    moving = sum(count for name, count in counts.items() if name in trained)
+    flops, kept = unet_forward(config, latent_shape)
+    slots = {"SGD": 0}.get(config.model.optim.name, 2)
+    memory = {
+        "weights": 4 * sum(counts.values()),
+        "gradients": 4 * moving,
+        "optimizer": 4 * slots * moving,
+        "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
+        "U-Net activations": kept,
+    }
+    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items() if size)
+    per_step = 3 * flops * batch / config.model.micro_batch_size
+    return [
+        f"U-Net arithmetic: {per_step / 1e12:,.2f} TFLOP a step of {batch} (forward, and twice that backward), "
+        f"{per_step / 1e12 / processes:,.2f} on each of {processes} processes",
+        f"memory of a process, about: {sum(memory.values()) / GIB:.1f} GiB ({listed})",
+    ]
+
+
+def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
+    model, kept = config.model, {}
+    half = HALVES.get(config.trainer.precision)
+    with FakeTensorMode():
+        sizes: Any = keywords(model.unet_config)
+        unet = UNetModel(**sizes)
+        owned = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in owned:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        micro, text = model.micro_batch_size, model.cond_stage_config
+        latents, timesteps = torch.empty(micro, *latent_shape), torch.empty(micro)
+        context = torch.empty(micro, text.pad_to or text.max_length, sizes["context_dim"])
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.autocast("cpu", half, enabled=half is not None), counter, saved:
+            unet(latents, timesteps, context)
+    return counter.get_total_flops(), sum(kept.values())
