@@ -1,6 +1,7 @@
 """A run that was stopped goes on as if it had not been: the same losses and the same bits."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,8 +41,9 @@ def test_workers_and_accumulation_change_nothing(world, kind):
     assert [row["step"] for row in read_rows(parts / "metrics.csv")] == [1, 2, 3, 4]
 
 
-def killed_in_the_middle(world, words, metrics, rows):
-    """Start the command in another process and kill it, with no warning, once `metrics` has so many rows."""
+def stopped_in_the_middle(world, words, metrics, rows, number=signal.SIGKILL):
+    """Start the command in another process and send it a signal once `metrics` has so many rows; its exit code and
+    what it said. SIGKILL comes with no warning."""
     script = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1)))\n"
     script += "from latentsmith.cli import main; sys.exit(main(sys.argv[1:]))"
     given = [word.replace("ROOT", str(world.root)) for word in words]
@@ -50,7 +52,41 @@ def killed_in_the_middle(world, words, metrics, rows):
         while process.poll() is None and len(read_rows(metrics)) < rows:
             time.sleep(0.01)
         assert process.poll() is None, process.stderr.read().decode()
-        process.kill()
+        process.send_signal(number)
+        said = process.communicate()[1].decode()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
+    options = ("trainer.max_steps=2000", "exp_manager.checkpoint_callback_params.every_n_train_steps=0")
+    name = f"stopped-{int(number)}"
+    run = world.root / "runs" / name
+    found, said = stopped_in_the_middle(world, world.command("cached", name, *options), run / "metrics.csv", 3, number)
+    step = int(world.newest(run).name[5:])
+    assert found == code and 3 <= step < 2000, said
+    line = f"latentsmith: stopped at step {step} of 2,000 by {number.name}, saved; the same command goes on from there"
+    assert line in said
+    rows = read_rows(run / "metrics.csv")
+    world.train("cached", name, f"trainer.max_steps={step + 2}")
+    whole = world.train("cached", f"{name}-whole", f"trainer.max_steps={step + 2}")
+    again = read_rows(run / "metrics.csv")
+    assert again[: len(rows)] == rows and world.losses(whole) == world.losses(run)
+    assert read_state(world.newest(run)) == read_state(world.newest(whole))
+
+
+def test_a_damaged_checkpoint_is_set_aside(world, capsys):
+    run = world.train("cached", "damaged")
+    whole = read_rows(run / "metrics.csv")
+    newest = world.newest(run)
+    weights = newest / "unet.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert world.train("cached", "damaged") == run
+    said = capsys.readouterr().out
+    assert f"{weights}: damaged or missing" in said and "set aside as step-00000004.DAMAGED, going on from" in said
+    assert (run / "checkpoints" / "step-00000004.DAMAGED").is_dir()
+    assert read_rows(run / "metrics.csv") == whole and world.newest(run) == newest
 
 
 def test_killed_and_started_again(world):
@@ -61,7 +97,7 @@ def test_killed_and_started_again(world):
     )
     whole = world.train("cached", "uninterrupted", *options)
     run = world.root / "runs" / "killed"
-    killed_in_the_middle(world, world.command("cached", "killed", *options), run / "metrics.csv", rows=8)
+    stopped_in_the_middle(world, world.command("cached", "killed", *options), run / "metrics.csv", rows=8)
     assert 6 <= int(world.newest(run).name[5:]) < 24
     world.train("cached", "killed", *options)
     assert read_rows(run / "metrics.csv") == read_rows(whole / "metrics.csv")

@@ -1,11 +1,13 @@
 """The step of the diffusion loss against the same arithmetic in float64, and what is trained and what is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.diffusion_module import Objective
+from latentsmith.training.diffusion_module import Objective, in_bands
 from latentsmith.training.samples import collate
 
 POSITIONS = range(6)
@@ -145,3 +147,30 @@ def test_gradients_are_clipped_to_their_global_norm(toy):
         lengths.append((after - before).norm().item())
         assert module.metrics.read()["grad_norm"] > 0.1  # what is recorded is the norm before clipping
     assert lengths[0] > 0.1 and lengths[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_loss_in_quarters_of_the_timesteps():
+    losses, timesteps = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 249, 250, 999])
+    bands = in_bands(losses, timesteps, 1000)
+    assert {name: value.item() for name, value in bands.items() if value.isfinite()} == {
+        "loss_t0": 1.5, "loss_t250": 4.0, "loss_t750": 8.0,
+    }  # fmt: skip
+    assert bands["loss_t500"].isnan()
+
+
+def test_offset_noise_and_input_perturbation(toy):
+    """The target is the noise with its offset; the perturbation is in the input alone; all else is drawn as without."""
+    plain = toy()
+    draws = [replace(plain.draws, **options)(7) for options in ({}, {"offset_noise": 0.5}, {"input_perturbation": 0.1})]
+    shift = draws[1]["noise"] - draws[0]["noise"]
+    assert (shift.amax((1, 2)) - shift.amin((1, 2))).max() < 1e-6 and shift.std() > 0.05
+    assert torch.equal(draws[2]["noise"], draws[0]["noise"]) and "input_noise" not in draws[1]
+    assert 0.05 < (draws[2]["input_noise"] - draws[2]["noise"]).std() < 0.2
+    for name in ("timesteps", "posterior_noise", "empty_caption"):
+        assert all(torch.equal(drawn[name], draws[0][name]) for drawn in draws)
+    module, batch = plain.module(), batch_of(plain)
+    perturbed = {**batch, "input_noise": batch["noise"] + 0.3}
+    signal, level = (batch[name][:, None, None, None] for name in ("signal", "noise_level"))
+    noisy = signal * module.latents(batch) + level * perturbed["input_noise"]
+    output = module.parts["unet"](noisy, batch["timesteps"], module.context(batch))
+    torch.testing.assert_close(module.training_step(perturbed, 0), (output - batch["noise"]).square().mean())

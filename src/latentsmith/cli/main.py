@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from latentsmith.cli import configs, convert, data, demo, generate, inspect, precache, train
-from latentsmith.files.errors import BadInput
+from latentsmith.files.errors import BadInput, Stopped
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -69,6 +69,9 @@ def _guarded(run: Callable[[], Any], debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `latentsmith config show sd1 | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Stopped as stopped:
+        print(f"latentsmith: {stopped}", file=sys.stderr)
+        return stopped.code
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -136,6 +136,11 @@ def _check_schedules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> No
     start, end = model["linear_start"], model["linear_end"]
     if start > end:
         raise BadInput(f"model.linear_start={start} is above model.linear_end={end}: betas must rise")
+    if model["zero_terminal_snr"] and model["parameterization"] == "eps":
+        raise BadInput(
+            "model.zero_terminal_snr=True with model.parameterization=eps: noise says nothing about a picture that is "
+            "all noise; set parameterization to v or x0"
+        )
     sched = model["optim"]["sched"]
     falls = sched["name"] in ("CosineAnnealing", "linear")
     if falls and sched["max_steps"] is None and trainer["max_steps"] == -1:

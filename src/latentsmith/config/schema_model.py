@@ -287,6 +287,15 @@ SCALARS = group(
     ),
     used("loss_type", choice("l2", "l1", "huber"), "l2", "distance of prediction and target"),
     used("min_snr_gamma", nullable(number(0)), None, "min-SNR loss weighting; null for none", also=["snr_gamma"]),
+    used("offset_noise", number(0), 0.0, "deviation of noise that is one number a channel", also=["noise_offset"]),
+    used("input_perturbation", number(0), 0.0, "deviation of noise added to the U-Net's input but not to its target"),
+    used(
+        "zero_terminal_snr",
+        flag(),
+        False,
+        "stretch the schedule until its last timestep is pure noise; needs parameterization v or x0",
+        also=["rescale_betas_zero_snr"],
+    ),
     used("first_stage_key", text(), "images", "images, or image_encoded for latents from a cache", also=["image_key"]),
     used(
         "cond_stage_key", text(), "captions", "captions, or captions_encoded for embeddings from a cache", also=["text"]

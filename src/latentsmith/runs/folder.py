@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
-from latentsmith.training.checkpoint import checkpoints_in
+from latentsmith.training.checkpoint import checkpoints_in, read_state
 
 CHECKPOINTS = "checkpoints"
 
@@ -31,6 +31,20 @@ def open_run_folder(config: DictConfig) -> Path:
     return folder
 
 
+def valid_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. Newest ones that are damaged are set aside, renamed, and named."""
+    found = checkpoints_in(folder)
+    while found:
+        try:
+            read_state(found[-1])
+            break
+        except BadInput as error:
+            aside = found[-1].with_name(f"{found[-1].name}.DAMAGED")
+            print(f"{error}: set aside as {aside.name}, going on from an earlier checkpoint", flush=True)
+            found.pop().rename(aside)
+    return found
+
+
 def checkpoint_to_resume(config: DictConfig, folder: Path) -> Path | None:
     """The checkpoint that the config says to go on from, or None to start at step 0.
 
@@ -38,7 +52,7 @@ def checkpoint_to_resume(config: DictConfig, folder: Path) -> Path | None:
     starts before them would not know whether to keep them.
     """
     manager = config.exp_manager
-    found = checkpoints_in(folder / CHECKPOINTS)
+    found = valid_checkpoints(folder / CHECKPOINTS)
     if manager.resume_from_checkpoint:
         start: Path | None = Path(manager.resume_from_checkpoint)
     else:

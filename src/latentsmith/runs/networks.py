@@ -108,6 +108,8 @@ def spec_of_run(config: DictConfig, scale_factor: float, latent_size: int) -> Mo
         linear_end=model.linear_end,
         timesteps=model.timesteps,
         beta_schedule=model.beta_schedule,
+        zero_terminal_snr=model.zero_terminal_snr,
+        timestep_spacing="trailing" if model.zero_terminal_snr else None,  # the only one that starts from pure noise
         null_text="zero" if zeroed else "empty",
     )
 

@@ -18,9 +18,10 @@ from latentsmith.training.optimizers import lr_schedule
 
 def noise_schedule(config: DictConfig) -> NoiseSchedule:
     model = config.model
-    return NoiseSchedule.from_config(
+    schedule = NoiseSchedule.from_config(
         model.linear_start, model.linear_end, model.beta_schedule, model.timesteps, cosine_s=model.cosine_s
     )
+    return schedule.zero_terminal_snr() if model.zero_terminal_snr else schedule
 
 
 def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation:

@@ -73,7 +73,8 @@ def objective(config: DictConfig, measured: Callable[[], float]) -> Objective:
     """What the U-Net learns, by the config; `measured` is asked for the scale of the latents if it is not given."""
     model = config.model
     scale = measured() if model.scale_factor == "measured" else model.scale_factor
-    return Objective(canonical_prediction_type(model.parameterization), model.loss_type, model.min_snr_gamma, scale)
+    prediction = canonical_prediction_type(model.parameterization)
+    return Objective(prediction, model.loss_type, model.min_snr_gamma, scale, model.timesteps)
 
 
 def draws(config: DictConfig, samples: sets.TrainingSet) -> DiffusionDraws:
@@ -84,6 +85,8 @@ def draws(config: DictConfig, samples: sets.TrainingSet) -> DiffusionDraws:
         pieces.noise_schedule(config),
         model.caption_dropout_rate,
         model.text_embedding_dropout_rate,
+        model.offset_noise,
+        model.input_perturbation,
     )
 
 

@@ -17,6 +17,9 @@ class DiffusionDraws:
 
     latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
     caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
+    offset_noise: deviation of a noise that is the same all over a channel, added to the noise, so that pictures can
+        become very dark or light (Guttenberg 2023). input_perturbation: deviation of the noise added to the U-Net's
+        input but not to its target (Ning et al. 2023, "Input perturbation reduces exposure bias in diffusion models").
     """
 
     seed: int
@@ -24,15 +27,18 @@ class DiffusionDraws:
     schedule: NoiseSchedule
     caption_dropout_rate: float = 0.0
     text_embedding_dropout_rate: float = 0.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
 
     def __call__(self, position: int) -> dict[str, Tensor]:
         """Draws for the sample at `position`, without a batch axis: `noise` and `posterior_noise` of latent_shape,
-        `timesteps` with its `signal` and `noise_level`, and the flags `empty_caption` and `zero_embedding`."""
+        `timesteps` with its `signal` and `noise_level`, the flags `empty_caption` and `zero_embedding`, and, with
+        input_perturbation, the `input_noise` that the U-Net sees in place of the noise it is to find."""
         generator = generator_at(self.seed, position)
         chances = torch.rand(2, generator=generator)
         timesteps = torch.randint(self.schedule.timesteps, (), generator=generator)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
-        return {
+        drawn = {
             "timesteps": timesteps,
             "signal": signal,
             "noise_level": noise_level,
@@ -41,6 +47,13 @@ class DiffusionDraws:
             "empty_caption": chances[0] < self.caption_dropout_rate,
             "zero_embedding": chances[1] < self.text_embedding_dropout_rate,
         }
+        # After those that every run draws, so that an option changes nothing but what it adds.
+        offset = torch.randn(self.latent_shape[0], 1, 1, generator=generator)
+        perturbation = torch.randn(self.latent_shape, generator=generator)
+        drawn["noise"] = drawn["noise"] + self.offset_noise * offset
+        if self.input_perturbation:
+            drawn["input_noise"] = drawn["noise"] + self.input_perturbation * perturbation
+        return drawn
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from .log import ScalarLog
 from .module import StepCallback, TrainingModule
 from .progress_bar import ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
+from .stopping import StopOnSignal
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,20 @@ def fit(
     extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard)]
     extra += [SaveCheckpoints(checkpointing)] if checkpointing.enabled else []
     quiet_lightning()
+    stop = StopOnSignal()
     trainer = L.Trainer(
         max_steps=max_steps - begin["global_step"],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*extra, *callbacks],
+        callbacks=[*extra, *callbacks, stop],
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         **trainer_options,
     )
     trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
+    stop.raise_if_stopped(max_steps)
 
 
 def quiet_lightning() -> None:

@@ -1,6 +1,8 @@
 """Scalars of a training: a CSV and TensorBoard events, both by optimizer step."""
 
 import csv
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -33,7 +35,7 @@ class ScalarLog(StepCallback):
         if step % self.every_n_steps or not trainer.is_global_zero:
             return
         values = module.metrics.read()
-        append_row(self.folder / METRICS_FILE, {"step": step, **values})
+        append_row(self.folder / METRICS_FILE, {"step": step, **{name: shown(value) for name, value in values.items()}})
         for name, value in values.items() if self.events else ():
             self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
 
@@ -42,7 +44,12 @@ class ScalarLog(StepCallback):
             self.events.close()
 
 
-def append_row(path: Path, row: dict[str, float]) -> None:
+def shown(value: float) -> float | str:
+    """NaN as an empty cell: what was not there to be measured."""
+    return "" if math.isnan(value) else value
+
+
+def append_row(path: Path, row: Mapping[str, float | str]) -> None:
     """Add a row to a CSV whose columns are those of its first row."""
     with open(path, "a+", encoding="utf-8", newline="") as file:
         file.seek(0)

@@ -44,8 +44,8 @@ class Metrics:
         return {name: float(value) for name, value in self.values.items()}
 
     def end_step(self) -> None:
-        """The means over the step's micro batches become its values."""
-        self.values |= {name: torch.stack(values).mean() for name, values in self.micro.items()}
+        """The means over the step's micro batches become its values; what is NaN in one of them does not count."""
+        self.values |= {name: torch.stack(values).nanmean() for name, values in self.micro.items()}
         self.micro.clear()
 
 
