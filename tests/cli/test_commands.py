@@ -111,6 +111,7 @@ def test_generate(call, tmp_path):
     positional, keywords = calls[0]
     assert positional == ("run", ["one", "two", "three"], Path("o"))
     assert keywords == {"negative_prompt": "blurry", "height": 64, "seed": 3}
+    sys.modules["latentsmith.runs.generate"].AXES = {"guidance": "", "steps": ""}
     assert main([*arguments, "--grid", "guidance=1,3", "steps=2", "--vae-tiling", "--prompt-syntax", "webui"]) == 0
     assert calls[1][0] == positional
     assert calls[1][1] == {"grid": ["guidance=1,3", "steps=2"], "vae_tiling": True, "prompt_syntax": "webui"}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.noise import mixed_noise
-from latentsmith.inference.pictures import based_on, from_picture, tiled, to_pictures
+from latentsmith.inference.pictures import based_on, from_picture, tiled, to_picture
 
 
 def picture(height=16, width=24, seed=0):
@@ -18,16 +18,18 @@ def picture(height=16, width=24, seed=0):
 
 
 def test_there_and_back():
-    assert (np.asarray(to_pictures(from_picture(picture())[None])[0]) == np.asarray(picture())).all()
+    assert (np.asarray(to_picture(from_picture(picture()))) == np.asarray(picture())).all()
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert (from_picture(clear) == 1).all()
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    deep = from_picture(Image.fromarray(ramp))
+    assert abs(deep - torch.from_numpy(ramp / 65535 * 2 - 1)).max() < 0.005
 
 
 def test_what_is_no_picture():
-    with pytest.raises(BadInput, match="not finite"):
-        to_pictures(torch.full((1, 3, 8, 8), float("nan")))
-    with pytest.raises(BadInput, match="picture 1 is black all over"):
-        to_pictures(torch.stack([torch.zeros(3, 8, 8), torch.full((3, 8, 8), -1.0)]))
+    assert "not finite" in to_picture(torch.full((3, 8, 8), float("inf")))
+    assert "black all over" in to_picture(torch.full((3, 8, 8), -1.0))
+    assert to_picture(torch.zeros(3, 8, 8)).size == (8, 8)
 
 
 def test_bases():
@@ -41,6 +43,9 @@ def test_bases():
     drawn = torch.zeros(3, 16, 24)
     around = base.around(drawn)
     assert (around[:, 2, 9] == 0).all() and (around != base.image).any(0).sum() == 1
+    see_through = Image.new("RGBA", (24, 16), (255, 255, 255, 0))
+    see_through.putpixel((9, 2), (255, 255, 255, 255))
+    assert torch.equal(based_on(picture(), see_through, 1, None, None, 8)[0].mask, base.mask)
     (cropped,) = based_on(picture(30, 30), None, 1, 16, 16, 8)
     assert cropped.size == (16, 16)
 

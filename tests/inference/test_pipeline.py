@@ -84,6 +84,37 @@ def test_split_guidance_is_the_same_picture(pipeline):
     assert apart(pipeline(PROMPTS, split_guidance=True, **OPTIONS), pipeline(PROMPTS, **OPTIONS)) <= 1
 
 
+def test_without_guidance_the_negative_prompt_plays_no_part(pipeline):
+    options = OPTIONS | dict(guidance_scale=1.0)
+    assert apart(pipeline("a red circle", LONG, **options), pipeline("a red circle", **options)) == 0
+
+
+def test_masks_of_some_pictures(pipeline):
+    """No mask is a mask that is white all over."""
+    picture, mask = Image.new("RGB", (24, 16), "teal"), Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 12, 16))
+    options = OPTIONS | dict(seed=[1, 2], image=picture)
+    both = pipeline(PROMPTS[:2], mask=[mask, None], **options)
+    alone = pipeline(PROMPTS[1], **options | dict(seed=2))
+    assert apart(both[1:], alone) <= 1 and (np.asarray(both[0])[:, 12:] == np.asarray(picture)[:, 12:]).all()
+
+
+def test_one_picture_that_fails_costs_no_other(pipeline):
+    *_, last = pipeline.stream(PROMPTS[:2], **OPTIONS)
+    last.latents[1] = float("nan")
+    first, second = pipeline.judged(last)
+    assert first.size == (24, 16) and "not finite" in second
+    with pytest.raises(BadInput, match="not finite"):
+        pipeline.pictures(last)
+
+
+def test_a_half_precision_unet_can_be_put_in(pipeline):
+    half = UNetModel(**UNET)
+    half.load_state_dict(pipeline.unet.state_dict())
+    mixed = Pipeline(half.bfloat16().eval(), pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.spec)
+    assert mixed(PROMPTS[:1], **OPTIONS)[0].size == (24, 16)
+
+
 def test_variations(pipeline):
     first, other = (pipeline(PROMPTS[0], seed=seed, **OPTIONS)[0] for seed in (1, 2))
     ends = [
@@ -118,6 +149,10 @@ def test_bad_input_is_said_before_anything_is_drawn(pipeline, monkeypatch):
         (dict(strength=0.1, image=Image.new("RGB", (24, 16))), "strength 0.1 of 4 steps leaves none"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
         (dict(steps=0), "steps is 0"),
+        (dict(steps=2.5), "steps is 2.5; it must be a whole number"),
+        (dict(height=0), "pictures of 0x24"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(guidance_scale="high"), "guidance_scale is 'high'; it must be a number"),
         (dict(sampler="eular"), "'eular' is not a sampler"),
         (dict(height=15), "pictures of 15x24 do not divide by 2"),
     ]:
@@ -152,6 +187,9 @@ def test_a_half_precision_vae_that_overflows_is_used_again_in_float32(pipeline):
     with pytest.warns(UserWarning, match="the VAE overflows in float16"):
         found = half.decode(latents)
     assert (found - exact).abs().max() < 0.05
+    half.vae.encoder.conv_in.weight.data.fill_(6e4)
+    with pytest.warns(UserWarning, match="the VAE overflows in float16"):
+        assert half.encode(torch.ones(1, 3, 16, 16)).isfinite().all()
     assert next(half.vae.parameters()).dtype == torch.float16
     with pytest.raises(BadInput, match="not finite"):
         half.pictures(replace(next(iter(pipeline.stream("a", **OPTIONS | dict(steps=1)))),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from latentsmith.inference.png import parameters_text, read_made
+from latentsmith.inference.tokenizer import train_vocabulary
 from latentsmith.runs import generate as module
 
 
@@ -65,12 +66,18 @@ def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
     assert (pixels(path)[:4, :4] == pixels(tmp_path / "source.png")[:4, :4]).all()
     code = world.call("generate", "--again", path, "--out", tmp_path / "again")
     assert code == 0 and "the same, pixel for pixel" in capsys.readouterr().out
+    (tmp_path / "source.png").rename(tmp_path / "moved.png")
+    moved = ("--image", tmp_path / "moved.png")
+    assert world.call("generate", "--again", path, "--out", tmp_path / "again", *moved) == 0
+    capsys.readouterr()
+    assert world.call("generate", "--again", path, "--steps", 4) == 2
+    assert "--again takes all from the picture; --steps cannot be given with it" in capsys.readouterr().err
     # another checkpoint of the run: said, and the pictures differ
     steps = sorted((world.root / "runs" / "cached" / "checkpoints").iterdir())
-    code = world.call("generate", "--again", path, "--out", tmp_path / "other", "--from", steps[0])
+    code = world.call("generate", "--again", path, "--out", tmp_path / "other", "--from", steps[0], *moved)
     printed = capsys.readouterr().out
     assert code == 1 and "model hash: " in printed and "of the pixels differ" in printed
-    (tmp_path / "plain.png").write_bytes((tmp_path / "source.png").read_bytes())
+    (tmp_path / "plain.png").write_bytes((tmp_path / "moved.png").read_bytes())
     assert world.call("generate", "--again", tmp_path / "plain.png") == 2
     assert "plain.png: does not say how it was made" in capsys.readouterr().err
 
@@ -82,13 +89,13 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
     cells = sorted((one["options"]["guidance_scale"], one["options"]["steps"]) for one in made)
     assert cells == [(scale, steps) for scale in (1.0, 3.0, 7.0) for steps in (2, 4)]
     sheet = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
-    assert sheet.shape[0] > 2 * 96 and sheet.shape[1] > 3 * 96
+    assert sheet.shape[0] > 2 * 128 and sheet.shape[1] > 3 * 128
     where = {(one["options"]["guidance_scale"], one["options"]["steps"]): path
              for path in (tmp_path / "out").glob("a-red*.png") for one in [read_made(path)]}  # fmt: skip
-    last = Image.open(where[7.0, 4]).resize((96, 96), Image.Resampling.LANCZOS)
-    corner = sheet[-104:-8]  # the lower right cell
-    found = [x for x in range(corner.shape[1] - 96) if (corner[:, x : x + 96] == np.asarray(last)).all()]
-    assert found and found[0] > 2 * 96
+    last = Image.open(where[7.0, 4]).resize((128, 128), Image.Resampling.LANCZOS)
+    corner = sheet[-136:-8]  # the lower right cell
+    found = [x for x in range(corner.shape[1] - 128) if (corner[:, x : x + 128] == np.asarray(last)).all()]
+    assert found and found[0] > 2 * 128
 
 
 @pytest.mark.parametrize(
@@ -101,12 +108,66 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
         (("--guidance-scale", "nan", "a"), "guidance_scale is nan"),
         ((), "no prompt"),
         (("--dtype", "int8", "a"), "int8"),
+        (("--device", "gpu", "a"), "device gpu: "),
+        (("--prediction-type", "foo", "a"), "foo"),
+        (("--seed", 2**64, "a"), "--seed"),
+        (("--grid", "guidance=1", "guidance_scale=2", "a"), "give each option once"),
+        (("--grid", "strength=0.5,0.7", "a"), "needs a picture to start from"),
     ],
 )
 def test_what_is_wrong_is_one_line(draw, tmp_path, words, line):
     code, printed = draw(*words)
     assert code == 2 and line in printed.err and printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_a_file(draw, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    code, printed = draw("a")
+    assert code == 2 and "out: is a file, not a folder to write pictures to" in printed.err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_seeds_on_an_axis(draw, tmp_path):
+    assert draw("--grid", "seed=1,5", "--count", 2, "a")[0] == 0
+    assert {path.name for path in (tmp_path / "out").glob("a-*")} == {f"a-seed{n}.png" for n in (1, 2, 5, 6)}
+
+
+def test_a_tokenizer_that_does_not_fit(draw, tmp_path):
+    words = "many different words, none of them shorter than those before, and more of them"
+    train_vocabulary([words], 700, tmp_path / "words")
+    code, printed = draw("--tokenizer", tmp_path / "words", "a")
+    assert code == 2 and "the tokenizer found has" in printed.err
+
+
+def test_one_process_of_several_says_so(draw, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, printed = draw("a", "b", "c")
+    assert code == 0 and "1 pictures, share 2 of 2" in printed.out
+    assert draw("--sheet", "a", "b")[0] == 2
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not srun
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert "3 pictures\n" in draw("a", "b", "c")[1].out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("batch_size", "0", "infer.batch_size must be a whole number of at least 1"),
+        ("inference_steps", "2.5", "infer.inference_steps must be a whole number"),
+        ("seed", "abc", "infer.seed must be a whole number"),
+        ("unconditional_guidance_scale", "high", "infer.unconditional_guidance_scale must be a number"),
+        ("prompts", "{a: b}", "infer.prompts must be"),
+    ],
+)
+def test_values_of_an_inference_file(tmp_path, world, capsys, key, value, line):
+    infer = {"out_path": "x", "prompts": "[a]", key: value}
+    text = ", ".join(f"{name}: {given}" for name, given in infer.items())
+    (tmp_path / "i.yaml").write_text(f"infer: {{{text}}}")
+    assert world.call("generate", "--config", tmp_path / "i.yaml", "--from", "ROOT/runs/cached") == 2
+    assert line in capsys.readouterr().err
 
 
 def test_sheet_and_preview(draw, tmp_path):

@@ -40,7 +40,7 @@ class Checkpoint:
 
     kind: "ldm", "nemo", "diffusers", "run" (a folder of ours) or "component". metadata: safetensors headers. extras:
     what a pickle held beside tensors. config: the model config that a NeMo file carries. unknown: keys that no rule
-    knows, with which nothing is loaded.
+    knows, with which nothing is loaded. files: those that were opened (an unpacked .nemo: its folder).
     """
 
     path: Path
@@ -52,6 +52,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(default_factory=dict)
     has_ema: bool = False
     unknown: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
@@ -142,6 +143,7 @@ def _merge(folder: Path, kind: str, opened: Mapping[str, Checkpoint]) -> Checkpo
         tuple(key for checkpoint in opened.values() for key in checkpoint.ignored),
         metadata={key: value for checkpoint in opened.values() for key, value in checkpoint.metadata.items()},
         unknown=tuple(key for checkpoint in opened.values() for key in checkpoint.unknown),
+        files=tuple(dict.fromkeys(file for checkpoint in opened.values() for file in checkpoint.files)),
     )
 
 
@@ -171,7 +173,8 @@ def _sort(
     )
     kind = kind or ("nemo" if _is_nemo(file) else "ldm" if whole else "component")
     config = config or _stored_config(file)
-    return Checkpoint(path, kind, parts, ignored, file.metadata, file.extras, config, has_ema, unknown)
+    files = file.files or (file.path,)
+    return Checkpoint(path, kind, parts, ignored, file.metadata, file.extras, config, has_ema, unknown, files)
 
 
 def _averaged(path: Path, entries: Mapping[str, dict[str, LazyTensor]]) -> dict[str, LazyTensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,6 @@ import typer
 
 from latentsmith.cli.convert import Dtype, Weights
 from latentsmith.files.errors import BadInput
-
-AXIS = re.compile(r"[a-z_]+=[^\s]*")
 
 
 class Syntax(StrEnum):
@@ -29,6 +26,9 @@ class Spacing(StrEnum):
     leading = "leading"
     trailing = "trailing"
     linspace = "linspace"
+
+
+LAST_SEED = 2**63 - 1
 
 
 def option(words: str, **limits: Any) -> Any:
@@ -53,8 +53,8 @@ def generate(
     eta: Annotated[float | None, option("0 to 1: share of random noise in ddim. [0]")] = None,
     parallelism: Annotated[int | None, option("Steps at a time in para_ddim. [8]")] = None,
     tolerance: Annotated[float | None, option("When para_ddim takes a step as done. [0.1]")] = None,
-    seed: Annotated[int | None, option("Picture i of a prompt uses seed + i. [0]", min=0)] = None,
-    variation_seed: Annotated[int | None, option("Of the noise to vary towards. [0]", min=0)] = None,
+    seed: Annotated[int | None, option("Picture i of a prompt uses seed + i. [0]", min=0, max=LAST_SEED)] = None,
+    variation_seed: Annotated[int | None, option("Of the noise to vary towards. [0]", min=0, max=LAST_SEED)] = None,
     variation_strength: Annotated[float | None, option("0 to 1: how far towards it. [0]")] = None,
     height: Annotated[int | None, option("Pixels; by default what the model was trained at.", min=8)] = None,
     width: Annotated[int | None, option("Pixels; by default what the model was trained at.", min=8)] = None,
@@ -91,17 +91,27 @@ def generate(
     if again is not None:
         from latentsmith.runs.again import again as repeat
 
-        same = repeat(again, out or again.parent, source=source, device=device or "auto")
-        return 0 if same else 1
+        moved = {"image": image, "mask": mask, "tokenizer": tokenizer}
+        allowed = {"again", "out", "source", "device", *moved}
+        if other := [name for name, value in locals().items() if value is not None and name in OPTIONS - allowed]:
+            raise BadInput(
+                f"--again takes all from the picture; --{other[0].replace('_', '-')} cannot be given with it"
+            )
+        moved = {name: value for name, value in moved.items() if value is not None}
+        return 0 if repeat(again, out or again.parent, source=source, device=device or "auto", **moved) else 1
     named = {"source", "out", "prompts", "prompts_file", "negative", "config", "again", "named"}
     given = {name: value for name, value in locals().items() if name not in named and value is not None}
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
     told = {"negative_prompt": negative, "source": source, "out": out}
     given |= {name: value for name, value in told.items() if value is not None}
-    wanted = [*(prompts or []), *_read_prompts(prompts_file)]
+    words = prompts or []
     if grid:
-        given["grid"] = [*grid, *(word for word in wanted if AXIS.fullmatch(word))]
-        wanted = [word for word in wanted if not AXIS.fullmatch(word)]
+        from latentsmith.runs.generate import AXES
+
+        axes = [word for word in words if word.partition("=")[0] in AXES and "=" in word]
+        given["grid"] = [*grid, *axes]
+        words = [word for word in words if word not in axes]
+    wanted = [*words, *_read_prompts(prompts_file)]
     if config is not None:
         from latentsmith.config.infer import read_infer
 
@@ -128,3 +138,6 @@ def _read_prompts(path: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompts-file {path}: {error}") from None
     return [line.strip() for line in lines if line.strip()]
+
+
+OPTIONS = set(generate.__annotations__) - {"return"}

@@ -33,12 +33,14 @@ class TensorFile(Mapping[str, Tensor]):
 
     entries: shape and dtype of each, from the header. metadata: the safetensors string header.
     extras: what a pickle held beside tensors (`global_step`, `hyper_parameters`, ...).
+    files: those that were opened, where it is not `path` alone.
     """
 
     path: Path
     entries: dict[str, LazyTensor]
     metadata: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     def __getitem__(self, name: str) -> Tensor:
         return self.entries[name].read()
@@ -210,7 +212,8 @@ def _open_sharded(path: Path) -> TensorFile:
     if lost := [name for name, shard in table.items() if name not in opened[shard]]:
         raise BadInput(f"{path}: {lost[0]} is not in its shard {table[lost[0]]}")
     entries = {name: opened[shard].entries[name] for name, shard in table.items()}
-    return TensorFile(path, entries, opened[shards[0]].metadata if shards else {})
+    files = (path, *(path.parent / shard for shard in shards))
+    return TensorFile(path, entries, opened[shards[0]].metadata if shards else {}, files=files)
 
 
 def _numel(tensor: Tensor | LazyTensor) -> int:

@@ -11,6 +11,7 @@ from latentsmith.files.errors import BadInput
 
 SYNTAXES = ("plain", "webui")
 LONG_PROMPTS = ("chunks", "cut")
+FRACTIONS = ("eta", "guidance_rescale", "variation_strength", "strength")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,20 @@ class SamplingOptions:
     tolerance: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("height", "width", "steps", "parallelism"):
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
+                raise BadInput(f"{name} is {value!r}; it must be a whole number")
+        if self.height < 1 or self.width < 1:
+            raise BadInput(f"pictures of {self.height}x{self.width}: both sides must be above 0")
+        for name in ("guidance_scale", *FRACTIONS, "tolerance"):
+            given = getattr(self, name)
+            several = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+            if not all(isinstance(one, int | float) for one in several):
+                raise BadInput(f"{name} is {given!r}; it must be a number")
         scales = self.guidance_scale if isinstance(self.guidance_scale, Sequence) else [self.guidance_scale]
         if not all(math.isfinite(scale) for scale in scales):
             raise BadInput(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
-        for name in ("eta", "guidance_rescale", "variation_strength", "strength"):
+        for name in FRACTIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         choices = {"spacing": TIMESTEP_SPACINGS, "prompt_syntax": SYNTAXES, "long_prompts": LONG_PROMPTS}

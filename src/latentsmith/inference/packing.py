@@ -23,7 +23,7 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() or not all(t.dtype == torch.float32 and t.is_cpu for t in (input, self.weight)):
             return super().forward(input)
-        source = (self.weight.data_ptr(), self.weight._version)
+        source = (self.weight.data_ptr(), None if self.weight.is_inference() else self.weight._version)
         input = input.contiguous(memory_format=torch.channels_last)
         geometry = (list(self.padding), list(self.stride), list(self.dilation), self.groups)
         if self.packed is None or self.packed_from != source:

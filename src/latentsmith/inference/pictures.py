@@ -15,26 +15,33 @@ from latentsmith.files.errors import BadInput
 from .options import one_each
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (batch, 3, height, width) in [-1, 1] as pictures of 8 bits.
+def to_picture(image: Tensor) -> Image.Image | str:
+    """An image (3, height, width) in [-1, 1] as a picture of 8 bits.
 
-    BadInput for values that are not finite and for a picture that is black all over, which only failures draw.
+    In place of one whose values are not finite, or that is black all over, which only failures draw: what is wrong.
     """
-    if not images.isfinite().all():
-        raise BadInput("the pictures hold values that are not finite: the latents are not; use float32 or bfloat16")
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    if black := [number for number, picture in enumerate(pixels) if not picture.any()]:
-        raise BadInput(f"picture {black[0]} is black all over: the latents lie outside what the VAE decodes")
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in pixels]
+    if not image.isfinite().all():
+        return "it holds values that are not finite: the latents are not, or the VAE fails; use float32 or bfloat16"
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    if not pixels.any():
+        return "it is black all over: its latents lie outside what the VAE decodes"
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def from_picture(picture: Image.Image) -> Tensor:
     """An image (3, height, width) in [-1, 1], float32; what is transparent is white, rotation of EXIF is applied."""
-    upright = ImageOps.exif_transpose(picture)
+    upright = eight_bits(ImageOps.exif_transpose(picture))
     if "A" in upright.getbands() or "transparency" in upright.info:
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
     pixels = np.asarray(upright.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of 16 bits a channel with the upper 8 of them; any other as it is."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def fitted(picture: Image.Image, height: int | None, width: int | None) -> Image.Image:
@@ -52,7 +59,7 @@ class Base:
 
     image: Tensor
     mask: Tensor | None
-    latent_mask: Tensor | None
+    latent_mask: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
@@ -99,10 +106,18 @@ def base_of(picture: Image.Image, mask: Image.Image | None, height: int | None, 
             "give height and width to crop it to"
         )
     if mask is None:
-        return Base(image, None, None)
-    pixels = np.asarray(fitted(mask.convert("L"), height, width), dtype=np.float32) / 255
+        return Base(image, None, torch.ones(1, image.shape[1] // factor, image.shape[2] // factor))
+    pixels = np.asarray(fitted(light_of(mask), height, width), dtype=np.float32) / 255
     redraw = torch.from_numpy(pixels)[None]
     return Base(image, redraw, (F.max_pool2d(redraw, factor) > 0).float())
+
+
+def light_of(mask: Image.Image) -> Image.Image:
+    """A mask's lightness, what is transparent being black: kept."""
+    mask = eight_bits(mask)
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
+    return mask.convert("L")
 
 
 def tiled(run: Callable[[Tensor], Tensor], tensor: Tensor, scale: Fraction, *, tile: int, overlap: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -19,6 +19,7 @@ from latentsmith.diffusion import (
     GuidedDenoiser,
     NoiseSchedule,
     SamplingGrid,
+    canonical_prediction_type,
     keep_outside,
     sample,
     sampling_grid,
@@ -29,7 +30,7 @@ from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 from .noise import mixed_noise, noise_of
 from .options import SamplingOptions, one_each
 from .packing import pack_convolutions
-from .pictures import Base, based_on, tiled, to_pictures
+from .pictures import Base, based_on, tiled, to_picture
 from .prompts import EncodedPrompt, embed_prompt, encode_prompt
 from .scaling import to_latents, to_vae_latents
 from .tokenizer import Tokenizer
@@ -78,8 +79,9 @@ class Order:
 
     @property
     def chunks(self) -> int:
-        """Stretches of text that both prompts are filled up to."""
-        return max(len(self.prompt.chunks), len(self.negative.chunks))
+        """Stretches of text that both prompts are filled up to; without guidance the negative one plays no part."""
+        own = len(self.prompt.chunks)
+        return own if self.guidance_scale == 1 else max(own, len(self.negative.chunks))
 
 
 class Pipeline:
@@ -106,7 +108,7 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: "str | Path | Checkpoint",
         *,
         prediction_type: str | None = None,
         weights: str = "ema",
@@ -115,7 +117,8 @@ class Pipeline:
         device: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Pipeline":
-        """Open a run folder, a diffusers folder, a single file, a .nemo or a hub name ("owner/name").
+        """Open a run folder, a diffusers folder, a single file, a .nemo or a hub name ("owner/name"), or take an opened
+        checkpoint.
 
         prediction_type: overrides what the checkpoint says. weights: "ema" or "raw". tokenizer: a folder or file to
         use in place of the checkpoint's own. pad_to: length up to which text embeddings are filled with zeros, as NeMo
@@ -123,8 +126,11 @@ class Pipeline:
         default. dtype: float32 by default.
         Raises BadInput for a file that cannot be read or is not a whole model.
         """
-        checkpoint = open_checkpoint(path, weights)
-        spec = spec_of(checkpoint, prediction_type)
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, weights)
+        try:
+            spec = spec_of(checkpoint, canonical_prediction_type(prediction_type) if prediction_type else None)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
         if pad_to is not None:
             spec = replace(spec, cond_stage_config={**spec.cond_stage_config, "pad_to": pad_to or None})
         networks = {
@@ -135,6 +141,12 @@ class Pipeline:
         length = networks["text_encoder"].max_length
         open_clip = reads_as_open_clip(checkpoint, spec)
         words = Tokenizer.find(tokenizer, checkpoint.path, length, cleaning="open_clip" if open_clip else None)
+        known = networks["text_encoder"].vocab_size
+        if words.vocab_size > known:
+            raise BadInput(
+                f"{checkpoint.path}: the tokenizer found has {words.vocab_size:,} tokens, its text encoder knows "
+                f"{known:,}; give the model's own tokenizer"
+            )
         place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():
             network.to(place, kind).eval().requires_grad_(False)
@@ -188,9 +200,11 @@ class Pipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         count = len(prompts)
+        if batch_size < 1:
+            raise BadInput(f"batch_size is {batch_size}; it must be at least 1")
         bases = based_on(image, mask, count, height, width, self.vae.downsampling)
         side = bases[0].size if bases and bases[0] else (self.image_size, self.image_size)
-        wanted = SamplingOptions(height or side[0], width or side[1], **options)
+        wanted = SamplingOptions(side[0] if height is None else height, side[1] if width is None else width, **options)
         self.check(prompts, wanted)
         if image is not None and int(wanted.steps * wanted.strength) < 1:
             raise BadInput(f"strength {wanted.strength} of {wanted.steps} steps leaves none; give more of either")
@@ -243,9 +257,8 @@ class Pipeline:
             grid = grid.from_step(grid.steps - int(grid.steps * options.strength))
             clean = self.encode(torch.stack([base.image for base in bases if base]), tiling=options.vae_tiling)
             start = (clean + grid.sigmas[0].item() * start) / grid.start_scale
-            latent_masks = [base.latent_mask for base in bases if base and base.latent_mask is not None]
-            if latent_masks:
-                mask = torch.stack(latent_masks).to(self.device)
+            if any(base.mask is not None for base in bases if base):
+                mask = torch.stack([base.latent_mask for base in bases if base]).to(self.device)
                 denoise = keep_outside(denoise, mask, clean)
 
         def noise_at(step: int) -> Tensor:
@@ -273,22 +286,34 @@ class Pipeline:
 
     def pictures(self, drawing: Drawing) -> list[Image.Image]:
         """The pictures of a batch: the result after its last step, before that what is expected."""
+        judged = self.judged(drawing)
+        if failed := [picture for picture in judged if isinstance(picture, str)]:
+            raise BadInput(failed[0])
+        return judged  # type: ignore[return-value]
+
+    def judged(self, drawing: Drawing) -> list[Image.Image | str]:
+        """As `pictures`, but for one that cannot be shown the reason in its place, so that the others are not lost."""
         images = self.decode(drawing.latents if drawing.done else drawing.denoised, tiling=drawing.options.vae_tiling)
         pairs = zip(drawing.bases, images.cpu(), strict=True)
-        return to_pictures(torch.stack([base.around(image) if base else image for base, image in pairs]))
+        return [to_picture(base.around(image) if base else image) for base, image in pairs]
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) in [-1, 1] of scaled latents, float32.
+        """Images (batch, 3, height, width) of scaled latents, float32, about in [-1, 1].
 
         A VAE in float16 whose values overflow is used once more in float32, with a warning. tiling: see
         SamplingOptions.vae_tiling.
         """
-        images = self._decoded(self.vae, latents, tiling)
-        if next(self.vae.parameters()).dtype == torch.float16 and latents.isfinite().all() > images.isfinite().all():
-            warnings.warn("the VAE overflows in float16 and is used in float32 instead", stacklevel=2)
-            images = self._decoded(copy.deepcopy(self.vae).float(), latents, tiling)
-        return images.clamp(-1, 1)
+        return self._with_vae(partial(self._decoded, latents=latents, tiling=tiling), latents)
+
+    def _with_vae(self, run: Callable[[AutoencoderKL], Tensor], given: Tensor) -> Tensor:
+        """What `run` makes of a finite `given` with the VAE, once more in float32 where float16 overflows."""
+        found = run(self.vae)
+        half = next(self.vae.parameters()).dtype == torch.float16
+        if half and not found.isfinite().all() and given.isfinite().all():
+            warnings.warn("the VAE overflows in float16 and is used in float32 instead", stacklevel=3)
+            found = run(copy.deepcopy(self.vae).float())
+        return found
 
     def _decoded(self, vae: AutoencoderKL, latents: Tensor, tiling: bool) -> Tensor:
         given = to_vae_latents(latents, self.spec.scale_factor).to(next(vae.parameters()).dtype)
@@ -304,11 +329,14 @@ class Pipeline:
     @torch.no_grad()
     def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
         """Scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
-        factor = self.vae.downsampling
-        given = images.to(self.device, next(self.vae.parameters()).dtype)
+        return self._with_vae(partial(self._encoded, images=images, tiling=tiling), images)
+
+    def _encoded(self, vae: AutoencoderKL, images: Tensor, tiling: bool) -> Tensor:
+        factor = vae.downsampling
+        given = images.to(self.device, next(vae.parameters()).dtype)
 
         def run(piece: Tensor) -> Tensor:
-            return torch.cat([self.vae.mode(self.vae.encode(part)) for part in piece.split(1)])
+            return torch.cat([vae.mode(vae.encode(part)) for part in piece.split(1)])
 
         sizes = dict(tile=TILE * factor, overlap=OVERLAP * factor)
         found = tiled(run, given, Fraction(1, factor), **sizes) if tiling else run(given)
@@ -379,5 +407,9 @@ def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
 def pick_device(device: str | None) -> str:
     """The device to run on: the one named, or the first there is of cuda, mps and cpu."""
     if device not in (None, "auto"):
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BadInput(f"device {device}: {str(error).splitlines()[0]}") from None
         return str(device)
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -28,10 +28,10 @@ def save_picture(picture: Image.Image, folder: Path, made: Mapping[str, Any]) ->
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", made["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "picture"
-    path = free_path(folder, f"{stem}-seed{made['seed']}")
     info = PngInfo()
     info.add_text(OWN_KEY, json.dumps(made))
-    info.add_itxt("parameters", parameters_text(made, picture.size))
+    info.add_itxt("parameters", parameters_text(made, picture.size).encode("utf-8", "replace").decode())
+    path = free_path(folder, f"{stem}-seed{made['seed']}")
     try:
         with atomic_open(path) as file:
             picture.save(file, format="PNG", pnginfo=info)
@@ -90,7 +90,10 @@ def read_made(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot be read as a picture ({error})") from None
     try:
         made = json.loads(text or "")
-        return {**made, "options": dict(made["options"]), "model": dict(made["model"])}
+        model = {name: made["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}
+        return {**made, "seed": int(made["seed"]), "variation_seed": int(made["variation_seed"]),
+                "prompt": str(made["prompt"]), "negative_prompt": made["negative_prompt"],
+                "options": dict(made["options"]), "model": {**made["model"], **model}}  # fmt: skip
     except (ValueError, KeyError, TypeError):
         raise BadInput(
             f"{path}: does not say how it was made; `latentsmith generate` writes pictures that do"

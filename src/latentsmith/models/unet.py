@@ -210,6 +210,7 @@ class UNetModel(nn.Module):
         dtype = next(self.parameters()).dtype
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (batch, 4 * channels)
         hidden, skips = latents.to(dtype), []
+        context = None if context is None else context.to(dtype)
         for block in self.input_blocks:
             hidden = block(hidden, emb, context)
             skips.append(hidden)

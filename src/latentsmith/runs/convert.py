@@ -69,7 +69,7 @@ def convert(
     total = sum(len(tensors) for tensors in parts.values())
     with progress("converting", "tensors") as tell:
         export(parts, dst, spec, dtype=kind, written=Tally(tell, total))
-    print(summary(dst, to, parts, spec, kind), flush=True)
+    print(summary(dst, to, parts, spec, kind), *lost(spec, to), sep="\n", flush=True)
     if verify:
         verify_conversion(parts, dst, spec, shapes, kind)
     return dst
@@ -148,6 +148,19 @@ def tokenizer_files(
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer(vocabulary, length, pad=pad).save(folder)
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def lost(spec: ModelSpec, to: str) -> list[str]:
+    """A line for each fact that only latentsmith reads back from the format, so that other programs draw otherwise."""
+    text = spec.cond_stage_config
+    facts = {
+        "zero terminal SNR (their schedule is the plain one)": spec.zero_terminal_snr and to != "diffusers",
+        "zeros as the null text (they take the empty prompt)": spec.null_text == "zero",
+        f"text filled up to {text.get('pad_to')} vectors": text.get("pad_to") and to != "nemo",
+        "text that is not filled up to 80 vectors (NeMo fills it)": to == "nemo"
+        and not (spec.open_clip or text.get("pad_to")),
+    }
+    return [f"note: other programs do not know of {fact}" for fact, applies in facts.items() if applies]
 
 
 def summary(dst: Path, to: str, parts: Parts, spec: ModelSpec, dtype: torch.dtype | None) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DrawingModel:
-    """A pipeline and what a picture says of it. Its files are hashed meanwhile; leaving waits for that."""
+    """A pipeline and what a picture says of it. `begin` starts to hash its files, meanwhile; leaving stops that."""
 
     def __init__(
         self, source: str, device: str, dtype: str, weights: str, prediction_type: str | None, tokenizer: str | None
@@ -29,28 +30,32 @@ class DrawingModel:
             raise BadInput(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
         local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
         if device == "auto" and local and torch.cuda.is_available():
-            device = f"cuda:{local}"
-        checkpoint = open_checkpoint(source, weights)
+            device = f"cuda:{int(local) % torch.cuda.device_count()}"
+        self.checkpoint = open_checkpoint(source, weights)
         self.pipeline = Pipeline.from_pretrained(
-            source, device=device, dtype=DTYPES[dtype], weights=weights, prediction_type=prediction_type,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+            self.checkpoint, device=device, dtype=DTYPES[dtype], prediction_type=prediction_type, tokenizer=tokenizer
+        )
         self.facts = {
-            "from": source,
+            "from": str(Path(source).resolve()) if Path(source).exists() else source,
             "weights": weights,
-            "averaged": weights == "ema" and averaged(checkpoint),
+            "averaged": averaged(self.checkpoint, weights),
             "prediction_type": self.pipeline.spec.prediction_type,
             "config": fingerprint_text(self.pipeline.spec.to_json()),
+            "tokenizer": self.pipeline.tokenizer.fingerprint(),
             "dtype": dtype,
             "device": str(self.pipeline.device),
         }
-        self.pool = ThreadPoolExecutor(1)
-        self.hash: Future[str] = self.pool.submit(sha256_files, weight_files(checkpoint))
+        self.given_tokenizer = tokenizer and str(Path(tokenizer).resolve() if Path(tokenizer).exists() else tokenizer)
+        self.pool, self.stop = ThreadPoolExecutor(1), threading.Event()
+
+    def begin(self) -> None:
+        self.hash: Future[str] = self.pool.submit(sha256_files, weight_files(self.checkpoint), self.stop)
 
     def __enter__(self) -> "DrawingModel":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def says(self, wish: Mapping[str, Any], options: Mapping[str, Any], bases: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,22 +65,19 @@ class DrawingModel:
             "sampler": canonical_sampler(options["sampler"], SAMPLERS)[0],
             **bases,
             "options": dict(options),
+            "tokenizer": self.given_tokenizer,
             "model": {**self.facts, "hash": self.hash.result()},
             "versions": {"latentsmith": latentsmith.__version__, "torch": torch.__version__,
                          "python": platform.python_version()},
         }  # fmt: skip
 
 
-def averaged(checkpoint: Checkpoint) -> bool:
-    """Whether the U-Net's weights are a moving average."""
-    unet = checkpoint.parts["unet"]
-    return checkpoint.has_ema or unet.path.parent.name == "ema"
+def averaged(checkpoint: Checkpoint, weights: str) -> bool:
+    """Whether the U-Net's weights are a moving average, as far as its file says: NeMo keeps it in X-EMA.ckpt."""
+    path = checkpoint.parts["unet"].path
+    return (weights == "ema" and checkpoint.has_ema) or path.parent.name == "ema" or path.stem.endswith("-EMA")
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """The files that the parts of a checkpoint lie in."""
-    files: dict[Path, None] = {}
-    for part in checkpoint.parts.values():
-        inside = [part.path] if part.path.is_file() else sorted(part.path.rglob("*"))
-        files |= dict.fromkeys(f for f in inside if f.suffix in (".safetensors", ".bin", ".ckpt", ".nemo", ".pt"))
-    return list(files)
+    return [each for file in checkpoint.files for each in ([file] if file.is_file() else sorted(file.rglob("*.ckpt")))]

@@ -41,9 +41,8 @@ class Wish:
     @property
     def told(self) -> dict[str, Any]:
         """What the picture says of it."""
-        seed = dict(self.axes).get("seed", self.seed)
         texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        return texts | {"seed": seed, "variation_seed": self.variation_seed}
+        return texts | {"seed": self.seed, "variation_seed": self.variation_seed}
 
 
 def generate(
@@ -74,54 +73,77 @@ def generate(
     pictures. grid: axes such as "guidance=1,3,7", one or two, drawn against each other on a sheet for each prompt.
     options: height, width and the fields of SamplingOptions. Under torchrun or SLURM each process draws its share.
     """
-    axes = [parsed_axis(words) for words in grid]
-    if len(axes) > 2:
-        raise BadInput(f"a grid has one or two axes, not {len(axes)}")
+    axes = checked_axes([parsed_axis(words) for words in grid], image)
+    rank, processes = process_of()
+    if processes > 1 and (sheet or axes):
+        raise BadInput(f"a sheet shows all pictures, and {processes} processes draw a share each; draw it with one")
+    if batch_size < 1 or count < 1:
+        raise BadInput(f"batch_size {batch_size} and count {count} must be at least 1")
+    given: dict[str, Any] = {"image": opened(image), "mask": opened(mask)}
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file, not a folder to write pictures to")
+    if preview is not None and preview.is_dir():
+        raise BadInput(f"{preview}: is a folder; name a PNG for the preview")
     with DrawingModel(source, device, dtype, weights, prediction_type, tokenizer) as model:
-        given: dict[str, Any] = {"image": opened(image), "mask": opened(mask)}
         cells = product(*([(name, value) for value in values] for name, values in axes))
         wishes = [
-            Wish(prompt, negative_prompt, seed + i, variation_seed + i, number, cell)
+            Wish(prompt, negative_prompt, dict(cell).get("seed", seed) + i, variation_seed + i, number, cell)
             for number, (cell, prompt, i) in enumerate(product(cells, prompts, range(count)))
         ]
-        rank, processes = process_of()
         mine = wishes[rank::processes]
         bases = {"image": described(image), "mask": described(mask)}
         paths: dict[Wish, Path] = {}
+        failures: list[tuple[Wish, str]] = []
+        streams = planned(model.pipeline, mine, given | options, batch_size)
+        model.begin()
         try:
-            for wish, picture, used in draw(model.pipeline, mine, given | options, batch_size, preview):
-                paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases))
+            for wish, picture, used in draw(model.pipeline, streams, len(mine), preview):
+                if isinstance(picture, str):
+                    failures.append((wish, picture))
+                else:
+                    paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases))
         except KeyboardInterrupt:
             print(f"{out}: {len(paths)} of {len(mine)} pictures, kept")
             raise
-    if processes == 1 and (sheet or axes):
+    if (sheet or axes) and not failures:
         draw_sheets(out, wishes, paths, axes)
-    print(f"{out}: {len(paths)} pictures")
+    share = f", share {rank + 1} of {processes}" if processes > 1 else ""
+    print(f"{out}: {len(paths)} pictures{share}")
+    if failed := [f'"{wish.prompt}" (seed {wish.seed}): {reason}' for wish, reason in failures]:
+        raise BadInput(f"{len(failed)} of {len(mine)} pictures could not be made, the others are kept; {failed[0]}")
     return [paths[wish] for wish in mine]
 
 
-def draw(
-    pipeline: Pipeline, wishes: Sequence[Wish], options: Mapping[str, Any], batch_size: int, preview: Path | None
-) -> Iterator[tuple[Wish, Image.Image, dict[str, Any]]]:
-    """(wish, picture, options used) as the pictures are done; those of equal axes together."""
+Streams = list[tuple[list[Wish], Iterator[Drawing]]]
+
+
+def planned(pipeline: Pipeline, wishes: Sequence[Wish], options: Mapping[str, Any], batch_size: int) -> Streams:
+    """Wishes of equal options and how they will be drawn; BadInput, before the first is, for what cannot be."""
     groups: dict[tuple, list[Wish]] = {}
     for wish in wishes:
         groups.setdefault(tuple(pair for pair in wish.axes if pair[0] != "seed"), []).append(wish)
-    streams = []
-    for axes, alike in groups.items():  # all are checked before the first is drawn
-        seeds = [wish.told["seed"] for wish in alike]
-        streams.append((alike, pipeline.stream(
-            [wish.prompt for wish in alike], [wish.negative_prompt for wish in alike], seed=seeds,
-            variation_seed=[wish.variation_seed for wish in alike], batch_size=batch_size, **{**options, **dict(axes)},
-        )))  # fmt: skip
+    return [
+        (alike, pipeline.stream(
+            [wish.prompt for wish in alike], [wish.negative_prompt for wish in alike],
+            seed=[wish.seed for wish in alike], variation_seed=[wish.variation_seed for wish in alike],
+            batch_size=batch_size, **{**options, **dict(axes)},
+        ))
+        for axes, alike in groups.items()
+    ]  # fmt: skip
+
+
+def draw(
+    pipeline: Pipeline, streams: Streams, total: int, preview: Path | None
+) -> Iterator[tuple[Wish, Image.Image | str, dict[str, Any]]]:
+    """(wish, picture or why there is none, options used) as they are done."""
     drawn = 0
     with progress("drawing", "pictures") as tell:
         for alike, stream in streams:
             for drawing in stream:
-                tell(drawn + len(drawing.numbers) * drawing.step // drawing.steps, len(wishes))
+                tell(drawn + len(drawing.numbers) * drawing.step // drawing.steps, total)
                 if drawing.done:
                     drawn += len(drawing.numbers)
-                    for number, picture in zip(drawing.numbers, pipeline.pictures(drawing), strict=True):
+                    for number, picture in zip(drawing.numbers, pipeline.judged(drawing), strict=True):
                         yield alike[number], picture, asdict(drawing.options)
                 elif preview and drawing.step % max(1, drawing.steps // PREVIEWS) == 0:
                     show(pipeline, drawing, preview)
@@ -138,8 +160,8 @@ def show(pipeline: Pipeline, drawing: Drawing, path: Path) -> None:
 
 
 def process_of() -> tuple[int, int]:
-    """(rank, processes) as torchrun or SLURM says; (0, 1) alone."""
-    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    """(rank, processes) as torchrun or srun says; (0, 1) alone, and in a batch script itself."""
+    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in os.environ and processes in os.environ:
             return int(os.environ[rank]), int(os.environ[processes])
     return 0, 1
@@ -151,13 +173,24 @@ def opened(path: Path | None) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
             picture.load()
-            return picture
+            return picture.copy()
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise BadInput(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def described(path: Path | None) -> dict[str, str] | None:
-    return None if path is None else {"file": str(path), "hash": sha256_files([path])}
+    return None if path is None else {"file": str(path.resolve()), "hash": sha256_files([path])}
+
+
+def checked_axes(axes: list[tuple[str, list[Any]]], image: Path | None) -> list[tuple[str, list[Any]]]:
+    names = [name for name, _ in axes]
+    if len(axes) > 2:
+        raise BadInput(f"a grid has one or two axes, not {len(axes)}")
+    if len(set(names)) < len(names):
+        raise BadInput(f"a grid with {names[0]} on both axes; give each option once")
+    if "strength" in names and image is None:
+        raise BadInput("a grid of strength needs a picture to start from (--image)")
+    return axes
 
 
 def parsed_axis(words: str) -> tuple[str, list[Any]]:

@@ -36,9 +36,9 @@ def progress(title: str, unit: str) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, rate=f"{rate:,.0f} {unit}/s{set_aside}")
             if not console.is_terminal and now - printed > PLAIN_SECONDS:
                 printed = now
-                left = (total - done) / max(rate, 1e-9)
+                left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
                 print(
-                    f"{title}: {done:,}/{total:,} {unit}, {rate:,.0f}/s, {left:.0f} s left{set_aside}",
+                    f"{title}: {done:,}/{total:,} {unit}, {rate:,.1f}/s{left}{set_aside}",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -37,7 +37,7 @@ def axis_sheet(
 ) -> Image.Image:
     """Rows of pictures (height, width, 3) uint8 of one size, with a label at each row and column and a title above."""
     height, width = pictures[0][0].shape[:2]
-    zoom = max(1, 96 // width)
+    zoom = max(1, 128 // width)
     height, width, pad = height * zoom, width * zoom, 4
     font = ImageFont.load_default(size=12)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
