@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from latentsmith.cli import main
-from latentsmith.config import load_config, overrides, schema
+from latentsmith.config import compose, load_config, overrides, schema
+from latentsmith.config.describe import migrated
+from latentsmith.files.errors import BadInput
 
 UNET, VAE, TEXT = "model.unet_config", "model.first_stage_config", "model.cond_stage_config"
 BASE = {
@@ -68,6 +70,19 @@ CONTRADICTIONS = [
     ("model.optim", "adam", {}, "must be a mapping of options"),
     ("model.scale_factor", "${model.nothing}", {}, "cannot be resolved"),
     ("model.micro_batch_size", "???", {}, "is mandatory"),
+    ("model.cond_stage_key", "captions_encodd", {}, "must be one of captions, captions_encoded"),
+    ("model.first_stage_key", "image_encode", {}, "must be one of images, image_encoded"),
+    ("model.zero_terminal_snr", True, {}, "all noise; set parameterization"),
+    ("model.scale_factor", 0, {}, "leaves nothing of the latents"),
+    ("model.optim.lr", float("inf"), {}, "must be a number"),
+    ("model.optim.betas", [1, 1], {}, "both lie below 1"),
+    ("model.linear_start", 0, {"model.linear_end": 0}, "betas lie above 0"),
+    ("trainer.devices", 0, {}, "give at least one"),
+    ("trainer.devices", [], {}, "give at least one"),
+    (f"{UNET}.channel_mult", [], {}, "channel_mult must be"),
+    (f"{UNET}._target_", "latentsmith.models.AutoencoderKL", {}, "belongs elsewhere; here it is"),
+    ("model.params", 3, {}, "model.params must be a mapping"),
+    ("model.data.train.augmentations.center_crop_h_w", True, {}, "must be pixels"),
 ]  # fmt: skip
 CASES = [
     *((key, value, {}, words) for key, value, words in islice(typos(), 40)),
@@ -104,6 +119,42 @@ def test_the_base_itself_is_valid(tmp_path):
     assert load_config(tmp_path / "mine.yaml").trainer.max_steps == 10
 
 
+def test_keys_with_dots_are_not_lost(tmp_path):
+    (tmp_path / "mine.yaml").write_text("trainer.precision: bf16\nmodel: {optim.lr: 3}\n")
+    with pytest.raises(BadInput, match=r"trainer\.precision is one key with a dot in it; write it nested"):
+        load_config(tmp_path / "mine.yaml")
+
+
+def test_null_learning_rates_mean_what_they_mean_in_nemo(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {optim: {lr: null}}")
+    assert load_config(tmp_path / "mine.yaml").model.optim.lr == 1e-3
+    (tmp_path / "mine.yaml").write_text("model: {base_learning_rate: 5e-5, optim: {lr: null}}")
+    assert load_config(tmp_path / "mine.yaml").model.optim.lr == 5e-5
+
+
+def test_what_is_mapped_arrives(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {resume_from_checkpoint: here}\nexp_manager: {name: foo}\nname: bar")
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.exp_manager.resume_from_checkpoint == "here" and config.exp_manager.name == "foo"
+    text = migrated(compose(tmp_path / "mine.yaml"), "mine.yaml")
+    assert yaml.safe_load(text)["exp_manager"] == {"name": "foo", "resume_from_checkpoint": "here"}
+
+
+def test_defaults_lists(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "base.yaml").write_text("model: {seed: 5}")
+    (tmp_path / "mine.yaml").write_text("defaults: [base]\nname: mine")
+    assert load_config(tmp_path / "mine.yaml").model.seed == 5
+    (tmp_path / "a.yaml").write_text("defaults: [sub/b]")
+    (tmp_path / "sub" / "b.yaml").write_text("defaults: [../a]")
+    with pytest.raises(BadInput, match="none of them above itself"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_cosine_may_end_with_the_epochs():
+    load_config("sd1", ["model.optim.sched.name=CosineAnnealing", "trainer.max_steps=-1", "trainer.max_epochs=2"])
+
+
 def test_sweeps():
     given = ["model.optim.lr=1e-3,1e-4", "model.data.train.dataset_path=a,b", "model.seed=choice(1,2)"]
     assert overrides.sweep(given) == [
@@ -113,4 +164,8 @@ def test_sweeps():
         ["model.data.train.dataset_path=a"],
         ["model.data.train.dataset_path=b"],
     ]
+    both = ["model.parameterization=eps"], ["model.parameterization=v"]
+    assert overrides.sweep(["model.parameterization=eps,v"]) == [*both]
+    with pytest.raises(BadInput, match="choice"):
+        overrides.sweep(["name=choice(a"])
     assert overrides.sweep([]) == [[]] and overrides.sweep(["~model.seed"]) == [["~model.seed"]]

@@ -46,6 +46,9 @@ WRONG = {  # kind of run, overrides, what the line says
         [f"{SAMPLES}.every_n_train_steps=2", f"{SAMPLES}.prompts=[x]", f"{SAMPLES}.sampler=eular"],
         "eular",
     ),
+    "no such strategy": ("cached", ["trainer.strategy=bogus"], "trainer.strategy=bogus is none of Lightning's; try "),
+    "no such time": ("cached", ["trainer.max_time=soon"], "trainer.max_time=soon is not a time as DD:HH:MM:SS"),
+    "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: NeMo's list of tars is not read"),
     "nothing to resume": ("cached", [f"{MANAGER}.resume_ignore_no_checkpoint=false"], "no checkpoint to resume from"),
     "resume from a set": ("cached", [f"{MANAGER}.resume_from_checkpoint=ROOT/shards"], "not a checkpoint of a run"),
     "start from a set": ("pictures", ["model.ckpt_path=ROOT/shards", f"{VAE}.from_pretrained=null"], "shards"),
@@ -65,6 +68,15 @@ def test_training_says_what_is_wrong(world, capsys, case):
     assert expected in one_line(capsys)
     assert not (world.root / "runs" / "wrong" / "metrics.csv").exists()
     assert not (world.root / "runs" / "wrong" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_dry_run_says_it_too(world, capsys, case):
+    kind, overrides, expected = WRONG[case]
+    if kind == "vae":
+        pytest.skip("a VAE's training has no dry run")
+    assert world.call(*world.command(kind, "wrong-dry", *overrides), "--dry-run") == 2
+    assert expected in one_line(capsys)
 
 
 def test_a_cache_whose_latents_do_not_fit(world, capsys):

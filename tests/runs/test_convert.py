@@ -72,7 +72,7 @@ def test_there_and_back_is_bit_exact(tmp_path, source, tiny, first, capsys):
     convert(source, tmp_path / ENDING[first], first, verify=True)
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if not line.startswith("note: ")]
-    padding = "note: other programs do not know of text that is not filled up to 80 vectors (NeMo fills it)"
+    padding = "note: other programs do not know of text without NeMo's three zero vectors (NeMo adds them)"
     assert (padding in printed) == (first == "nemo")
     assert "epsilon, " in lines[0] and "float32" in lines[0]
     assert [line.split(":")[0] for line in lines[1:]] == list(PARTS)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from latentsmith import load_config
 from latentsmith.data.cache import LatentCache
 from latentsmith.files.tensors import open_tensors
 from latentsmith.inference import Pipeline
+from latentsmith.runs.pieces import process_count
 
 NOT_MOVING = ("model.optim.lr=0", "model.micro_batch_size=1", "trainer.max_steps=22", "model.caption_dropout_rate=0.2")
 PROMPTS = ("a small red circle", "a large blue square on a white background", "a star")
@@ -114,6 +116,15 @@ def test_a_run_starts_from_a_whole_run(world):
     for part in ("vae", "text_encoder"):
         ours, theirs = (open_tensors(folder / f"{part}.safetensors") for folder in (run, source))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_lists_of_devices_and_of_one_cache(world):
+    """As NeMo's files write them."""
+    cache = "model.data.train.dataset_path=[ROOT/cache]"
+    listed = world.train("cached", "listed", cache, "trainer.devices=1", "trainer.max_steps=1")
+    joined = ("model.data.train.dataset_path=[cache]", "model.data.webdataset.local_root_path=ROOT")
+    assert world.losses(world.train("cached", "joined", *joined, "trainer.max_steps=1")) == world.losses(listed)
+    assert process_count(load_config("sd1", ["trainer.devices=[0,3]", "trainer.num_nodes=2"])) == 4
 
 
 def test_dry_run_trains_nothing(world, capsys):

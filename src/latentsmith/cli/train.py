@@ -29,7 +29,7 @@ def train(
           model.first_stage_key=image_encoded model.cond_stage_key=captions_encoded
       latentsmith train --config my.yaml trainer.precision=bf16 model.unet_config.use_checkpoint=True
       latentsmith train --config sd1 --init v1-5-pruned.safetensors model.optim.lr=1e-5
-      latentsmith train --config sd2_v --dry-run
+      latentsmith train --config sd2_v --init sd2-base.safetensors model.data.train.dataset_path=shards --dry-run
       latentsmith train --config demo --multirun model.optim.lr=1e-3,3e-4 model.seed=0,1
     """
     given = _with_init(overrides, init)

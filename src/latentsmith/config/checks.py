@@ -21,6 +21,10 @@ def check(values: Mapping[str, Any]) -> None:
     _check_vae(model["first_stage_config"]["ddconfig"])
     _check_text(model["cond_stage_config"])
     _check_components(model)
+    if model["scale_factor"] == 0:
+        raise BadInput("model.scale_factor=0 leaves nothing of the latents; give a number above 0, or measured")
+    if values["trainer"]["devices"] in (0, []):
+        raise BadInput(f"trainer.devices={values['trainer']['devices']}: give at least one, or -1 for all")
     _check_unconditional(model)
     _check_batches(model, values["trainer"])
     _check_schedules(model, values["trainer"])
@@ -134,6 +138,8 @@ def _check_batches(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None
 
 def _check_schedules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
     start, end = model["linear_start"], model["linear_end"]
+    if not 0 < start < 1 or not 0 < end < 1:
+        raise BadInput(f"model.linear_start={start} and model.linear_end={end}: betas lie above 0 and below 1")
     if start > end:
         raise BadInput(f"model.linear_start={start} is above model.linear_end={end}: betas must rise")
     if model["zero_terminal_snr"] and model["parameterization"] == "eps":
@@ -143,11 +149,13 @@ def _check_schedules(model: Mapping[str, Any], trainer: Mapping[str, Any]) -> No
         )
     sched = model["optim"]["sched"]
     falls = sched["name"] in ("CosineAnnealing", "linear")
-    if falls and sched["max_steps"] is None and trainer["max_steps"] == -1:
-        raise BadInput(f"model.optim.sched.name={sched['name']} needs an end: give trainer.max_steps")
+    if falls and sched["max_steps"] is None and trainer["max_steps"] == trainer["max_epochs"] == -1:
+        raise BadInput(f"model.optim.sched.name={sched['name']} needs an end: give trainer.max_steps or max_epochs")
 
 
 def _check_optimizer(optim: Mapping[str, Any]) -> None:
+    if optim["betas"] is not None and any(beta >= 1 for beta in optim["betas"]):
+        raise BadInput(f"model.optim.betas={optim['betas']}: both lie below 1")
     takes = {"betas": optim["name"] in WITH_BETAS, "eps": optim["name"] != "SGD"}
     for key, taken in takes.items():
         if optim[key] is not None and not taken:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from latentsmith.config import checks, overrides, schema, targets
 from latentsmith.files.errors import BadInput
 
 PRESETS = Path(__file__).parent / "presets"
+NEMO_LR = 1e-3  # what its optimizers take where a file says `lr: null`
 NODES = (
     "model.unet_config",
     "model.first_stage_config",
@@ -47,7 +48,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Dict
 
 def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     """As `load_config`, and where each value came from."""
-    tree, origins = read(find_file(name_or_path))
+    tree, origins = read(find_file(name_or_path).resolve())
     for change in changes:
         origins |= dict.fromkeys(overrides.apply(tree, change), overrides.PLACE)
     given = overrides.leaves(tree)
@@ -84,8 +85,9 @@ def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     for base in [*bases[:own], None, *bases[own + 1 :]]:
         part, source = (tree, dict.fromkeys(overrides.leaves(tree), path.name))
         if base is not None:
-            beside = path.parent / base
-            part, source = read(beside if beside.is_file() else find_file(base), (*inside, path))
+            beside = [path.parent / base, path.parent / f"{base}.yaml"]
+            found = next((file.resolve() for file in beside if file.is_file()), None)
+            part, source = read(found or find_file(base), (*inside, path))
         overrides.merge(merged, part)
         origins |= source
     return merged, origins
@@ -98,11 +100,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise BadInput(f"{path.name}: a config is a mapping of options, not a {type(plain).__name__}")
+    if dotted := [key for key in _keys(plain) if "." in key]:
+        raise BadInput(f"{path.name}: {dotted[0]} is one key with a dot in it; write it nested")
     model = plain.get("model")
     if isinstance(model, dict):
-        model |= model.pop("params", None) or {}  # LDM keeps the model's options one level down
+        params = model.pop("params", None) or {}  # LDM keeps the model's options one level down
+        if not isinstance(params, dict):
+            raise BadInput(f"{path.name}: model.params must be a mapping of options, not {params!r}")
+        model |= params
         plain["model"] = {str(key): targets.flatten(value) for key, value in model.items()}
     return plain
+
+
+def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
+    """Every key of a tree that lies in a place of ours, as it is spelt; free mappings have keys of their own."""
+    for name, value in tree.items() if isinstance(tree, dict) else ():
+        yield str(name)
+        option = schema.find(f"{prefix}{name}")
+        if not (option and option.kind.free):
+            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
@@ -190,8 +206,12 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         unet["num_heads"] = 8
     if text["arch"] is None and text["width"] is None:
         text["arch"] = {768: "ViT-L-14", 1024: "ViT-H-14"}.get(unet["context_dim"])
-    if model["base_learning_rate"] is not None and "model.optim.lr" not in given:
+    if model["base_learning_rate"] is not None and given.get("model.optim.lr") is None:
         model["optim"]["lr"] = model["base_learning_rate"]
+    elif given.get("model.optim.lr", 0) is None:
+        model["optim"]["lr"] = NEMO_LR
+    manager = values["exp_manager"]
+    manager["resume_from_checkpoint"] = manager["resume_from_checkpoint"] or model["resume_from_checkpoint"]
     if model["scale_by_std"]:
         model["scale_factor"] = "measured"
     data["train"].setdefault("augmentations", {})

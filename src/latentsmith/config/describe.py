@@ -85,7 +85,8 @@ def migrated(composed: Composed, source: str) -> str:
         option = schema.find(key)
         if option is None or option.fate not in ("used", "mapped") or option.key in MOVED:
             continue
-        if option.optional or option.key != key or option.default not in (value, "${name}"):
+        default = composed.config.name if option.default == "${name}" else option.default
+        if option.optional or option.key != key or value != default:
             _put(tree, key, value)
     lines = [f"# Made from {source}; options at their defaults are left out.", _yaml(tree)]
     if composed.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def number(low: float | None = None, high: float | None = None) -> Kind:
 
     def read(value: Any) -> float:
         result = float(_as_number(value))
-        return result if _within(result, low, high) else _refuse()
+        return result if math.isfinite(result) and _within(result, low, high) else _refuse()
 
     return Kind(_range_words("a number", low, high), read)
 
@@ -77,9 +78,9 @@ def choice(*names: str, aliases: dict[str, str] | None = None) -> Kind:
     return Kind("one of " + ", ".join(names), lambda value: spellings.get(str(value)) or _refuse(), literal=True)
 
 
-def list_of(item: Kind, length: int | None = None) -> Kind:
+def list_of(item: Kind, length: int | None = None, *, least: int = 0) -> Kind:
     def read(value: Any) -> list[Any]:
-        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)) or len(value) < least:
             raise ValueError
         return [item.read(entry) for entry in value]
 
@@ -112,6 +113,8 @@ def size() -> Kind:
     """[height, width] in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
 
     def read(value: Any) -> list[int]:
+        if isinstance(value, bool):
+            raise ValueError
         parts = value.split(",") if isinstance(value, str) and "," in value else value
         numbers = [int(part) for part in parts] if isinstance(parts, (list, tuple)) else [int(parts)] * 2
         return numbers if len(numbers) == 2 and min(numbers) >= 1 else _refuse()

@@ -57,16 +57,21 @@ def sweep(given: list[str]) -> list[list[str]]:
     Raises BadInput for what is no override.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     runs: list[list[str]] = [[]]
     for override in given:
         _, key, _ = parse(override, sweeps=True)
         option, text = schema.find(key), override.partition("=")[2]
         values = [override]
-        if not (option and option.kind.literal) or text.startswith(("choice(", "range(")):
-            parsed = OverridesParser.create().parse_override(f"key={text}") if text else None
-            if parsed is not None and parsed.is_sweep_override():
-                values = [f"{override.partition('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
+        meant = option is None or not option.kind.literal or option.kind.words.startswith("one of")
+        if text and (meant or text.startswith(("choice(", "range("))):
+            try:
+                parsed = OverridesParser.create().parse_override(f"key={text}")
+                swept = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else []
+            except HydraException as error:
+                raise BadInput(f"{PLACE}: {override}: {str(error).splitlines()[0]}") from None
+            values = [f"{override.partition('=')[0]}={value}" for value in swept] or values
         runs = [[*run, value] for run in runs for value in values]
     return runs
 

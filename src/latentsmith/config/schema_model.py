@@ -42,7 +42,7 @@ UNET = group(
     used("in_channels", whole(1), 4, "channels of the noisy latents"),
     used("out_channels", whole(1), 4, "channels of the prediction"),
     used("model_channels", whole(1), 320, "width of the first level"),
-    used("channel_mult", list_of(whole(1)), [1, 2, 4, 4], "width of each level over model_channels"),
+    used("channel_mult", list_of(whole(1), least=1), [1, 2, 4, 4], "width of each level over model_channels"),
     used("attention_resolutions", list_of(whole(1)), [4, 2, 1], "downsampling factors whose levels have attention"),
     used("num_res_blocks", either(whole(1), list_of(whole(1))), 2, "residual blocks of each level"),
     used("num_heads", whole(-1), -1, "heads of every attention; or give num_head_channels. Neither: 8 heads"),
@@ -71,6 +71,7 @@ UNET = group(
         "arithmetic of the U-Net",
         "trainer.precision decides for the whole model",
     ),
+    no_effect("enable_amp_o2_fp16", flag(), False, "NeMo: half-precision weights", "trainer.precision decides"),
     no_effect("use_fp16", flag(), False, "LDM: half-precision weights", "trainer.precision decides"),
     no_effect("timesteps", whole(1), 1000, "NeMo: rows of its sinusoid table", "timesteps are embedded as they come"),
     no_effect("lora_network_alpha", anything(), None, "set by NeMo's adapters", "adapters are not trained here"),
@@ -106,7 +107,10 @@ VAE = group(
         used("out_ch", whole(1), 3, "channels of the images returned"),
         used("ch", whole(1), 128, "width of the first level"),
         used(
-            "ch_mult", list_of(whole(1)), [1, 2, 4, 4], "width of each level over ch; all but the last halve the size"
+            "ch_mult",
+            list_of(whole(1), least=1),
+            [1, 2, 4, 4],
+            "width of each level over ch; all but the last halve",
         ),
         used("num_res_blocks", whole(1), 2, "residual blocks of each level"),
         used("attn_resolutions", list_of(whole(1)), [], "sizes, as `resolution` halves, whose levels have attention"),
@@ -257,6 +261,8 @@ DATA = group(
     ),
 )
 
+PICTURE_KEYS = dict.fromkeys(("jpg", "png", "image"), "images") | {"images_moments": "image_encoded"}
+CAPTION_KEYS = dict.fromkeys(("txt", "caption", "text"), "captions") | {"captions_clip_encoded": "captions_encoded"}
 SCALARS = group(
     "model",
     no_effect("precision", anything(), "${trainer.precision}", "arithmetic of the model", "trainer.precision decides"),
@@ -296,9 +302,19 @@ SCALARS = group(
         "stretch the schedule until its last timestep is pure noise; needs parameterization v or x0",
         also=["rescale_betas_zero_snr"],
     ),
-    used("first_stage_key", text(), "images", "images, or image_encoded for latents from a cache", also=["image_key"]),
     used(
-        "cond_stage_key", text(), "captions", "captions, or captions_encoded for embeddings from a cache", also=["text"]
+        "first_stage_key",
+        choice("images", "image_encoded", aliases=PICTURE_KEYS),
+        "images",
+        "images, or image_encoded for latents from a cache",
+        also=["image_key"],
+    ),
+    used(
+        "cond_stage_key",
+        choice("captions", "captions_encoded", aliases=CAPTION_KEYS),
+        "captions",
+        "captions, or captions_encoded for embeddings from a cache",
+        also=["text"],
     ),
     used("cond_stage_trainable", flag(), False, "train the text encoder too", also=["train_text_encoder"]),
     used(

@@ -34,7 +34,7 @@ TRAINER = group(
         "auto",
         "auto takes the first there is of cuda, mps, cpu",
     ),
-    used("strategy", text(), "auto", "Lightning's strategy: auto, ddp, model_parallel (sharded), ...", also=["fsdp"]),
+    used("strategy", text(), "auto", "Lightning's strategy: auto, ddp, fsdp (sharded), ...", also=["fsdp"]),
     used(
         "precision",
         PRECISION,
@@ -164,11 +164,11 @@ EXP_MANAGER = [
     *SAMPLES,
 ]
 
-PEFT = group(
-    "peft",
+_PEFT = (
     refused("peft_scheme", nullable(text()), None, "kind of adapter", NO_ADAPTERS),
     no_effect("restore_from_path", nullable(text()), None, "adapter to go on from", NO_ADAPTERS),
     no_effect("lora_tuning", mapping(), {}, "rank, dropout, initialisation, alpha", NO_ADAPTERS),
 )
+PEFT = [*group("peft", *_PEFT), *group("model.peft", *_PEFT)]
 
 OPTIONS = [used("name", text(), "latentsmith", "name of the run"), *TRAINER, *EXP_MANAGER, *PEFT]

@@ -38,6 +38,14 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+EXPECTED = {
+    "model.unet_config": (UNET,),
+    "model.first_stage_config": (VAE,),
+    "model.first_stage_config.lossconfig": (LOSS, IDENTITY),
+    "model.cond_stage_config": (TEXT,),
+}
+
+
 def flatten(node: Any) -> Any:
     """`target:` + `params:` (LDM) and `cls:` (NeMo's precaching) rewritten as `_target_:` beside its arguments."""
     if isinstance(node, list):
@@ -49,6 +57,8 @@ def flatten(node: Any) -> Any:
     if spelling is None or "_target_" in flat:
         return flat
     params = flat.pop("params", None) or {}
+    if not isinstance(params, dict):
+        raise BadInput(f"params of {flat[spelling]} must be a mapping of options, not {params!r}")
     return {"_target_": flat.pop(spelling), **flat, **params}
 
 
@@ -62,5 +72,7 @@ def canonical(node: dict[str, Any], place: str) -> dict[str, Any]:
         known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
         raise BadInput(f"{place}._target_: {path!r} is not among the classes a config may name: {known}")
     target, implied = ALIASES[path]
+    if place in EXPECTED and target not in EXPECTED[place]:
+        raise BadInput(f"{place}._target_: {path!r} belongs elsewhere; here it is {' or '.join(EXPECTED[place])}")
     missing = {key: value for key, value in implied.items() if node.get(key) is None}
     return {**node, **missing, "_target_": target}

@@ -157,7 +157,7 @@ def lost(spec: ModelSpec, to: str) -> list[str]:
         "zero terminal SNR (their schedule is the plain one)": spec.zero_terminal_snr and to != "diffusers",
         "zeros as the null text (they take the empty prompt)": spec.null_text == "zero",
         f"text filled up to {text.get('pad_to')} vectors": text.get("pad_to") and to != "nemo",
-        "text that is not filled up to 80 vectors (NeMo fills it)": to == "nemo"
+        "text without NeMo's three zero vectors (NeMo adds them)": to == "nemo"
         and not (spec.open_clip or text.get("pad_to")),
     }
     return [f"note: other programs do not know of {fact}" for fact, applies in facts.items() if applies]

@@ -1,5 +1,6 @@
 """`latentsmith train --dry-run`: what a config would train, on what, at what cost, without training or loading it."""
 
+import os
 from typing import Any
 
 import torch
@@ -8,13 +9,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from latentsmith.files.errors import BadInput
+from latentsmith.inference import SamplingOptions
 from latentsmith.models import UNetModel
+from latentsmith.training.checkpoint import read_state
 
 from . import pieces, sets
+from .folder import checkpoint_to_resume, run_folder
 from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
 
 HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-GIB = 2**30
+BYTES = ("B", "KiB", "MiB", "GiB")
+OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, key, value
@@ -40,11 +46,34 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     samples = sets.open_set(config, frozen, words)
     steps = pieces.step_limit(config, len(samples.shards), batch)
     pieces.optimisation(config, batch, steps)
+    check_folder(config)
+    if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
+        _ = SamplingOptions(1, 1, wanted.steps, wanted.guidance_scale, wanted.sampler).sampler_name
     return [
         *header(networks, trained),
         f"{sets.summary(samples)}; {steps:,} steps of {batch}: {steps * batch / len(samples.shards):.1f} epochs",
         *cost(config, networks, trained, samples.latent_shape, batch, processes),
     ]
+
+
+def check_folder(config: DictConfig) -> None:
+    """BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
+    folder = run_folder(config)
+    start = checkpoint_to_resume(config, folder, look_only=True)
+    if start is not None:
+        read_state(start)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(f"{folder}: cannot be made in {existing}; give another exp_manager.exp_dir")
+
+
+def scaled(number: float, units: tuple[str, ...], step: int) -> str:
+    """A number in the largest unit that leaves at least 1 of it."""
+    for unit in units[:-1]:
+        if number < step:
+            return f"{number:.3g} {unit}"
+        number /= step
+    return f"{number:,.1f} {units[-1]}"
 
 
 def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:
@@ -73,12 +102,12 @@ def cost(
         "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
         "U-Net activations": kept,
     }
-    listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in memory.items() if size)
+    listed = ", ".join(f"{name} {scaled(size, BYTES, 1024)}" for name, size in memory.items() if size)
     per_step = 3 * flops * batch / config.model.micro_batch_size
     return [
-        f"U-Net arithmetic: {per_step / 1e12:,.2f} TFLOP a step of {batch} (forward, and twice that backward), "
-        f"{per_step / 1e12 / processes:,.2f} on each of {processes} processes",
-        f"memory of a process, about: {sum(memory.values()) / GIB:.1f} GiB ({listed})",
+        f"U-Net arithmetic: {scaled(per_step, OPERATIONS, 1000)} a step of {batch} (forward, and twice that backward), "
+        f"{scaled(per_step / processes, OPERATIONS, 1000)} on each of {processes} processes",
+        f"memory of a process, about: {scaled(sum(memory.values()), BYTES, 1024)} ({listed})",
     ]
 
 
@@ -99,7 +128,8 @@ def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tupl
 
         micro, text = model.micro_batch_size, model.cond_stage_config
         latents, timesteps = torch.empty(micro, *latent_shape), torch.empty(micro)
-        context = torch.empty(micro, text.pad_to or text.max_length, sizes["context_dim"])
+        width = sizes.get("context_dim")
+        context = None if width is None else torch.empty(micro, text.pad_to or text.max_length, width)
         counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with torch.autocast("cpu", half, enabled=half is not None), counter, saved:

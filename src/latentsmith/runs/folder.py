@@ -31,10 +31,11 @@ def open_run_folder(config: DictConfig) -> Path:
     return folder
 
 
-def valid_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. Newest ones that are damaged are set aside, renamed, and named."""
+def valid_checkpoints(folder: Path, look_only: bool) -> list[Path]:
+    """The checkpoints of a run, oldest first. Newest ones that are damaged are set aside, renamed, and named, unless
+    this is to look only."""
     found = checkpoints_in(folder)
-    while found:
+    while found and not look_only:
         try:
             read_state(found[-1])
             break
@@ -45,14 +46,14 @@ def valid_checkpoints(folder: Path) -> list[Path]:
     return found
 
 
-def checkpoint_to_resume(config: DictConfig, folder: Path) -> Path | None:
+def checkpoint_to_resume(config: DictConfig, folder: Path, *, look_only: bool = False) -> Path | None:
     """The checkpoint that the config says to go on from, or None to start at step 0.
 
     BadInput where there is none and the config wants one, and where the folder holds later ones, of which a run that
     starts before them would not know whether to keep them.
     """
     manager = config.exp_manager
-    found = valid_checkpoints(folder / CHECKPOINTS)
+    found = valid_checkpoints(folder / CHECKPOINTS, look_only)
     if manager.resume_from_checkpoint:
         start: Path | None = Path(manager.resume_from_checkpoint)
     else:

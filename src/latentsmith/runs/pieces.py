@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -56,6 +58,8 @@ def training_set(config: DictConfig) -> ShardSet:
     path = config.model.data.train.dataset_path
     if not path:
         raise BadInput("model.data.train.dataset_path is not set; give the folder that `latentsmith data import` made")
+    if lists := [one for one in listed(path) if one.endswith(".pkl")]:
+        raise BadInput(f"{lists[0]}: NeMo's list of tars is not read; give the tars or the folder they lie in")
     return ShardSet([os.path.join(config.model.data.webdataset.local_root_path or "", one) for one in listed(path)])
 
 
@@ -114,17 +118,41 @@ def check_device(config: DictConfig) -> None:
     accelerator, cuda, mps = config.trainer.accelerator, torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"cuda": cuda, "gpu": cuda or mps, "mps": mps}.get(accelerator, True):
         raise BadInput(f"trainer.accelerator={accelerator}: this machine has none; set it to auto or cpu")
+    if cuda and accelerator in ("cuda", "gpu", "auto"):
+        wanted = devices_of(config)
+        if isinstance(wanted, int) and wanted > torch.cuda.device_count():
+            raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
+        if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
+    if config.trainer.strategy not in (known := ["auto", *strategies()]):
+        near = get_close_matches(config.trainer.strategy, known, 1) or ["auto", "ddp", "fsdp", "deepspeed"]
+        raise BadInput(f"trainer.strategy={config.trainer.strategy} is none of Lightning's; try {', '.join(near)}")
+    if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
+        raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (cuda or mps))
     if on_cpu and config.trainer.precision == "16-mixed":
         raise BadInput("trainer.precision=16-mixed needs a GPU; on a CPU train in 32-true")
 
 
+def strategies() -> list[str]:
+    """What Lightning knows by name."""
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    return sorted(StrategyRegistry.available_strategies())
+
+
 def process_count(config: DictConfig) -> int:
     """Training processes of the run, over all machines."""
-    devices = config.trainer.devices
+    devices = devices_of(config)
     if devices in (-1, "auto"):
         devices = torch.cuda.device_count() or 1
-    return (len(devices) if isinstance(devices, list | tuple) else int(devices)) * config.trainer.num_nodes
+    return (len(devices) if isinstance(devices, list) else int(devices)) * config.trainer.num_nodes
+
+
+def devices_of(config: DictConfig) -> Any:
+    """trainer.devices as plain data: a number, a list of numbers or "auto"."""
+    devices = config.trainer.devices
+    return devices if isinstance(devices, int | str) else list(devices)
 
 
 def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
@@ -132,7 +160,7 @@ def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
     trainer = config.trainer
     micro_batches = global_batch(config, processes) // (processes * config.model.micro_batch_size)
     return dict(
-        devices=trainer.devices,
+        devices=devices_of(config),
         num_nodes=trainer.num_nodes,
         accelerator=trainer.accelerator,
         strategy=trainer.strategy,

@@ -48,7 +48,10 @@ def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Token
             f"{model.data.train.dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
             "`latentsmith precache`, or set model.first_stage_key=images model.cond_stage_key=captions"
         )
-    cache = LatentCache(model.data.train.dataset_path) if is_cache else None
+    folders = sorted({shard.parent for shard in shards.paths})
+    if is_cache and len(folders) > 1:
+        raise BadInput(f"{folders[0]}: one latent cache trains at a time; {folders[1]} is another folder")
+    cache = LatentCache(folders[0]) if is_cache else None
     if cache:
         check_cache(config, cache, encoded, networks, words)
     if encoded[IMAGE_KEY]:
