@@ -4,8 +4,10 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from latentsmith.files.atomic import write_text
@@ -32,9 +34,11 @@ class ScalarLog(StepCallback):
 
     def on_step_end(self, trainer, module) -> None:
         step = module.progress.global_step
-        if step % self.every_n_steps or not trainer.is_global_zero:
+        if step % self.every_n_steps:
             return
-        values = module.metrics.read()
+        values = over_processes(module, module.metrics.read())
+        if not trainer.is_global_zero:
+            return
         append_row(self.folder / METRICS_FILE, {"step": step, **{name: shown(value) for name, value in values.items()}})
         for name, value in values.items() if self.events else ():
             self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
@@ -42,6 +46,14 @@ class ScalarLog(StepCallback):
     def on_train_end(self, trainer, module) -> None:
         if self.events:
             self.events.close()
+
+
+def over_processes(module: TrainingModule, values: dict[str, float]) -> dict[str, float]:
+    """The means of every process' scalars, without those that one has not; all processes must ask."""
+    if module.trainer.world_size == 1:
+        return values
+    gathered: Any = module.all_gather(torch.tensor(list(values.values()), dtype=torch.float32, device=module.device))
+    return dict(zip(values, gathered.nanmean(0).tolist(), strict=True))
 
 
 def shown(value: float) -> float | str:
