@@ -80,6 +80,14 @@ def test_guidance_of_each_prompt(pipeline):
         assert apart(alone, both[number : number + 1]) <= 1
 
 
+def test_a_distinct_prompt_is_encoded_once(pipeline, monkeypatch):
+    encoded = []
+    encode = pipeline.text_encoder.forward
+    monkeypatch.setattr(pipeline.text_encoder, "forward", lambda ids: encoded.append(len(ids)) or encode(ids))
+    pipeline(["a red circle"] * 5, "grey", batch_size=2, **OPTIONS)
+    assert encoded == [1, 1]
+
+
 def test_split_guidance_is_the_same_picture(pipeline):
     assert apart(pipeline(PROMPTS, split_guidance=True, **OPTIONS), pipeline(PROMPTS, **OPTIONS)) <= 1
 

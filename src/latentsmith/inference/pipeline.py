@@ -235,16 +235,22 @@ class Pipeline:
         return self._draw(orders, wanted, batch_size)
 
     def _draw(self, orders: Sequence[Order], options: SamplingOptions, batch_size: int) -> Iterator[Drawing]:
-        grid = self.grid(options)
+        grid, known = self.grid(options), dict[tuple[EncodedPrompt, int], Tensor]()
         for batch in batches(orders, batch_size):
-            yield from self._draw_batch(batch, options, grid)
+            yield from self._draw_batch(batch, options, grid, known)
 
     @torch.no_grad()
-    def _draw_batch(self, orders: Sequence[Order], options: SamplingOptions, grid: SamplingGrid) -> Iterator[Drawing]:
+    def _draw_batch(
+        self,
+        orders: Sequence[Order],
+        options: SamplingOptions,
+        grid: SamplingGrid,
+        known: dict[tuple[EncodedPrompt, int], Tensor],
+    ) -> Iterator[Drawing]:
         denoiser = Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=grid.timestep_at)
         denoise: Any = GuidedDenoiser(
             denoiser,
-            *self.conditionings(orders),
+            *self.conditionings(orders, known),
             scale_of([order.guidance_scale for order in orders]),
             rescale=options.guidance_rescale,
             one_batch=not options.split_guidance,
@@ -271,12 +277,22 @@ class Pipeline:
                 latents = clean + mask * (latents - clean)
             yield Drawing(numbers, step.index + 1, grid.steps, latents, step.denoised, bases, options)
 
-    def conditionings(self, orders: Sequence[Order]) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """What the U-Net takes besides, with the prompts and without; each distinct prompt is encoded once."""
+    def conditionings(
+        self, orders: Sequence[Order], known: dict[tuple[EncodedPrompt, int], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+        """What the U-Net takes besides, with the prompts and without. Each distinct prompt is encoded once, and kept in
+        `known` for the next batch."""
         chunks = orders[0].chunks
         guided = any(order.guidance_scale != 1 for order in orders)
         distinct = dict.fromkeys(prompt for order in orders for prompt in (order.prompt, order.negative)[: 1 + guided])
-        found = {prompt: embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder) for prompt in distinct}
+        found = {
+            prompt: known[prompt, chunks]
+            if (prompt, chunks) in known
+            else embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder)
+            for prompt in distinct
+        }
+        known.clear()
+        known.update({(prompt, chunks): embedded for prompt, embedded in found.items()})
         context = {"context": torch.stack([found[order.prompt] for order in orders])}
         if not guided:
             return context, None
