@@ -71,7 +71,7 @@ def generate(
 
     image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is drawn. sheet: also one of all
     pictures. grid: axes such as "guidance=1,3,7", one or two, drawn against each other on a sheet for each prompt.
-    options: height, width and the fields of SamplingOptions. Under torchrun or SLURM each process draws its share.
+    options: height, width and the fields of SamplingOptions. Under torchrun or srun each process draws its share.
     """
     axes = checked_axes([parsed_axis(words) for words in grid], image)
     rank, processes = process_of()
