@@ -103,7 +103,7 @@ def test_precision_takes_lightnings_name(tmp_path, given, used):
         ("max_steps: 1", "did you mean trainer.max_steps?"),
         ("model: {optim: {xyzzy: 1}}", "`latentsmith config explain` lists every option"),
         ("model: {optim: 3}", "my.yaml: model.optim must be a mapping of options, not 3"),
-        ("model: {optim: {lr: {a: 1}}}", "my.yaml: model.optim.lr.a is not an option"),
+        ("model: {optim: {lr: {a: 1}}}", "my.yaml: model.optim.lr must be a number of at least 0, not a mapping"),
         ("model: {optim: {lr: fast}}", "my.yaml: model.optim.lr must be a number of at least 0, not 'fast'"),
         ("model: {optim: {lr: -1}}", "model.optim.lr must be a number of at least 0, not -1"),
         ("model: {optim: {betas: [0.9]}}", "model.optim.betas must be a list of 2, each a number from 0 to 1"),

@@ -53,6 +53,20 @@ def test_values(override, value):
 def test_deleting_goes_back_to_the_default():
     assert load_config("demo", ["~model.optim.lr"]).model.optim.lr == 1e-4
     assert load_config("demo", ["~exp_manager.ema"]).exp_manager.ema.enable is False
+    assert load_config("demo", ["model.seed=3", "~model.seed=3"]).model.seed == 1234
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (["~model.cosine_s"], "there is no model.cosine_s to drop; where nothing gives it its default holds"),
+        (["model.seed=3", "~model.seed=4"], "~model.seed=4: model.seed is 3, so it is not dropped"),
+    ],
+)
+def test_nothing_to_delete(changes, line):
+    with pytest.raises(BadInput) as caught:
+        load_config("demo", changes)
+    assert line in str(caught.value)
 
 
 def test_a_mapping_is_merged():

@@ -226,7 +226,47 @@ model: {restore_from_path: RUN, precision: '${trainer.precision}'}
     (tmp_path / "typo.yaml").write_text(text.replace("inference_steps", "inferense_steps"))
     capsys.readouterr()
     assert world.call("generate", "--config", tmp_path / "typo.yaml") == 2
-    assert "infer.inferense_steps is not an option of an inference file; did you mean" in capsys.readouterr().err
+    assert "infer.inferense_steps is not an option; did you mean infer.inference_steps?" in capsys.readouterr().err
+
+
+def test_nemos_file_of_captions(world, tmp_path, capsys, monkeypatch):
+    """A folder of pictures for each guidance scale; what is there stays, and is never another's."""
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "b.txt").write_text("a blue square\n\na red square\n")
+    (tmp_path / "captions" / "a.txt").write_text("a red circle\n")
+    text = """
+fid: {classifier_free_guidance: [1.5, 3], num_images_to_eval: COUNT, coco_captions_path: CAPTIONS, save_path: OUT}
+infer: {inference_steps: 2, sampler_type: PLMS, seed: 7, batch_size: 2, out_path: '${fid.save_path}', prompts: null}
+model: {restore_from_path: RUN}
+"""
+    for name, value in {"CAPTIONS": tmp_path / "captions", "OUT": tmp_path / "out", "RUN": "ROOT/runs/cached"}.items():
+        text = text.replace(name, str(value).replace("ROOT", str(world.root)))
+    file = tmp_path / "fid.yaml"
+    file.write_text(text.replace("COUNT", "3"))
+    assert world.call("generate", "--config", file) == 0
+    pictures = sorted((tmp_path / "out").rglob("*.png"))
+    assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == [
+        f"{scale}/image00000{number}.png" for scale in ("1.5", "3") for number in range(3)
+    ]
+    made = [read_made(path) for path in pictures]
+    assert [(one["prompt"], one["seed"], one["options"]["guidance_scale"]) for one in made[:4]] == [
+        ("a red circle", 7, 1.5), ("a blue square", 8, 1.5), ("a red square", 9, 1.5), ("a red circle", 7, 3),
+    ]  # fmt: skip
+    times = {path: path.stat().st_mtime_ns for path in pictures}
+    pictures[1].unlink()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    capsys.readouterr()
+    assert world.call("generate", "--config", file) == 0
+    assert "2 of 3 pictures are drawn already" in capsys.readouterr().out
+    assert {path for path in pictures if path.stat().st_mtime_ns != times[path]} == {pictures[1]}
+    assert world.call("generate", "--config", file, "--steps", 3) == 2
+    assert "image000000.png: drawn before with another steps" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert world.call("generate", "--config", file) == 2
+    assert "has 2 scales" in capsys.readouterr().err
+    file.write_text(text.replace("COUNT", "4"))
+    assert world.call("generate", "--config", file) == 2
+    assert "holds 3 captions, fewer than fid.num_images_to_eval=4" in capsys.readouterr().err
 
 
 def test_processes_share_the_work(world, tmp_path):

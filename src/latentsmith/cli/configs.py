@@ -85,8 +85,8 @@ def diff(first: Name, second: Name) -> None:
     Examples:
       latentsmith config diff sd1 sd2_base
     """
-    from latentsmith.config import load_config
+    from latentsmith.config import compose
     from latentsmith.config.describe import diff as describe
 
-    for line in describe(load_config(first), load_config(second)):
+    for line in describe(compose(first).config, compose(second).config):
         typer.echo(line)

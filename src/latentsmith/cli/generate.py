@@ -112,12 +112,24 @@ def generate(
         given["grid"] = [*grid, *axes]
         words = [word for word in words if word not in axes]
     wanted = [*words, *_read_prompts(prompts_file)]
+    fid = None
     if config is not None:
         from latentsmith.config.infer import read_infer
 
-        given = read_infer(config) | given
-    wanted = wanted or given.pop("prompts", [])
-    given.pop("prompts", None)
+        read = read_infer(config)
+        fid, listed = read.pop("fid", None), read.pop("prompts", [])
+        given = read | given
+        fid = None if wanted else fid
+        wanted = wanted or listed
+    if fid is not None:
+        if "source" not in given:
+            raise BadInput("--from is missing: the checkpoint (or give model.restore_from_path in the file)")
+        from latentsmith.runs.captions import draw_captions
+
+        asked: dict[str, Any] = {"save_path": out, "classifier_free_guidance": guidance_scale and [guidance_scale]}
+        fid |= {name: value for name, value in asked.items() if value is not None}
+        draw_captions(given.pop("source"), fid, **{name: value for name, value in given.items() if name != "out"})
+        return 0
     if not wanted:
         raise BadInput('no prompt: give one in quotes ("a red circle"), or a file of them with --prompts-file')
     for name, flag in (("source", "--from"), ("out", "--out")):

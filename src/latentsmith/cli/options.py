@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from latentsmith.files.errors import BadInput
+
 Config = Annotated[
     str, typer.Option("--config", "-c", help="A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file.")
 ]
@@ -23,6 +25,8 @@ def load(config: str, overrides: list[str] | None) -> Any:
     from latentsmith.config import compose
 
     composed = compose(config, overrides or [])
+    if composed.draws:
+        raise BadInput(f"{config}: is an inference file; draw with it: latentsmith generate --config {config}")
     if composed.notes:
         keys = ", ".join(note.split()[0] for note in composed.notes)
         print(f"{config}: without effect here ({EXPLAIN}): {keys}", file=sys.stderr)

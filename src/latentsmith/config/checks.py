@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentsmith.config.schema_model import WITH_BETAS
+from latentsmith.config.targets import MODELS, SCHEDULERS
 from latentsmith.files.errors import BadInput
 
 TRANSFORMER_GROUPS = 32  # of the norm before a spatial transformer, the same in every Stable Diffusion
@@ -29,6 +30,7 @@ def check(values: Mapping[str, Any]) -> None:
     _check_batches(model, values["trainer"])
     _check_schedules(model, values["trainer"])
     _check_optimizer(model["optim"])
+    _check_classes(model)
 
 
 def _check_unet(unet: Mapping[str, Any]) -> None:
@@ -160,3 +162,15 @@ def _check_optimizer(optim: Mapping[str, Any]) -> None:
     for key, taken in takes.items():
         if optim[key] is not None and not taken:
             raise BadInput(f"model.optim.{key}={optim[key]} means nothing to model.optim.name={optim['name']}; drop it")
+
+
+def _check_classes(model: Mapping[str, Any]) -> None:
+    """Classes that a file may name though nothing is built from them: a path to anything else is a mistake or worse."""
+    scheduler = model.get("scheduler_config") or {}
+    named = {
+        "model.target": (model.get("target"), MODELS),
+        "model.scheduler_config.target": (scheduler.get("target", scheduler.get("_target_")), SCHEDULERS),
+    }
+    for key, (path, known) in named.items():
+        if path is not None and path not in known:
+            raise BadInput(f"{key}: {path!r} is not among the classes a config may name: {', '.join(known)}")

@@ -17,6 +17,9 @@ from latentsmith.files.errors import BadInput
 
 PRESETS = Path(__file__).parent / "presets"
 NEMO_LR = 1e-3  # what its optimizers take where a file says `lr: null`
+DRAWING = {"infer", "fid"}  # sections of a file that draws
+DRAWS_WITH = ("infer.", "fid.", "trainer.", "model.restore_from_path", "model.precision", "model.hparams_file",
+              "model.peft", "model.unet_config.from_pretrained")  # fmt: skip
 NODES = (
     "model.unet_config",
     "model.first_stage_config",
@@ -29,12 +32,14 @@ NODES = (
 class Composed:
     """config: every option with its value. origins: key -> the file or "command line" that gave it; else a default.
 
-    notes: one line for each given key that has no effect here, with the reason.
+    notes: one line for each given key that has no effect here, with the reason. draws: whether it is an inference
+    file, which holds what is given and nothing more.
     """
 
     config: DictConfig
     origins: dict[str, str]
     notes: list[str]
+    draws: bool = False
 
 
 def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
@@ -43,7 +48,10 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Dict
     Every option is there, with its default where nothing gave it. Raises BadInput, one line, for an unknown key, a
     wrong type or value, a missing mandatory value (???), an interpolation of nothing, or options that contradict.
     """
-    return compose(name_or_path, overrides).config
+    composed = compose(name_or_path, overrides)
+    if composed.draws:
+        raise BadInput(f"{name_or_path}: is an inference file; draw with it: latentsmith generate --config FILE")
+    return composed.config
 
 
 def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
@@ -51,12 +59,18 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     tree, origins = read(find_file(name_or_path).resolve())
     for change in changes:
         origins |= dict.fromkeys(overrides.apply(tree, change), overrides.PLACE)
+    _copy_nodes(tree, origins)
     given = overrides.leaves(tree)
     _refuse_unknown(given, origins)
-    values = _read_values(_resolve(_fill(tree), str(name_or_path)), origins)
-    _derive(values, given)
-    checks.check(values)
-    return Composed(OmegaConf.create(values), {key: origins[key] for key in given if key in origins}, _notes(given))
+    draws = not DRAWING.isdisjoint(tree)
+    values = _read_values(_resolve(_without_unset(tree) if draws else _fill(tree), str(name_or_path)), origins)
+    if draws:
+        _refuse_training(given, str(name_or_path))
+    else:
+        _derive(values, given)
+        checks.check(values)
+    given_by = {key: origins[key] for key in given if key in origins}
+    return Composed(OmegaConf.create(values), given_by, _notes(given), draws)
 
 
 def presets() -> list[str]:
@@ -121,14 +135,39 @@ def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{name}.")
 
 
+def _copy_nodes(tree: dict[str, Any], origins: dict[str, str]) -> None:
+    """Put copies in place of interpolations of whole nodes (`augmentations: ${model.data.train.augmentations}`)."""
+    groups, whole = schema.groups(), OmegaConf.create(tree)
+    for key, value in overrides.leaves(tree).items():
+        if key in groups and isinstance(value, str) and value.startswith("${"):
+            try:
+                node: Any = OmegaConf.select(whole, key, throw_on_missing=True)
+                copy: Any = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else node
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise BadInput(f"{origins.get(key, overrides.PLACE)}: {key} cannot be resolved: {reason}") from None
+            *path, leaf = key.split(".")
+            _get(tree, ".".join(path))[leaf] = copy
+            if isinstance(copy, dict):
+                origins |= {f"{key}.{name}": origins.get(key, overrides.PLACE) for name in overrides.leaves(copy)}
+
+
 def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
     for key, value in given.items():
         source = origins.get(key, overrides.PLACE)
         if key in schema.groups():
+            if value in targets.NO_COMPONENT:
+                raise BadInput(f"{source}: {key}={value} is refused: {targets.NO_COMPONENT[value]}")
             if value not in (None, {}):
                 raise BadInput(f"{source}: {key} must be a mapping of options, not {value!r}")
         elif schema.find(key) is None:
             raise schema.unknown_key(key, source)
+
+
+def _refuse_training(given: dict[str, Any], source: str) -> None:
+    for key, value in given.items():
+        if value is not None and key != "name" and not key.startswith(DRAWS_WITH):
+            raise BadInput(f"{source}: {key} has no effect on drawing; its checkpoint decides. Drop it")
 
 
 def _fill(tree: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +251,7 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         model["optim"]["lr"] = NEMO_LR
     manager = values["exp_manager"]
     manager["resume_from_checkpoint"] = manager["resume_from_checkpoint"] or model["resume_from_checkpoint"]
+    model["ckpt_path"] = model["ckpt_path"] or model.get("restore_from_path")
     if model["scale_by_std"]:
         model["scale_factor"] = "measured"
     data["train"].setdefault("augmentations", {})

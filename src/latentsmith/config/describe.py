@@ -75,17 +75,23 @@ def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
     return "default" if option is None or option.default in (value, "${name}") else "follows from other options"
 
 
-MOVED = ("model.base_learning_rate", "model.scale_by_std", "model.resume_from_checkpoint")  # read as keys of ours
+MOVED = (  # read as keys of ours
+    "model.base_learning_rate",
+    "model.restore_from_path",
+    "model.scale_by_std",
+    "model.resume_from_checkpoint",
+)
 
 
 def migrated(composed: Composed, source: str) -> str:
     """A config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
     tree: dict[str, Any] = {}
+    moved = () if composed.draws else MOVED
     for key, value in overrides.leaves(_plain(composed.config)).items():
         option = schema.find(key)
-        if option is None or option.fate not in ("used", "mapped") or option.key in MOVED:
+        if option is None or option.fate not in ("used", "mapped") or option.key in moved:
             continue
-        default = composed.config.name if option.default == "${name}" else option.default
+        default = composed.config.get("name") if option.default == "${name}" else option.default
         if option.optional or option.key != key or value != default:
             _put(tree, key, value)
     lines = [f"# Made from {source}; options at their defaults are left out.", _yaml(tree)]

@@ -82,11 +82,17 @@ def apply(tree: dict[str, Any], override: str) -> list[str]:
     *path, leaf = key.split(".")
     node = tree
     for name in path:
+        if isinstance(node.get(name), str) and node[name].startswith("${"):
+            raise BadInput(f"{PLACE}: {key}={value}: {name} is {node[name]} as a whole; change that, or give all of it")
         if not isinstance(node.get(name), dict):
             node[name] = {}
         node = node[name]
     if delete:
-        node.pop(leaf, None)
+        if leaf not in node:
+            raise BadInput(f"{PLACE}: {override}: there is no {key} to drop; where nothing gives it its default holds")
+        if value is not None and node[leaf] != value:
+            raise BadInput(f"{PLACE}: {override}: {key} is {node[leaf]!r}, so it is not dropped")
+        del node[leaf]
         return []
     if isinstance(value, dict) and isinstance(node.get(leaf), dict):
         merge(node[leaf], value)

@@ -81,9 +81,9 @@ def group(prefix: str, *options: Option) -> list[Option]:
 @cache
 def table() -> dict[str, Option]:
     """Every option by its full key, in the order of the docs."""
-    from latentsmith.config import schema_model, schema_run
+    from latentsmith.config import schema_infer, schema_model, schema_run
 
-    options = [*schema_run.OPTIONS, *schema_model.OPTIONS]
+    options = [*schema_run.OPTIONS, *schema_model.OPTIONS, *schema_infer.OPTIONS]
     assert len({option.key for option in options}) == len(options)
     return {option.key: option for option in options}
 
@@ -107,6 +107,8 @@ def find(key: str) -> Option | None:
 
 
 def unknown_key(key: str, source: str) -> BadInput:
+    if above := next((option for option in table().values() if key.startswith(f"{option.key}.")), None):
+        return BadInput(f"{source}: {above.key} must be {above.kind.words}, not a mapping")
     hint = nearest(key)
     advice = f"did you mean {hint}?" if hint else "`latentsmith config explain` lists every option"
     return BadInput(f"{source}: {key} is not an option; {advice}")

@@ -166,7 +166,7 @@ EXP_MANAGER = [
 
 _PEFT = (
     refused("peft_scheme", nullable(text()), None, "kind of adapter", NO_ADAPTERS),
-    no_effect("restore_from_path", nullable(text()), None, "adapter to go on from", NO_ADAPTERS),
+    refused("restore_from_path", nullable(text()), None, "adapter to go on from", NO_ADAPTERS),
     no_effect("lora_tuning", mapping(), {}, "rank, dropout, initialisation, alpha", NO_ADAPTERS),
 )
 PEFT = [*group("peft", *_PEFT), *group("model.peft", *_PEFT)]

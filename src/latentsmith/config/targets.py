@@ -38,6 +38,19 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+NO_COMPONENT = {  # what LDM writes in place of a component
+    "__is_first_stage__": "the text is not encoded by the VAE; give a text encoder",
+    "__is_unconditional__": "Stable Diffusion is told in words; give a text encoder",
+}
+MODELS = ("ldm.models.diffusion.ddpm.LatentDiffusion",
+          _NEMO + "models.text_to_image.stable_diffusion.ldm.ddpm.MegatronLatentDiffusion",
+          _NEMO + "models.text_to_image.stable_diffusion.ldm.ddpm.LatentDiffusion")  # fmt: skip
+SCHEDULERS = tuple(
+    f"ldm.lr_scheduler.{name}"
+    for name in ("LambdaLinearScheduler", "LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2")
+)
+
+
 EXPECTED = {
     "model.unet_config": (UNET,),
     "model.first_stage_config": (VAE,),
@@ -68,6 +81,8 @@ def canonical(node: dict[str, Any], place: str) -> dict[str, Any]:
     place: key of the node, for messages. Raises BadInput for a path outside the table.
     """
     path = node.get("_target_")
+    if str(path).endswith("IdentityFirstStage"):
+        raise BadInput(f"{place}._target_: {path!r} means diffusion on pixels; here it is on the latents of a VAE")
     if path not in ALIASES:
         known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
         raise BadInput(f"{place}._target_: {path!r} is not among the classes a config may name: {known}")

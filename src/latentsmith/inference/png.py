@@ -21,22 +21,23 @@ WEB_NAMES = {
 }  # fmt: skip
 
 
-def save_picture(picture: Image.Image, folder: Path, made: Mapping[str, Any]) -> Path:
+def save_picture(picture: Image.Image, folder: Path, made: Mapping[str, Any], name: str | None = None) -> Path:
     """Write a PNG under a name of letters, digits and dashes that no other file has, whoever else writes there.
 
-    made: what drew it; "prompt", "negative_prompt", "seed" and "options" are read here.
+    made: what drew it; "prompt", "negative_prompt", "seed" and "options" are read here. name: write NAME.png instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", made["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "picture"
     info = PngInfo()
     info.add_text(OWN_KEY, json.dumps(made))
     info.add_itxt("parameters", parameters_text(made, picture.size).encode("utf-8", "replace").decode())
-    path = free_path(folder, f"{stem}-seed{made['seed']}")
+    path = free_path(folder, f"{stem}-seed{made['seed']}") if name is None else folder / f"{name}.png"
     try:
         with atomic_open(path) as file:
             picture.save(file, format="PNG", pnginfo=info)
     except BaseException:
-        path.unlink(missing_ok=True)
+        if name is None:  # the empty file that held the name
+            path.unlink(missing_ok=True)
         raise
     return path
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import sha256_files
 from latentsmith.inference import Drawing, Pipeline
-from latentsmith.inference.png import free_path, save_picture
+from latentsmith.inference.png import free_path, read_made, save_picture
 
 from .drawing_model import DrawingModel
 from .progress import progress
@@ -37,6 +37,7 @@ class Wish:
     variation_seed: int
     number: int
     axes: tuple[tuple[str, Any], ...] = ()
+    name: str | None = None
 
     @property
     def told(self) -> dict[str, Any]:
@@ -65,12 +66,14 @@ def generate(
     preview: Path | None = None,
     sheet: bool = False,
     grid: Sequence[str] = (),
+    names: Sequence[str] | None = None,
     **options: Any,
 ) -> list[Path]:
     """Draw `count` pictures of every prompt into `out`; picture i of a prompt uses seed + i. Returns the PNGs.
 
     image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is drawn. sheet: also one of all
     pictures. grid: axes such as "guidance=1,3,7", one or two, drawn against each other on a sheet for each prompt.
+    names: of each prompt's one picture, NAME.png, made with seed + its place; those already drawn are not drawn again.
     options: height, width and the fields of SamplingOptions. Under torchrun or srun each process draws its share.
     """
     axes = checked_axes([parsed_axis(words) for words in grid], image)
@@ -90,20 +93,25 @@ def generate(
             Wish(prompt, negative_prompt, dict(cell).get("seed", seed) + i, variation_seed + i, number, cell)
             for number, (cell, prompt, i) in enumerate(product(cells, prompts, range(count)))
         ]
-        mine = wishes[rank::processes]
         bases = {"image": described(image), "mask": described(mask)}
         paths: dict[Wish, Path] = {}
+        if names is not None:
+            named = enumerate(zip(wishes, names, strict=True))
+            wishes = [replace(wish, name=name, seed=seed + i) for i, (wish, name) in named]
+            paths = already_drawn(wishes[rank::processes], out, model, options)
+        mine = [wish for wish in wishes[rank::processes] if wish not in paths]
         failures: list[tuple[Wish, str]] = []
         streams = planned(model.pipeline, mine, given | options, batch_size)
-        model.begin()
+        if not paths:
+            model.begin()
         try:
             for wish, picture, used in draw(model.pipeline, streams, len(mine), preview):
                 if isinstance(picture, str):
                     failures.append((wish, picture))
                 else:
-                    paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases))
+                    paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases), wish.name)
         except KeyboardInterrupt:
-            print(f"{out}: {len(paths)} of {len(mine)} pictures, kept")
+            print(f"{out}: {len(paths)} of {len(wishes[rank::processes])} pictures, kept")
             raise
     if (sheet or axes) and not failures:
         draw_sheets(out, wishes, paths, axes)
@@ -111,7 +119,24 @@ def generate(
     print(f"{out}: {len(paths)} pictures{share}")
     if failed := [f'"{wish.prompt}" (seed {wish.seed}): {reason}' for wish, reason in failures]:
         raise BadInput(f"{len(failed)} of {len(mine)} pictures could not be made, the others are kept; {failed[0]}")
-    return [paths[wish] for wish in mine]
+    return [paths[wish] for wish in wishes[rank::processes]]
+
+
+def already_drawn(
+    wishes: Sequence[Wish], out: Path, model: DrawingModel, options: Mapping[str, Any]
+) -> dict[Wish, Path]:
+    """The named pictures that lie in `out` and say that these options and this model drew them; BadInput for others."""
+    there = {wish: path for wish in wishes if (path := out / f"{wish.name}.png").exists()}
+    if there:
+        model.begin()
+        print(f"{out}: {len(there)} of {len(wishes)} pictures are drawn already")
+    for wish, path in there.items():
+        made = read_made(path)
+        then = {**made["options"], **{name: made[name] for name in wish.told}, "model": made["model"]["hash"]}
+        now = {**options, **wish.told, "model": model.hash.result()}
+        if differs := [name for name, value in now.items() if then.get(name) != value]:
+            raise BadInput(f"{path}: drawn before with another {differs[0]}; name a new folder, or move this one away")
+    return there
 
 
 Streams = list[tuple[list[Wish], Iterator[Drawing]]]

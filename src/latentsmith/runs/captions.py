@@ -1,0 +1,55 @@
+"""A picture for each line of a folder of captions, at several guidance scales: what FID and CLIP scores are made of."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentsmith.files.errors import BadInput
+
+from .generate import generate
+
+
+def draw_captions(source: str, fid: Mapping[str, Any], **options: Any) -> list[Path]:
+    """Draw `<save_path>/<scale>/imageNNNNNN.png`, picture i from caption i with seed + i; as `generate` otherwise.
+
+    fid: classifier_free_guidance (list), coco_captions_path, save_path and maybe num_images_to_eval. What is already
+    drawn stays. In a SLURM array the index of the job takes one scale of the list.
+    """
+    captions = read_captions(Path(fid["coco_captions_path"]), fid.get("num_images_to_eval"))
+    options.pop("guidance_scale", None)
+    if options.pop("count", 1) != 1:
+        raise BadInput("infer.num_images_per_prompt must be 1 where captions are drawn: a name stands for one picture")
+    names = [f"image{number:06d}" for number in range(len(captions))]
+    paths = []
+    for scale in scales_of_job(fid["classifier_free_guidance"]):
+        out = Path(fid["save_path"]) / f"{scale:g}"
+        paths += generate(source, captions, out, guidance_scale=scale, names=names, **options)
+    return paths
+
+
+def read_captions(folder: Path, count: int | None) -> list[str]:
+    """The lines of a folder's text files, in the order of their names; the first `count`. Raises BadInput for fewer."""
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise BadInput(f"{folder}: holds no text files with captions; name the folder in fid.coco_captions_path")
+    captions: list[str] = []
+    for file in files:
+        try:
+            captions += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{file}: cannot be read as captions ({error})") from None
+        if count is not None and len(captions) >= count:
+            return captions[:count]
+    if count is not None:
+        raise BadInput(f"{folder}: holds {len(captions)} captions, fewer than fid.num_images_to_eval={count}")
+    return captions
+
+
+def scales_of_job(scales: list[float]) -> list[float]:
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if index is None:
+        return scales
+    if not 0 <= int(index) < len(scales):
+        raise BadInput(f"SLURM_ARRAY_TASK_ID is {index}, but fid.classifier_free_guidance has {len(scales)} scales")
+    return [scales[int(index)]]
