@@ -1,11 +1,13 @@
 import csv
 import io
 import json
+import pickle
 
 import pytest
 import webdataset
 
 from latentsmith.data.errors import BadSample
+from latentsmith.data.shards import ShardWriter
 from latentsmith.data.sources import open_source
 from latentsmith.files.errors import BadInput
 
@@ -136,3 +138,12 @@ def test_webdataset_tars_as_img2dataset_leaves_them(tmp_path, png):
     assert (b.name, b.caption()) == ("b.webp", "from the json")
     with pytest.raises(BadSample, match="c: members txt, none an image"):
         c.image()
+
+
+def test_nemos_list_of_tars(tmp_path):
+    with ShardWriter(tmp_path, samples_per_shard=2) as writer:
+        for number in range(4):
+            writer.write(f"s{number}", {"jpg": b"x", "txt": b"words"})
+    listing = {"tar_files": ["shard-000001.tar"], "chunk_size": 2, "total_key_count": 2}
+    (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps(listing))
+    assert [item.name for item in open_source(tmp_path / "wdinfo.pkl").items()] == ["s2.jpg", "s3.jpg"]

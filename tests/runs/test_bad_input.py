@@ -48,7 +48,7 @@ WRONG = {  # kind of run, overrides, what the line says
     ),
     "no such strategy": ("cached", ["trainer.strategy=bogus"], "trainer.strategy=bogus is none of Lightning's; try "),
     "no such time": ("cached", ["trainer.max_time=soon"], "trainer.max_time=soon is not a time as DD:HH:MM:SS"),
-    "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: NeMo's list of tars is not read"),
+    "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: No such file"),
     "nothing to resume": ("cached", [f"{MANAGER}.resume_ignore_no_checkpoint=false"], "no checkpoint to resume from"),
     "resume from a set": ("cached", [f"{MANAGER}.resume_from_checkpoint=ROOT/shards"], "not a checkpoint of a run"),
     "start from a set": ("pictures", ["model.ckpt_path=ROOT/shards", f"{VAE}.from_pretrained=null"], "shards"),

@@ -238,10 +238,10 @@ DATA = group(
     used("num_workers", whole(0), 0, "processes that read and decode, on each device", also=["workers"]),
     refused("synthetic_data", flag(), False, "random images and captions instead of a set", NOT_BUILT),
     no_effect("synthetic_data_length", whole(1), 10000, "samples of that set", "there is no synthetic set"),
-    refused("accept_unfingerprinted", flag(), False, "a cache that does not say what made it", NOT_BUILT),
+    used("accept_unfingerprinted", flag(), False, "train on encodings of NeMo or MLPerf, which name no VAE or encoder"),
     *group(
         "train",
-        used("dataset_path", PATHS, None, "folder of shards or cache, or WebDataset tars", also=["path"]),
+        used("dataset_path", PATHS, None, "folder of shards or cache, tars, NeMo's wdinfo.pkl", also=["path"]),
         *group("augmentations", *AUGMENTATIONS),
         FILTERINGS,
         no_effect("data_sharding", flag(), True, "NeMo: tars by process", ONE_LOADER),

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from latentsmith.data.errors import BadSample
 from latentsmith.data.shards import SET_FILE, Sample, ShardSet
+from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_file
 
@@ -50,7 +51,8 @@ class Source(Protocol):
 
 def open_source(path: str | os.PathLike) -> Source:
     """The source at `path`: a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a
-    .jsonl or .csv file, a tar, or a pattern of tars. BadInput if it is none of these or has nothing in it."""
+    .jsonl or .csv file, a tar, a pattern of tars, or NeMo's wdinfo.pkl beside them. BadInput if it is none of these or
+    has nothing in it."""
     path = Path(path)
     if path.is_dir():
         tables = [path / name for name in TABLES if (path / name).exists()]
@@ -65,6 +67,8 @@ def open_source(path: str | os.PathLike) -> Source:
         return TarSource(path)
     if not path.exists():
         raise BadInput(f"{path}: no such folder or file")
+    if path.suffix.lower() == ".pkl":
+        return TarSource([path.parent / tar for tar in read_wdinfo(path)])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
     )
@@ -144,7 +148,7 @@ class TableSource:
 class TarSource:
     """WebDataset tars: in each sample an image, and a caption as .txt, .caption or an entry of the .json."""
 
-    def __init__(self, tars: Path):
+    def __init__(self, tars: Path | list[Path]):
         self.shards = ShardSet(tars)
         if not len(self.shards):
             raise BadInput(f"{tars}: the tars hold no samples")

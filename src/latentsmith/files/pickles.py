@@ -144,11 +144,11 @@ def _unpickle(path: Path, window: Any, start: int) -> Any:
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
             raise BadInput(f"{path}: written on a big-endian machine; save it again on a little-endian one")
         data = archive.read(pickles[0])
-        _check_opcodes(path, data)
+        check_opcodes(path, data)
         return _TensorUnpickler(path, data, members, root, start, window).load()
 
 
-def _check_opcodes(path: Path, data: bytes) -> None:
+def check_opcodes(path: Path | str, data: bytes) -> None:
     """EXT codes skip find_class once cached; a huge memo index makes the C unpickler allocate gigabytes."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name.startswith("EXT") or ("PUT" in opcode.name and int(argument or 0) > len(data)):

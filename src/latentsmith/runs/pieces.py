@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 
 from latentsmith.data.images import Transforms
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
 from latentsmith.training.module import Optimisation
@@ -58,9 +60,9 @@ def training_set(config: DictConfig) -> ShardSet:
     path = config.model.data.train.dataset_path
     if not path:
         raise BadInput("model.data.train.dataset_path is not set; give the folder that `latentsmith data import` made")
-    if lists := [one for one in listed(path) if one.endswith(".pkl")]:
-        raise BadInput(f"{lists[0]}: NeMo's list of tars is not read; give the tars or the folder they lie in")
-    return ShardSet([os.path.join(config.model.data.webdataset.local_root_path or "", one) for one in listed(path)])
+    root = config.model.data.webdataset.local_root_path or ""
+    tars = [tar for one in listed(path) for tar in (read_wdinfo(Path(one)) if one.endswith(".pkl") else [one])]
+    return ShardSet([os.path.join(root, tar) for tar in tars])
 
 
 def listed(paths: Any) -> list[str]:

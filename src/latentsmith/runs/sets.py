@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, caption_of, image_member
+from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.images import Transforms
 from latentsmith.data.order import sample_seed
 from latentsmith.data.shards import ShardSet
@@ -43,6 +44,8 @@ def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Token
     encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
     shards = pieces.training_set(config)
     is_cache = any(shard.parent.joinpath("cache.json").is_file() for shard in shards.paths[:1])
+    if any(encoded.values()) and not is_cache and ForeignCache.reads(shards):
+        return foreign_set(config, ForeignCache(shards), encoded)
     if any(encoded.values()) and not is_cache:
         raise BadInput(
             f"{model.data.train.dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
@@ -54,6 +57,12 @@ def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Token
     cache = LatentCache(folders[0]) if is_cache else None
     if cache:
         check_cache(config, cache, encoded, networks, words)
+    return training_set(config, shards, cache, encoded)
+
+
+def training_set(
+    config: DictConfig, shards: ShardSet, cache: LatentCache | None, encoded: Mapping[str, bool]
+) -> TrainingSet:
     if encoded[IMAGE_KEY]:
         assert cache is not None
         moments = cache.info["members"][IMAGE_KEY]["shape"]
@@ -63,14 +72,29 @@ def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Token
     return TrainingSet(shards, cache, made, pieces.latent_shape(config, made.size))
 
 
-def check_cache(
-    config: DictConfig,
-    cache: LatentCache,
-    encoded: Mapping[str, bool],
-    networks: Mapping[str, nn.Module],
-    words: Tokenizer | None,
-) -> None:
-    """Refuse a cache that lacks what the stage keys want, does not fit the U-Net, or was made by something else."""
+def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, bool]) -> TrainingSet:
+    """Encodings of NeMo's or MLPerf's, which the user must vouch for: nothing says what made them."""
+    model = config.model
+    if not model.data.accept_unfingerprinted:
+        raise BadInput(
+            f"{cache.folder}: encodings that do not say what made them; if it was this VAE, text encoder and size, set "
+            "model.data.accept_unfingerprinted=true"
+        )
+    check_members(config, cache, encoded)
+    if encoded[CAPTION_KEY] and model.caption_dropout_rate:
+        raise BadInput(
+            f"{cache.folder}: holds no embedding of the empty prompt, which model.caption_dropout_rate needs; use "
+            "model.text_embedding_dropout_rate as NeMo does, or precache again"
+        )
+    length = cache.info["members"].get(CAPTION_KEY, {}).get("shape", [0])[0]
+    if encoded[CAPTION_KEY] and length > model.cond_stage_config.max_length and not model.cond_stage_config.pad_to:
+        OmegaConf.update(config, "model.cond_stage_config.pad_to", length, force_add=True)
+        print(f"{cache.folder}: text embeddings filled up to {length}, so the model will be sampled so (pad_to)")
+    return training_set(config, cache.shards, cache, encoded)
+
+
+def check_members(config: DictConfig, cache: LatentCache, encoded: Mapping[str, bool]) -> None:
+    """Refuse a cache that lacks what the stage keys want, or does not fit the U-Net."""
     for name, wanted in encoded.items():
         if wanted and name not in cache.encoded:
             raise BadInput(f"{cache.folder}: holds no {name}, only {', '.join(cache.encoded)}")
@@ -78,6 +102,17 @@ def check_cache(
             raise BadInput(f"{cache.folder}: a latent cache holds no pictures; set model.first_stage_key=image_encoded")
     unet = config.model.unet_config
     cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
+
+
+def check_cache(
+    config: DictConfig,
+    cache: LatentCache,
+    encoded: Mapping[str, bool],
+    networks: Mapping[str, nn.Module],
+    words: Tokenizer | None,
+) -> None:
+    """Refuse a cache as `check_members` does, and one that was made by something else."""
+    check_members(config, cache, encoded)
     text = encoded[CAPTION_KEY] and "text_encoder" in networks
     cache.check(
         {

@@ -121,7 +121,9 @@ def empty_prompt(samples: sets.TrainingSet, words: Tokenizer | None, raw_caption
     if raw_captions:
         assert words is not None
         return EmptyPrompt(token_ids=words([""]))
-    assert samples.cache is not None and samples.cache.empty_prompt is not None
+    assert samples.cache is not None
+    if samples.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it
+        return EmptyPrompt()
     return EmptyPrompt(embedding=torch.from_numpy(samples.cache.empty_prompt.copy()).float())
 
 

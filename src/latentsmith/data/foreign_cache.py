@@ -1,0 +1,87 @@
+"""Tars of encodings that NeMo's and MLPerf's precaching made, without a word of what made them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, parsed_header
+from latentsmith.data.shards import Sample, ShardSet
+from latentsmith.files.array_pickles import load_arrays
+from latentsmith.files.errors import BadInput
+
+NAMES = {  # of the encodings, by their ends, in a .pickle of precaching or a .pyd
+    IMAGE_KEY: ("_image", "image_embed"),
+    CAPTION_KEY: ("_text", "captions_embed"),
+}
+
+
+class ForeignCache(LatentCache):
+    """Encodings in tars of NeMo's precaching (`.pickle`), NeMo's embeddings (`.pyd`) or MLPerf's moments (`.npy`).
+
+    Read as `LatentCache` is, one sample at a time; float16 or float32 as they were stored. `info["members"]` is what
+    the first sample holds. Nothing says which networks and transforms made them.
+    """
+
+    def __init__(self, shards: ShardSet):
+        self.shards = shards
+        self.folder = shards.paths[0].parent
+        self.empty_prompt = None
+        self.info: dict[str, Any] = {"members": {}}
+        first = self[0]
+        members = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in first.items()}
+        self.info = {"members": members, "samples": len(shards), "fingerprints": {}}
+
+    @staticmethod
+    def reads(shards: ShardSet) -> bool:
+        """Whether the first sample of a set is one of these."""
+        members = shards[0].members
+        return bool(members.keys() & {"pickle", "pyd"}) or ("npy" in members and "txt" in members)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        number, inside = self.shards.locate(index)
+        shard = self.shards.shard(number)
+        sample = shard[inside]
+        what = f"{shard.path}: sample {sample.key!r}"
+        found = _encodings(sample, what)
+        for name, member in self.info["members"].items():
+            if name not in found or list(found[name].shape) != member["shape"]:
+                now = list(found[name].shape) if name in found else "none"
+                raise BadInput(f"{what}: {name} is {now}, but {member['shape']} in the first sample of the set")
+        return found
+
+
+def _encodings(sample: Sample, what: str) -> dict[str, np.ndarray]:
+    """The arrays of one sample under our names, moments as (2 * z, height, width), text as (length, width)."""
+    extension = next((name for name in ("pickle", "pyd", "npy") if name in sample.members), None)
+    if extension is None:
+        raise BadInput(f"{what}: has members {', '.join(sample.members)}, none of them encodings")
+    data = sample.members[extension]
+    if extension == "npy":
+        return {IMAGE_KEY: _without_batch(_npy(data, what), 3)}
+    held = load_arrays(data, what)
+    if not isinstance(held, Mapping):
+        raise BadInput(f"{what}: its .{extension} holds no dict of arrays")
+    found = {}
+    for name, ends in NAMES.items():
+        if (key := next((key for key in held if str(key).endswith(ends)), None)) is not None:
+            if not isinstance(held[key], np.ndarray):
+                raise BadInput(f"{what}: {key} is no array")
+            found[name] = _without_batch(held[key], 3 if name == IMAGE_KEY else 2)
+    if not found:
+        names = ", ".join(map(str, list(held)[:4]))
+        raise BadInput(f"{what}: holds {names}; encodings have names that end in _image or _text")
+    return found
+
+
+def _without_batch(array: np.ndarray, dimensions: int) -> np.ndarray:
+    return array[0] if array.ndim == dimensions + 1 and len(array) == 1 else array
+
+
+def _npy(data: memoryview, what: str) -> np.ndarray:
+    start = 10 + int.from_bytes(data[8:10], "little")
+    try:
+        dtype, shape = parsed_header(bytes(data[:start]))
+        return np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
+    except ValueError as error:
+        raise BadInput(f"{what}: its .npy is not a plain array ({error})") from None
