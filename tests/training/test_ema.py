@@ -35,18 +35,27 @@ def test_early_averages_follow_the_weights():
     torch.testing.assert_close(ema.state_dict()["weight"].double(), 2 / 11 * started.double() + 9 / 11 * weight)
 
 
-def test_swap_twice_is_the_identity_and_once_exchanges():
+def test_applied_they_are_the_weights_and_then_all_is_back():
     module = nn.Linear(3, 2)
     ema = Ema(module, 0.9)
     walk(module, 3, ema)
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     averages = {name: average.clone() for name, average in ema.state_dict().items()}
-    ema.swap(module)
-    assert all(torch.equal(module.get_parameter(name), averages[name]) for name in weights)
-    assert all(torch.equal(ema.state_dict()[name], weights[name]) for name in weights)
-    ema.swap(module)
+    with ema.applied(module):
+        assert all(torch.equal(module.get_parameter(name), averages[name]) for name in weights)
     assert all(torch.equal(module.get_parameter(name), weights[name]) for name in weights)
     assert all(torch.equal(ema.state_dict()[name], averages[name]) for name in weights)
+
+
+def test_averages_of_weights_in_half_precision_are_not_rounded():
+    module = nn.Linear(3, 2).to(torch.bfloat16)
+    ema = Ema(module, 0.9)
+    walk(module, 3, ema)
+    weight, average = module.weight.detach().clone(), ema.state_dict()["weight"].clone()
+    assert average.dtype == torch.float32 and not torch.equal(average, average.bfloat16().float())
+    with ema.applied(module):
+        assert torch.equal(module.weight, average.bfloat16())
+    assert torch.equal(module.weight, weight) and torch.equal(ema.state_dict()["weight"], average)
 
 
 def test_only_trained_parameters_are_averaged_and_state_goes_on():

@@ -180,7 +180,7 @@ def test_loading_puts_the_counters_back(toy):
     run = toy()
     run.train(averaged(run), 3)
     module = averaged(run)
-    module.trainer = type("Trainer", (), {})
+    module.trainer = type("Trainer", (), {"precision_plugin": None})
     module.optimizers = lambda **_: made
     made = module.configure_optimizers()
     load_checkpoint(checkpoint(run, 3), module)

@@ -10,9 +10,8 @@ import typer
 
 from latentsmith.files.errors import BadInput
 
-Config = Annotated[
-    str, typer.Option("--config", "-c", help="A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file.")
-]
+CONFIG = "A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file."
+Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the config, in Hydra's grammar.")
 ]

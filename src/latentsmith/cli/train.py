@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from latentsmith.cli.options import Config, Overrides, load
+from latentsmith.cli.options import CONFIG, Config, Overrides, load
+from latentsmith.files.errors import BadInput
 
 Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from; the same as model.ckpt_path=FILE.")]
 MultiRun = Annotated[bool, typer.Option("--multirun", "-m", help="A run for each of key=a,b, one after the other.")]
+Replay = Annotated[
+    Path | None, typer.Option("--replay", help="Run the samples of a skipped step again: a file of nonfinite/.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print sizes, train nothing.")]
 
 
 def train(
-    config: Config,
+    config: Annotated[str | None, typer.Option("--config", "-c", help=CONFIG)] = None,
     overrides: Overrides = None,
     init: Init = None,
     multirun: MultiRun = False,
     dry_run: DryRun = False,
-) -> None:
+    again: Replay = None,
+) -> int:
     """Train or fine-tune a latent diffusion model.
 
     \b
@@ -31,7 +37,14 @@ def train(
       latentsmith train --config sd1 --init v1-5-pruned.safetensors model.optim.lr=1e-5
       latentsmith train --config sd2_v --init sd2-base.safetensors model.data.train.dataset_path=shards --dry-run
       latentsmith train --config demo --multirun model.optim.lr=1e-3,3e-4 model.seed=0,1
+      latentsmith train --replay runs/sd1/nonfinite/step-00001234.json
     """
+    if again is not None:
+        from latentsmith.runs.replay import config_of, replay
+
+        return 0 if replay(again, load(config, overrides) if config else config_of(again)) else 1
+    if config is None:
+        raise BadInput("--config is missing: a preset (sd1, sd2_base, demo, ...) or a YAML file")
     given = _with_init(overrides, init)
     configs = [load(config, changes) for changes in (_sweep(config, given) if multirun else [given])]
     from latentsmith.runs.train import train as run
@@ -40,6 +53,7 @@ def train(
         if multirun:
             print(f"{loaded.exp_manager.name}:", flush=True)
         run(loaded, dry_run=dry_run)
+    return 0
 
 
 def _sweep(config: str, given: list[str]) -> list[list[str]]:

@@ -59,6 +59,18 @@ def whole(low: int | None = None, high: int | None = None) -> Kind:
     return Kind(_range_words("a whole number", low, high), read)
 
 
+def count_or_share() -> Kind:
+    """An int of at least 0, or a float from 0.0 to 1.0, as Lightning tells 1 (one) from 1.0 (all)."""
+
+    def read(value: Any) -> int | float:
+        if isinstance(value, float) and 0 <= value <= 1:
+            return value
+        given = _as_number(value)
+        return int(given) if given == int(given) and given >= 0 else _refuse()
+
+    return Kind("a whole number of at least 0, or a share such as 0.5 or 1.0", read)
+
+
 def text() -> Kind:
     """A string; a bare YAML number (`name: 2024`) is read as its digits."""
 

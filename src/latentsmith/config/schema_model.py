@@ -248,8 +248,8 @@ DATA = group(
     ),
     *group(
         "validation",
-        refused("dataset_path", PATHS, None, "as for training; null for no validation", NOT_BUILT),
-        refused("data_path", PATHS, None, "NeMo's switch for validation", NOT_BUILT),
+        used("dataset_path", PATHS, None, "a set held out from training, for validation; null for none"),
+        no_effect("data_path", PATHS, None, "NeMo's switch for validation", "dataset_path alone decides"),
         *group("augmentations", *AUGMENTATIONS),
         FILTERINGS,
     ),

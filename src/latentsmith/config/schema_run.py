@@ -3,6 +3,7 @@
 from latentsmith.config.kinds import (
     anything,
     choice,
+    count_or_share,
     either,
     flag,
     list_of,
@@ -20,7 +21,6 @@ PRECISION = choice(
     "16-mixed",
     aliases={"32": "32-true", "32.0": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"},
 )
-NO_VALIDATION = "validation is not built yet"
 NO_WANDB = "a run writes TensorBoard logs, a CSV and report.html into its folder, nothing to other machines"
 NO_ADAPTERS = "adapters are not trained; fine-tune the U-Net itself with model.unet_config.from_pretrained"
 
@@ -68,8 +68,19 @@ TRAINER = group(
     used("deterministic", flag(), False, "refuse kernels whose result varies between runs (bit-exact resume on a GPU)"),
     used("benchmark", flag(), False, "let cuDNN time its convolutions and take the fastest"),
     used("log_every_n_steps", whole(1), 10, "optimizer steps between two rows of the log", also=["log_every"]),
-    no_effect("val_check_interval", anything(), None, "steps between two validations", NO_VALIDATION),
-    refused("limit_val_batches", either(whole(0), number(0, 1)), 0, "validation batches", NO_VALIDATION),
+    used(
+        "val_check_interval",
+        count_or_share(),
+        1000,
+        "optimizer steps between two validations, or a share of an epoch such as 1.0",
+        also=["eval_every", "validation_steps"],
+    ),
+    used(
+        "limit_val_batches",
+        count_or_share(),
+        1.0,
+        "micro batches of each process in a validation, or a share of model.data.validation; 0 for no validation",
+    ),
     used("enable_progress_bar", flag(), True, "loss, samples/s and time left on the terminal"),
     no_effect("logger", anything(), False, "Lightning's own logger", "exp_manager chooses the loggers"),
     no_effect(
@@ -96,6 +107,13 @@ CHECKPOINTS = group(
         "optimizer steps between two checkpoints; the last step always makes one",
         also=["save_steps", "checkpointing_steps", "save_every"],
     ),
+    used(
+        "every_n_minutes",
+        nullable(number(0)),
+        None,
+        "minutes after a checkpoint until the next, whichever comes first",
+        also=["train_time_interval"],
+    ),
     used("save_top_k", whole(-1), 3, "how many of the newest checkpoints are kept, -1 for all", also=["keep"]),
     no_effect("every_n_epochs", whole(0), 0, "epochs between two checkpoints", "checkpoints are counted in steps"),
     no_effect(
@@ -117,7 +135,7 @@ EMA = group(
     used("enable", flag(), False, "keep an exponential moving average of the trained weights", also=["use_ema"]),
     used("decay", number(0, 1), 0.9999, "share of the old average that each step keeps", also=["ema_decay"]),
     used("every_n_steps", whole(1), 1, "optimizer steps between two updates of the average"),
-    no_effect("validate_original_weights", flag(), False, "validate with the trained weights", NO_VALIDATION),
+    no_effect("validate_original_weights", flag(), False, "which weights to validate", "validation takes both"),
     used("cpu_offload", flag(), False, "keep the average in the memory of the CPU"),
 )
 
@@ -152,6 +170,13 @@ EXP_MANAGER = [
             None,
             "go on from this checkpoint, whatever the run folder holds",
             also=["resume"],
+        ),
+        used(
+            "nonfinite_limit",
+            whole(1),
+            10,
+            "steps in a row without a finite gradient that end the run; each is skipped and described in nonfinite/",
+            also=["max_skipped_steps"],
         ),
         refused("create_wandb_logger", flag(), False, "log to Weights & Biases", NO_WANDB),
         no_effect("wandb_logger_kwargs", mapping(), {}, "arguments of that logger", NO_WANDB),

@@ -45,6 +45,8 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
     samples = sets.open_set(config, frozen, words)
     steps = pieces.step_limit(config, len(samples.shards), batch)
+    if model.data.validation.dataset_path and config.trainer.limit_val_batches:
+        sets.open_set(config, frozen, words, "validation")
     pieces.optimisation(config, batch, steps)
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:

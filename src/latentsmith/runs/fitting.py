@@ -6,9 +6,10 @@ from pathlib import Path
 import lightning as L
 from omegaconf import DictConfig
 
-from latentsmith.training.fit import Checkpointing, Data, fit
+from latentsmith.training.fit import Data, fit
 from latentsmith.training.module import TrainingModule
 from latentsmith.training.samples import RunSamples
+from latentsmith.training.saving import Checkpointing
 
 from . import pieces
 from .folder import CHECKPOINTS, checkpoint_to_resume
@@ -34,6 +35,7 @@ def fit_as_configured(
         manager.checkpoint_callback_params.every_n_train_steps,
         manager.checkpoint_callback_params.save_top_k,
         metadata,
+        manager.checkpoint_callback_params.every_n_minutes,
         resume=checkpoint_to_resume(config, folder),
         enabled=manager.create_checkpoint_callback,
     )
@@ -46,6 +48,7 @@ def fit_as_configured(
         log_every_n_steps=config.trainer.log_every_n_steps,
         tensorboard=manager.create_tensorboard_logger,
         progress_bar=config.trainer.enable_progress_bar,
+        nonfinite_limit=manager.nonfinite_limit,
         callbacks=callbacks,
         **pieces.trainer_options(config, pieces.process_count(config)),
     )

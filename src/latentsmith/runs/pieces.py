@@ -56,10 +56,13 @@ def global_batch(config: DictConfig, processes: int) -> int:
     return wanted
 
 
-def training_set(config: DictConfig) -> ShardSet:
-    path = config.model.data.train.dataset_path
+def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
+    """The samples of model.data.train or model.data.validation."""
+    path = config.model.data[data].dataset_path
     if not path:
-        raise BadInput("model.data.train.dataset_path is not set; give the folder that `latentsmith data import` made")
+        raise BadInput(
+            f"model.data.{data}.dataset_path is not set; give the folder that `latentsmith data import` made"
+        )
     root = config.model.data.webdataset.local_root_path or ""
     tars = [tar for one in listed(path) for tar in (read_wdinfo(Path(one)) if one.endswith(".pkl") else [one])]
     return ShardSet([os.path.join(root, tar) for tar in tars])
@@ -79,9 +82,12 @@ def step_limit(config: DictConfig, samples: int, batch: int) -> int:
     return min(ends)
 
 
-def transforms(config: DictConfig) -> Transforms:
-    """The picture transforms of the training set; BadInput if they do not make pictures of one size."""
-    augmentations = config.model.data.train.augmentations
+def transforms(config: DictConfig, data: str = "train") -> Transforms:
+    """The picture transforms of a set, or those of training where it states none.
+
+    BadInput if they do not make pictures of one size.
+    """
+    augmentations = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
     made = Transforms(**{key: value for key, value in (augmentations or {}).items() if value is not None})
     if made.size is None:
         raise BadInput(

@@ -40,7 +40,7 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     for part, key in PARTS.items():
         if part in wanted and not weights_of(config, part):
             raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")
-    source, transforms = pieces.training_set(config), pieces.transforms(config)
+    source, transforms = pieces.shard_set(config), pieces.transforms(config)
     assert transforms.size is not None
     pieces.latent_shape(config, transforms.size)
     with progress("caching", "samples") as tell:

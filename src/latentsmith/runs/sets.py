@@ -34,21 +34,23 @@ class TrainingSet:
     latent_shape: tuple[int, int, int]
 
 
-def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Tokenizer | None) -> TrainingSet:
-    """Open model.data.train.dataset_path and check that it is what the stage keys say and the networks need.
+def open_set(
+    config: DictConfig, networks: Mapping[str, nn.Module], words: Tokenizer | None, data: str = "train"
+) -> TrainingSet:
+    """Open the set of model.data.train (or `data`) and check that it is what stage keys and networks need.
 
     Raises BadInput for raw pictures where encodings are wanted, and the reverse; for encodings of other shapes than
     the U-Net takes, or made by another VAE, text encoder or tokenizer than the config's.
     """
     model = config.model
     encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
-    shards = pieces.training_set(config)
+    shards = pieces.shard_set(config, data)
     is_cache = any(shard.parent.joinpath("cache.json").is_file() for shard in shards.paths[:1])
     if any(encoded.values()) and not is_cache and ForeignCache.reads(shards):
-        return foreign_set(config, ForeignCache(shards), encoded)
+        return foreign_set(config, ForeignCache(shards), encoded, data)
     if any(encoded.values()) and not is_cache:
         raise BadInput(
-            f"{model.data.train.dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
+            f"{model.data[data].dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
             "`latentsmith precache`, or set model.first_stage_key=images model.cond_stage_key=captions"
         )
     folders = sorted({shard.parent for shard in shards.paths})
@@ -56,23 +58,24 @@ def open_set(config: DictConfig, networks: Mapping[str, nn.Module], words: Token
         raise BadInput(f"{folders[0]}: one latent cache trains at a time; {folders[1]} is another folder")
     cache = LatentCache(folders[0]) if is_cache else None
     if cache:
-        check_cache(config, cache, encoded, networks, words)
-    return training_set(config, shards, cache, encoded)
+        check_cache(config, cache, encoded, networks, words, data)
+    return readable(config, shards, cache, encoded, data)
 
 
-def training_set(
-    config: DictConfig, shards: ShardSet, cache: LatentCache | None, encoded: Mapping[str, bool]
+def readable(
+    config: DictConfig, shards: ShardSet, cache: LatentCache | None, encoded: Mapping[str, bool], data: str
 ) -> TrainingSet:
+    """The set, with the transforms of its pictures if it has some, and the size of its latents."""
     if encoded[IMAGE_KEY]:
         assert cache is not None
         moments = cache.info["members"][IMAGE_KEY]["shape"]
         return TrainingSet(shards, cache, None, (moments[0] // 2, moments[1], moments[2]))
-    made = pieces.transforms(config)
+    made = pieces.transforms(config, data)
     assert made.size is not None
     return TrainingSet(shards, cache, made, pieces.latent_shape(config, made.size))
 
 
-def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, bool]) -> TrainingSet:
+def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, bool], data: str) -> TrainingSet:
     """Encodings of NeMo's or MLPerf's, which the user must vouch for: nothing says what made them."""
     model = config.model
     if not model.data.accept_unfingerprinted:
@@ -90,7 +93,7 @@ def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, b
     if encoded[CAPTION_KEY] and length > model.cond_stage_config.max_length and not model.cond_stage_config.pad_to:
         OmegaConf.update(config, "model.cond_stage_config.pad_to", length, force_add=True)
         print(f"{cache.folder}: text embeddings filled up to {length}, so the model will be sampled so (pad_to)")
-    return training_set(config, cache.shards, cache, encoded)
+    return readable(config, cache.shards, cache, encoded, data)
 
 
 def check_members(config: DictConfig, cache: LatentCache, encoded: Mapping[str, bool]) -> None:
@@ -110,6 +113,7 @@ def check_cache(
     encoded: Mapping[str, bool],
     networks: Mapping[str, nn.Module],
     words: Tokenizer | None,
+    data: str,
 ) -> None:
     """Refuse a cache as `check_members` does, and one that was made by something else."""
     check_members(config, cache, encoded)
@@ -120,15 +124,15 @@ def check_cache(
             "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
             "layer": layer_of(config) if text else None,
             "tokenizer": words.fingerprint() if text and words else None,
-            "transforms": stated_transforms(config),
+            "transforms": stated_transforms(config, data),
         }
     )
 
 
-def stated_transforms(config: DictConfig) -> Any:
-    """The transforms of the config, if it states any."""
-    augmentations = config.model.data.train.augmentations
-    return pieces.transforms(config).describe() if augmentations else None
+def stated_transforms(config: DictConfig, data: str) -> Any:
+    """The transforms of a set of the config, if it states any."""
+    stated = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
+    return pieces.transforms(config, data).describe() if stated else None
 
 
 def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:

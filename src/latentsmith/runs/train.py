@@ -1,6 +1,7 @@
 """`latentsmith train`: the U-Net, on pictures or on their cache."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from torch import nn
 
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.diffusion import canonical_prediction_type
+from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 from latentsmith.inference.options import SamplingOptions
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-from latentsmith.training.draws import DiffusionDraws, generator_at
+from latentsmith.training.draws import VALIDATION, DiffusionDraws, ValidationDraws, generator_at
 from latentsmith.training.sample_log import SampleLog
 from latentsmith.training.samples import RunSamples
+from latentsmith.training.validation import HeldOut, Validation
 
 from . import pieces, sets
 from .dry_run import dry_run as what_would_be_trained
@@ -35,10 +38,51 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     dry_run: check everything that training would, print what would be trained, and stop.
     """
     pieces.check_device(config)
-    trained = ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
     if dry_run:
-        print("\n".join(what_would_be_trained(config, trained)))
+        print("\n".join(what_would_be_trained(config, trained_parts(config))))
         return run_folder(config)
+    ready = prepared(config)
+    print(*header(ready.networks, ready.module.trained), sep="\n")
+    batch = ready.module.optimisation.global_batch
+    epochs = ready.max_steps * batch / len(ready.set.shards)
+    print(f"{sets.summary(ready.set)}; {ready.max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
+    folder = run_folder(config)
+    pictures = sample_log(config, ready.networks, ready.words, ready.spec, folder)
+    open_run_folder(config)
+    if config.model.save_frozen:
+        save_frozen(folder, ready.networks, ready.module.trained, ready.words)
+    fit_as_configured(
+        config,
+        ready.module,
+        ready.samples,
+        ready.max_steps,
+        folder,
+        metadata={"latentsmith.spec": ready.spec.to_json()},
+        callbacks=[*validation(config, ready, folder), *pictures],
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that a training is made of, before anything is written. words: None where captions are cached."""
+
+    networks: dict[str, nn.Module]
+    words: Tokenizer | None
+    set: sets.TrainingSet
+    held_out: HeldOut | None
+    samples: RunSamples
+    module: DiffusionTraining
+    spec: ModelSpec
+    max_steps: int
+
+
+def trained_parts(config: DictConfig) -> tuple[str, ...]:
+    return ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
+
+
+def prepared(config: DictConfig) -> Ready:
+    """The networks, samples and objective of a config. Raises BadInput for what does not fit together."""
     model, batch = config.model, pieces.global_batch(config, pieces.process_count(config))
     settle_padding(config)
     networks = build_networks(config)
@@ -46,27 +90,48 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     samples = sets.open_set(config, networks, words)
     max_steps = pieces.step_limit(config, len(samples.shards), batch)
     optimisation = pieces.optimisation(config, batch, max_steps)
-    epochs = max_steps * batch / len(samples.shards)
-    print(*header(networks, trained), sep="\n")
-    print(f"{sets.summary(samples)}; {max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
     goal = objective(config, measured_scale(read, samples, networks, model.seed))
-    folder = open_run_folder(config)
-    if model.save_frozen:
-        save_frozen(folder, networks, trained, words)
     spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
     empty = empty_prompt(samples, words, raw_captions)
-    fit_as_configured(
-        config,
-        DiffusionTraining(arranged(networks, model.channels_last, model.inductor), trained, optimisation, goal, empty),
-        RunSamples(read, draws(config, samples), len(samples.shards), model.seed),
-        max_steps,
-        folder,
-        metadata={"latentsmith.spec": spec.to_json()},
-        callbacks=sample_log(config, networks, words, spec, folder),
+    arranged(networks, model.channels_last, model.inductor)
+    module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
+    run = RunSamples(read, draws(config, samples), len(samples.shards), model.seed)
+    held = held_out(config, networks, words, samples)
+    return Ready(networks, words, samples, held, run, module, spec, max_steps)
+
+
+def held_out(
+    config: DictConfig, networks: dict[str, nn.Module], words: Tokenizer | None, training: sets.TrainingSet
+) -> HeldOut | None:
+    """What model.data.validation and trainer.limit_val_batches say to validate on; BadInput if it does not fit."""
+    model, limit = config.model, config.trainer.limit_val_batches
+    if not model.data.validation.dataset_path or not limit:
+        return None
+    samples = sets.open_set(config, networks, words, "validation")
+    if samples.latent_shape != training.latent_shape:
+        raise BadInput(
+            f"{model.data.validation.dataset_path}: latents of {samples.latent_shape}, but training has "
+            f"{training.latent_shape}; give model.data.validation.augmentations of the same size"
+        )
+    length = len(samples.shards)
+    wanted = (
+        limit * length if isinstance(limit, float) else limit * model.micro_batch_size * pieces.process_count(config)
     )
-    return folder
+    count = max(1, min(length, int(wanted)))
+    read = sets.reader(samples, VALIDATION, words if not is_encoded(model.cond_stage_key) else None)
+    draw = ValidationDraws(samples.latent_shape, pieces.noise_schedule(config), count)
+    return HeldOut(read, draw, length, model.micro_batch_size)
+
+
+def validation(config: DictConfig, ready: Ready, folder: Path) -> list[Validation]:
+    if ready.held_out is None:
+        return []
+    every = config.trainer.val_check_interval
+    if isinstance(every, float):
+        every = every * len(ready.set.shards) / ready.module.optimisation.global_batch
+    return [Validation(ready.held_out, folder, max(1, round(every)), ready.max_steps)]
 
 
 def objective(config: DictConfig, measured: Callable[[], float]) -> Objective:

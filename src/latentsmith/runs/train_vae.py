@@ -29,7 +29,7 @@ def train_vae(config: DictConfig) -> Path:
         raise BadInput(
             f"first_stage_config.lossconfig is torch.nn.Identity, which trains nothing; set _target_: {target}"
         )
-    samples, transforms = pieces.training_set(config), pieces.transforms(config)
+    samples, transforms = pieces.shard_set(config), pieces.transforms(config)
     assert transforms.size is not None
     batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
     max_steps = pieces.step_limit(config, len(samples), batch)

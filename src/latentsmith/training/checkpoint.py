@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,73 @@ from latentsmith.files.tensors import open_tensors, save_safetensors
 from .module import Progress, TrainingModule
 
 STATE_FILE = "state.json"
+MOMENTS = {"SGD": 0, "RMSprop": 1, "Adagrad": 1}  # tensors of a weight's size that an optimizer keeps, where not two
 
 
-def save_checkpoint(folder: Path, module: TrainingModule, keep: int, metadata: Mapping[str, str]) -> Path:
-    """Write the state of `module` into `folder/step-N` and remove all but the newest `keep` (-1 for all).
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole state of a training at one step. files: its tensors by file and name; state: its counters."""
 
-    metadata: kept in the header of every file of weights, so that each says what it is.
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
+
+    def copied(self) -> "Snapshot":
+        """The same in the memory of the CPU, where nothing changes it."""
+        copies = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in self.files.items()
+        }
+        return Snapshot(copies, self.state)
+
+
+def take_snapshot(module: TrainingModule) -> Snapshot | None:
+    """The state of `module`, its tensors not copied; None on all processes but the first."""
+    if not module.trainer.is_global_zero:
+        return None
+    state = {**asdict(module.progress), "skipped_steps": int(module.skipped_steps)}
+    if scaler := scaler_of(module):
+        state["scaler"] = scaler.state_dict()
+    state |= {"ema_updates": {name: ema.updates for name, ema in module.ema.items()}}
+    return Snapshot(parts_of(module), {**state, "optimizer": module.optimisation.name})
+
+
+def scaler_of(module: TrainingModule) -> Any:
+    """What scales the loss in float16, if anything does."""
+    return getattr(module.trainer.precision_plugin, "scaler", None)
+
+
+def size_of(module: TrainingModule) -> int:
+    """Bytes of a checkpoint, before the optimizer has a state: its moments are as large as the weights."""
+    files = {name: dict(module.parts[name].state_dict()) for name in module.trained}
+    weights = Snapshot(files, {}).bytes
+    averages = sum(average.nbytes for ema in module.ema.values() for average in ema.averages)
+    moved = sum(p.numel() for name in module.trained for p in module.parts[name].parameters() if p.requires_grad)
+    return weights + averages + 4 * MOMENTS.get(module.optimisation.name, 2) * moved
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapping[str, str]) -> Path:
+    """Write a snapshot into `folder/step-N` and remove all but the newest `keep` (-1 for all).
+
+    metadata: kept in the header of every file of weights, so that each says what it is. An error (OSError, of a full
+    disk) leaves the folder as it was.
     """
-    final = folder / f"step-{module.progress.global_step:08d}"
+    final = folder / f"step-{snapshot.state['global_step']:08d}"
     aside = folder / f"{final.name}.INCOMPLETE"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, tensors in parts_of(module).items():
-        save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
-    checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-    state = {**asdict(module.progress), "ema_updates": {n: e.updates for n, e in module.ema.items()}}
-    state["optimizer"] = module.optimisation.name
-    write_text(aside / STATE_FILE, json.dumps({**state, "checksums": checksums}, indent=1) + "\n")
-    sync_folder(aside)
+    try:
+        aside.mkdir(parents=True)
+        for name, tensors in snapshot.files.items():
+            save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
+        checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        write_text(aside / STATE_FILE, json.dumps({**snapshot.state, "checksums": checksums}, indent=1) + "\n")
+        sync_folder(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     sync_folder(folder)
@@ -75,6 +124,9 @@ def load_checkpoint(path: Path, module: TrainingModule) -> None:
     check_optimizer(path, state.get("optimizer"), module.optimisation.name)
     fill_optimizer(module.optimizers(use_pl_optimizer=False), path / "optimizer.safetensors")
     module.progress = Progress(state["global_step"], state["consumed_samples"])
+    module.skipped_steps.fill_(state.get("skipped_steps", 0))
+    if (scaler := scaler_of(module)) and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
 
 
 def check_optimizer(path: Path, saved: str | None, wanted: str) -> None:

@@ -66,19 +66,23 @@ class DiffusionTraining(TrainingModule):
             part.train(name in self.trained)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses = self.losses(batch, self.objective.loss_type)
+        self.record_micro(**in_bands(losses.detach(), batch["timesteps"], self.objective.timesteps))
+        if self.objective.min_snr_gamma:
+            snr = (batch["signal"] / batch["noise_level"]).square()
+            losses = losses * min_snr_weight(self.objective.prediction_type, snr, self.objective.min_snr_gamma)
+        self.record_micro(loss=losses.mean())
+        return losses.mean()
+
+    def losses(self, batch: Mapping[str, Any], loss_type: str) -> Tensor:
+        """The loss of each sample (batch,), before any weight."""
         latents, context = self.latents(batch), self.context(batch)
         signal, noise_level, noise = batch["signal"], batch["noise_level"], batch["noise"]
         seen = batch.get("input_noise", noise)
         noisy = signal[:, None, None, None] * latents + noise_level[:, None, None, None] * seen
         output = self.parts["unet"](noisy, batch["timesteps"], context)
         target = training_target(self.objective.prediction_type, latents, noise, signal, noise_level)
-        losses = per_sample_loss(output, target, self.objective.loss_type)  # (batch,)
-        self.record_micro(**in_bands(losses.detach(), batch["timesteps"], self.objective.timesteps))
-        if self.objective.min_snr_gamma:
-            snr = (signal / noise_level).square()
-            losses = losses * min_snr_weight(self.objective.prediction_type, snr, self.objective.min_snr_gamma)
-        self.record_micro(loss=losses.mean())
-        return losses.mean()
+        return per_sample_loss(output, target, loss_type)
 
     @torch.no_grad()
     def latents(self, batch: Mapping[str, Any]) -> Tensor:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentsmith.data.order import sample_seed
+from latentsmith.data.order import index_at, sample_seed
 from latentsmith.diffusion import NoiseSchedule
 
 DRAWS, CROPS, DROPOUT = 1, 2, 3  # streams of one position's seed: what is added to its sample; transforms; dropout
+VALIDATION = 20230501  # the seed of every validation loss, so that runs can be compared
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ class DiffusionDraws:
         if self.input_perturbation:
             drawn["input_noise"] = drawn["noise"] + self.input_perturbation * perturbation
         return drawn
+
+
+@dataclass(frozen=True)
+class ValidationDraws:
+    """What the validation loss takes for sample `number` of `count`: the same in every run, whatever its seed.
+
+    The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
+    dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
+    """
+
+    latent_shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    count: int
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        stratum = index_at(VALIDATION, number, self.count)
+        timesteps = torch.tensor((2 * stratum + 1) * self.schedule.timesteps // (2 * self.count))
+        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(number)
+        signal, noise_level = self.schedule.signal_and_noise(timesteps)
+        return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """An exponential moving average of weights, kept beside them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,29 @@ class Ema:
             average.copy_(averages[name])
         self.updates = updates
 
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """The averages in the place of the module's trained weights meanwhile; float32 weights are exchanged with them,
+        so that nothing is held twice."""
+        kept = [None if p.dtype == torch.float32 else p.detach().clone() for p in self._trained(module)]
+        self._exchange(module)
+        try:
+            yield
+        finally:
+            self._exchange(module, kept)
+
     @torch.no_grad()
-    def swap(self, module: nn.Module) -> None:
-        """Exchange the module's trained weights and the averages; twice is back."""
-        for parameter, average in zip(self._trained(module), self.averages, strict=True):
+    def _exchange(self, module: nn.Module, kept: Iterable[Tensor | None] | None = None) -> None:
+        """Weights and averages change places, but for those whose weight in half precision is `kept`."""
+        rows = zip(self._trained(module), self.averages, kept or [None] * len(self.averages), strict=True)
+        for parameter, average, stored in rows:
+            if stored is not None:
+                parameter.copy_(stored)
+                continue
             weight = parameter.detach().to(average.device, torch.float32, copy=True)
             parameter.copy_(average)
-            average.copy_(weight)
+            if parameter.dtype == torch.float32:
+                average.copy_(weight)
 
     def _trained(self, module: nn.Module) -> Iterable[nn.Parameter]:
         parameters = dict(module.named_parameters())

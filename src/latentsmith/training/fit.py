@@ -2,55 +2,21 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from .checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
+from .checkpoint import load_checkpoint, read_state
 from .log import ScalarLog
-from .module import StepCallback, TrainingModule
+from .module import TrainingModule
+from .nonfinite import WatchNonFinite
 from .progress_bar import ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
+from .saving import Checkpointing, SaveCheckpoints
 from .stopping import StopOnSignal
-
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """Where checkpoints go, how often (0: the last step only), how many stay (-1: all), and their files' metadata.
-
-    resume: the checkpoint to go on from. enabled: False writes none at all.
-    """
-
-    folder: Path
-    every_n_steps: int
-    keep: int
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    resume: Path | None = None
-    enabled: bool = True
-
-
-class SaveCheckpoints(StepCallback):
-    """Saves at optimizer-step boundaries, and after the last step."""
-
-    def __init__(self, checkpointing: Checkpointing):
-        self.to = checkpointing
-
-    def on_step_end(self, trainer, module) -> None:
-        every = self.to.every_n_steps
-        if every and module.progress.global_step % every == 0:
-            self._save(module)
-
-    def on_train_end(self, trainer, module) -> None:
-        newest = checkpoints_in(self.to.folder)
-        if not newest or newest[-1].name != f"step-{module.progress.global_step:08d}":
-            self._save(module)
-
-    def _save(self, module: TrainingModule) -> None:
-        if module.trainer.is_global_zero:
-            save_checkpoint(self.to.folder, module, self.to.keep, self.to.metadata)
 
 
 class Resume(L.Callback):
@@ -101,11 +67,13 @@ def fit(
     log_every_n_steps: int = 10,
     tensorboard: bool = True,
     progress_bar: bool = True,
+    nonfinite_limit: int = 10,
     callbacks: Sequence[L.Callback] = (),
     **trainer_options: Any,
 ) -> None:
     """Train `module` until its step counter is at max_steps, from the checkpoint in `checkpointing` if there is one.
 
+    nonfinite_limit: so many steps in a row without a finite gradient end it (TooManyNonFinite).
     trainer_options: of lightning.Trainer (devices, accelerator, precision, gradient_clip_val, strategy, ...).
     """
     begin = read_state(checkpointing.resume) if checkpointing.resume else {"global_step": 0, "consumed_samples": 0}
@@ -113,9 +81,12 @@ def fit(
         print(f"{run_folder}: already at step {begin['global_step']:,} of {max_steps:,}; nothing to do")
         return
     extra: list[L.Callback] = [Resume(checkpointing.resume)] if checkpointing.resume else []
+    extra += callbacks
     extra += [ProgressLine(max_steps)] if progress_bar else []
     extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard)]
-    extra += [SaveCheckpoints(checkpointing)] if checkpointing.enabled else []
+    watch = WatchNonFinite(run_folder, data.samples, nonfinite_limit, log_every_n_steps)
+    extra += [watch]
+    extra += [SaveCheckpoints(checkpointing, max_steps)] if checkpointing.enabled else []
     quiet_lightning()
     stop = StopOnSignal()
     trainer = L.Trainer(
@@ -124,12 +95,13 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*extra, *callbacks, stop],
+        callbacks=[*extra, stop],
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         **trainer_options,
     )
     trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
+    watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
 
 

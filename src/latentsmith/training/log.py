@@ -34,6 +34,9 @@ class ScalarLog(StepCallback):
 
     def on_step_end(self, trainer, module) -> None:
         step = module.progress.global_step
+        for name, value in module.metrics.once.items() if self.events else ():
+            self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
+        module.metrics.once.clear()
         if step % self.every_n_steps:
             return
         values = over_processes(module, module.metrics.read())

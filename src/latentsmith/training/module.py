@@ -1,6 +1,7 @@
 """What every training here shares: counters, optimizer, learning rate, averages, metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,13 @@ class Metrics:
     """The newest value of every scalar of training, left on its device until somebody reads it.
 
     values: of the newest step. micro: those of the step under way, one for each of its micro batches so far.
+    once: measured now and then, for the log to take away.
     """
 
     values: dict[str, Tensor | float] = field(default_factory=dict)
     micro: dict[str, list[Tensor]] = field(default_factory=dict)
+    once: dict[str, float] = field(default_factory=dict)
+    last_loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the newest micro batch
 
     def read(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.values.items()}
@@ -53,7 +57,10 @@ class TrainingModule(L.LightningModule):
     """A network with its optimizer, averages and counters. Subclasses give `trained` and `training_step`.
 
     parts: the networks by the names under which checkpoints keep them; the trained ones among them are in `trained`.
+    A step whose gradients are not all finite changes no weight; `skipped_steps` counts them, on the device.
     """
+
+    skipped_steps: Tensor
 
     def __init__(self, parts: Mapping[str, nn.Module], trained: tuple[str, ...], optimisation: Optimisation):
         super().__init__()
@@ -61,10 +68,19 @@ class TrainingModule(L.LightningModule):
         self.trained, self.optimisation = trained, optimisation
         self.progress, self.metrics = Progress(), Metrics()
         self.ema: dict[str, Ema] = {}
+        self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def keep_averages(self, decay: float, **options) -> None:
         """Start averages of every trained part from its present weights."""
         self.ema = {name: Ema(self.parts[name], decay, **options) for name in self.trained}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averages, where there are any, in the place of the trained weights meanwhile."""
+        with ExitStack() as stack:
+            for name, average in self.ema.items():
+                stack.enter_context(average.applied(self.parts[name]))
+            yield
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and the position, not of what ran before."""
@@ -89,7 +105,21 @@ class TrainingModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = gradient_clip_val or float("inf")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.record(grad_norm=nn.utils.clip_grad_norm_(parameters, limit))
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        self.record(grad_norm=norm)
+        if not getattr(self.trainer.precision_plugin, "scaler", None):  # which skips steps by itself
+            self._skip_unless_finite(optimizer, norm)
+
+    def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Have the optimizer pass over gradients that are not all finite; a fused one does not wait for the device."""
+        bad = ~torch.isfinite(norm)
+        self.skipped_steps += bad
+        self.record(skipped_steps=self.skipped_steps.clone())
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        elif bad:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                parameter.grad = None
 
     def record(self, **scalars: Tensor | float) -> None:
         """Keep scalars of this step for the log."""
@@ -100,6 +130,20 @@ class TrainingModule(L.LightningModule):
         """Keep scalars of one micro batch; the log has their means over the step."""
         for name, value in scalars.items():
             self.metrics.micro.setdefault(name, []).append(value.detach())
+        self.metrics.last_loss = scalars.get("loss", self.metrics.last_loss).detach()
+
+
+@contextmanager
+def frozen(module: TrainingModule) -> Iterator[None]:
+    """No gradients and no dropout meanwhile."""
+    modes = [(part, part.training) for part in module.parts.values()]
+    module.parts.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.train(training)
 
 
 class StepCallback(L.Callback):

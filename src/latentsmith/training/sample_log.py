@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 
-from .module import StepCallback, TrainingModule
+from .module import StepCallback, TrainingModule, frozen
 
 
 class SampleLog(StepCallback):
@@ -30,22 +29,12 @@ class SampleLog(StepCallback):
 
     def draw(self, module: TrainingModule) -> None:
         """One row of pictures of the present weights; their training goes on as if nothing had been drawn."""
-        averaged = [(module.ema[name], module.parts[name]) for name in module.ema]
-        modes = [(part, part.training) for part in module.parts.values()]
-        for average, part in averaged:
-            average.swap(part)
         try:
-            module.eval()
-            with torch.no_grad():
+            with frozen(module), module.averaged():
                 pictures = self.pipeline(self.prompts, **self.options)
         except BadInput as error:  # early weights may draw what is no picture
             print(f"no sample pictures at step {module.progress.global_step}: {error}")
             return
-        finally:
-            for average, part in averaged:
-                average.swap(part)
-            for part, training in modes:
-                part.train(training)
         save_row(pictures, self.folder / f"step-{module.progress.global_step:08d}.png")
 
 

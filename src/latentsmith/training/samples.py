@@ -16,7 +16,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunSamples(Dataset):
-    """The run as a sequence: position -> what `read` makes of the sample there, what `draw` adds, and `dropout_seed`.
+    """The run as a sequence: position -> what `read` makes of the sample there, what `draw` adds, `dropout_seed` and
+    `positions`, the position itself.
 
     read(index, position): tensors and text of one sample of the set, whose crops may depend on the position.
     length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch.
@@ -30,7 +31,12 @@ class RunSamples(Dataset):
     def __getitem__(self, position: int) -> Record:
         index = index_at(self.seed, position, self.length)
         dropout_seed = sample_seed(self.seed, position, DROPOUT)
-        return {**self.read(index, position), **self.draw(position), "dropout_seed": dropout_seed}
+        return {
+            **self.read(index, position),
+            **self.draw(position),
+            "dropout_seed": dropout_seed,
+            "positions": position,
+        }
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""Checkpoints in the background, by the minute, on a full disk."""
+
+import errno
+import threading
+
+import pytest
+import torch
+
+from latentsmith.files.errors import BadInput
+from latentsmith.files.memory import available_bytes
+from latentsmith.training import saving
+from latentsmith.training.checkpoint import checkpoints_in, read_state, size_of, take_snapshot, write_checkpoint
+from latentsmith.training.saving import Checkpointing, SaveCheckpoints, check_disk
+
+
+def saved(run):
+    return [path.name for path in checkpoints_in(run.folder / "checkpoints")]
+
+
+def states(run):
+    return [read_state(path) for path in checkpoints_in(run.folder / "checkpoints")]
+
+
+def test_background_and_blocking_saves_are_the_same_files(toy, monkeypatch, capsys):
+    background, blocking = toy(), toy()
+    background.train(steps=6, every=1)
+    monkeypatch.setattr(saving, "available_bytes", lambda: 0)
+    blocking.train(steps=6, every=1)
+    assert states(background) == states(blocking) and len(states(blocking)) == 6
+    assert capsys.readouterr().out.count("training waits while it saves") == 1
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(toy, monkeypatch):
+    """A save of step 2 that takes until step 4 holds the weights of step 2 all the same."""
+    reached, done = threading.Event(), []
+
+    def slow(folder, snapshot, keep, metadata):
+        if snapshot.state["global_step"] == 2:
+            assert reached.wait(20), "training waited for its checkpoint"
+        done.append(snapshot.state["global_step"])
+        return write_checkpoint(folder, snapshot, keep, metadata)
+
+    class Reach(saving.StepCallback):
+        def on_step_end(self, trainer, module):
+            if module.progress.global_step == 3:
+                reached.set()
+
+    plain, run = toy(), toy()
+    plain.train(steps=4, every=2)
+    monkeypatch.setattr(saving, "write_checkpoint", slow)
+    run.train(steps=4, every=2, callbacks=[Reach()])
+    assert done == [2, 4] and states(run) == states(plain)
+
+
+def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, capsys):
+    def full(folder, snapshot, keep, metadata):
+        if snapshot.state["global_step"] in (2, 3):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_checkpoint(folder, snapshot, keep, metadata)
+
+    plain, run = toy(), toy()
+    plain.train(steps=5, every=1, keep=1)
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    run.train(steps=5, every=1, keep=1)
+    said = capsys.readouterr().err
+    for step in (2, 3):
+        line = (
+            f"checkpoint of step {step} not written (No space left on device): training goes on, step-00000001 is the"
+        )
+        assert line in said
+    assert saved(run) == ["step-00000005"] and states(run) == states(plain) and run.losses() == plain.losses()
+
+
+def test_a_failed_write_leaves_nothing(toy, monkeypatch):
+    run = toy()
+    module = run.train(steps=1, every=1)
+    folder = run.folder / "checkpoints"
+
+    def torn(path, tensors, metadata):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("latentsmith.training.checkpoint.save_safetensors", torn)
+    module.progress.global_step = 2
+    with pytest.raises(OSError):
+        write_checkpoint(folder, take_snapshot(module), -1, {})
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+
+
+def test_the_last_one_has_to_succeed(toy, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        toy().train(steps=1)
+
+
+def test_a_disk_too_small_is_refused_before_the_first_step(toy, monkeypatch):
+    run = toy()
+    module = run.module()
+    size = size_of(module)
+    to = Checkpointing(run.folder / "checkpoints", 2, keep=3)
+    for max_steps, free, fits in (
+        (4, 3 * size, True),
+        (4, 3 * size - 1, False),
+        (100, 4 * size, True),
+        (100, 4 * size - 1, False),
+    ):
+        monkeypatch.setattr(saving.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        if fits:
+            check_disk(to, module, max_steps)
+        else:
+            with pytest.raises(BadInput, match=r"checkpoints: 0.0 GiB are free, and [23] checkpoints of 0.0 GiB"):
+                check_disk(to, module, max_steps)
+    with pytest.raises(BadInput):
+        run.train(steps=100, every=2)
+    assert not run.losses() and not saved(run)
+
+
+def test_the_size_is_that_of_the_files(toy):
+    run = toy()
+    module = run.module()
+    module.keep_averages(0.9)
+    estimate = size_of(module)
+    run.train(module, steps=1)
+    (path,) = checkpoints_in(run.folder / "checkpoints")
+    tensors = take_snapshot(module).bytes
+    assert estimate == tensors - 4 * len(list(module.parts["unet"].parameters()))  # but for the step counters
+    assert sum(file.stat().st_size for file in path.rglob("*.safetensors")) >= tensors
+
+
+def test_by_the_minute(toy, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
+
+    class Tick(saving.StepCallback):
+        def on_step_end(self, trainer, module):
+            clock[0] += 25
+
+    run = toy()
+    to = Checkpointing(run.folder / "checkpoints", 0, -1, every_n_minutes=1)
+    run.train(steps=8, every=0, callbacks=[Tick(), SaveCheckpoints(to, 8)])
+    assert saved(run) == ["step-00000003", "step-00000006", "step-00000008"]
+
+
+def test_a_loss_scale_is_kept(toy):
+    run = toy()
+    module = run.train(steps=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    module.trainer.precision_plugin.scaler = scaler
+    assert take_snapshot(module).state["scaler"]["scale"] == 1024.0
+
+
+def test_memory_is_there():
+    assert available_bytes() > 2**20
