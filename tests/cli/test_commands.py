@@ -164,7 +164,7 @@ def test_debug_shows_the_traceback(call, capsys, place):
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("train", "Missing option '--config'"),
+        ("train", "--config is missing"),
         ("trian", "No such command 'trian'"),
         ("train --config sd1 --lr 3", "No such option"),
         ("train --config nothing", "nothing: neither a config file nor a preset"),

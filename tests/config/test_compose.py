@@ -119,7 +119,7 @@ def test_precision_takes_lightnings_name(tmp_path, given, used):
         ("a: [1", "my.yaml: not readable as YAML"),
         ("name: a\nname: b", "my.yaml: not readable as YAML"),
         ("name: !!python/object/apply:os.getcwd []", "my.yaml: not readable as YAML"),
-        ("defaults: [my.yaml]", "my.yaml: defaults must be a list of presets or YAML files, none of them above itself"),
+        ("defaults: [my.yaml]", "my.yaml: stands in its own defaults; take it out of my.yaml"),
         ("defaults: [nothing]", "nothing: neither a config file nor a preset (demo, "),
         ("model: {unet_config: {_target_: os.system}}", "model.unet_config._target_: 'os.system' is not among"),
         ("model: {first_stage_config: {lossconfig: {target: evil.Loss}}}", "'evil.Loss' is not among the classes"),
@@ -155,3 +155,62 @@ def test_composed_config_composes_again(tmp_path):
 
 def test_a_bare_name_is_a_preset_and_build_is_exported():
     assert load_config("demo").name == "demo" and callable(build)
+
+
+def test_defaults_of_groups(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "small.yaml").write_text("unet_config: {model_channels: 64}\nseed: 5")
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [sd1, {model: small}, optional nothing, {optional model: nothing}]\nname: x")
+    composed = compose(path)
+    assert composed.config.model.unet_config.model_channels == 64 and composed.config.model.seed == 5
+    assert composed.origins["model.seed"] == "small.yaml" and composed.config.name == "x"
+    wrong = {"{model: gone}": "there is no", "[1]": "is neither a preset", "mine": "in its own defaults",
+             "override model: small": "is neither a preset"}  # fmt: skip
+    for entry, line in wrong.items():
+        path.write_text(f"defaults: [{entry}]")
+        with pytest.raises(BadInput, match=line):
+            compose(path)
+
+
+def test_ldms_spelling_of_keys(tmp_path):
+    path = tmp_path / "ldm.yaml"
+    path.write_text(
+        "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {channels: 4, unet_config: {target: "
+        "ldm.modules.diffusionmodules.openaimodel.UNetModel, params: {in_channels: '${model.params.channels}'}}, "
+        "scheduler_config: {target: ldm.lr_scheduler.LambdaLinearScheduler, params: {warm_up_steps: [10000], f_max: [1.0]}}}}"
+    )
+    text = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
+    changes = [f"model.params.cond_stage_config.target={text}", "model.unet_config.params.context_dim=1024"]
+    model = compose(path, changes).config.model
+    assert model.unet_config.in_channels == 4 and model.cond_stage_config.arch == "ViT-H-14"
+    assert (model.optim.sched.name, model.optim.sched.warmup_steps) == ("WarmupPolicy", 10000)
+    assert compose(path, [*changes, "model.optim.sched.warmup_steps=5"]).config.model.optim.sched.warmup_steps == 5
+
+
+@pytest.mark.parametrize(
+    "text", ["trainer: {}", "model: {}", "model: {optim: {}}", "model: {data: {train: {augmentations: {}}}}"]
+)
+def test_an_empty_node_is_all_defaults(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("")
+    assert compose(tmp_path / "a.yaml").config == compose(tmp_path / "b.yaml").config
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: []", "model must be a mapping of options"),
+        ("model: {optim: [a]}", "model.optim must be a mapping"),
+        ("3", "a config is a mapping of options|not readable as YAML"),
+        ("exp_manager: {name: ''}", "does not name a folder"),
+        ("exp_manager: {name: ../../x}", "does not name a folder"),
+        ("trainer: {max_steps: 0}", "nothing to train"),
+        ("model: {scale_by_std: true, scale_factor: 0.18215}", "drop one of them"),
+        ("model: {unet_config: {_target_: nemo.collections.multimodal.UNetModle}}", "is not among the classes"),
+    ],
+)
+def test_faults_of_whole_nodes(tmp_path, text, line):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(BadInput, match=line):
+        compose(tmp_path / "a.yaml")

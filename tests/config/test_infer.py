@@ -45,7 +45,7 @@ def test_what_generate_reads():
         ("infer.inferense_steps=3", "did you mean infer.inference_steps?"),
         ("model.optim.lr=1", "model.optim.lr has no effect on drawing; its checkpoint decides. Drop it"),
         ("model.peft.restore_from_path=a.nemo", "model.peft.restore_from_path=a.nemo is refused"),
-        ("model.unet_config.from_pretrained=a.ckpt", "model.unet_config.from_pretrained is not read here"),
+        ("model.unet_config.from_pretrained=a.ckpt", "model.unet_config.from_pretrained is not read for drawing"),
         ("~fid.save_path", "fid.save_path is missing; give it there"),
     ],
 )

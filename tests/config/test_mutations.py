@@ -152,7 +152,7 @@ def test_defaults_lists(tmp_path):
     assert load_config(tmp_path / "mine.yaml").model.seed == 5
     (tmp_path / "a.yaml").write_text("defaults: [sub/b]")
     (tmp_path / "sub" / "b.yaml").write_text("defaults: [../a]")
-    with pytest.raises(BadInput, match="none of them above itself"):
+    with pytest.raises(BadInput, match="stands in its own defaults"):
         load_config(tmp_path / "a.yaml")
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from latentsmith.config import load_config
+from latentsmith.config import compose, load_config
 from latentsmith.config.overrides import leaves, merge, parse
 from latentsmith.files.errors import BadInput
 
@@ -72,6 +72,8 @@ def test_nothing_to_delete(changes, line):
 def test_a_mapping_is_merged():
     optim = load_config("demo", ["model.optim={lr: 1, sched: {name: constant}}"]).model.optim
     assert (optim.lr, optim.sched.name, optim.sched.warmup_steps) == (1, "constant", 50)
+    (note,) = compose("demo", ["model.optim.sched={name: constant, hold_steps: null, min_lr: 0}"]).notes
+    assert note.startswith("model.optim.sched.warmup_steps has no effect here: model.optim.sched.name=constant is one")
 
 
 def test_later_overrides_win():

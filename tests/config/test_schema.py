@@ -36,7 +36,7 @@ def test_find():
 def test_refused_takes_its_default_alone():
     option = schema.table()["model.learn_logvar"]
     assert option.read(False, "f") is False
-    with pytest.raises(BadInput, match=r"f: model.learn_logvar=True is refused: .*; leave it at False"):
+    with pytest.raises(BadInput, match=r"f: model.learn_logvar=True is refused: .*; leave it at false"):
         option.read(True, "f")
 
 

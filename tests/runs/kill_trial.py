@@ -2,8 +2,8 @@
 
     python kill_trial.py KILLS SEED RUN_FOLDER train --config ... KEY=VALUE ...
 
-A process that has everything imported is forked for each life, so that most of it is training. Prints JSON: kills, those
-that interrupted a save, those before the first step of a life.
+A process that has everything imported is forked for each life, so that most of it is training. Prints JSON: kills,
+those that interrupted a save, those before the first step of a life.
 """
 
 import json
@@ -44,11 +44,9 @@ def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, in
         child = life(words, log)
         early = chance.random() < 0.1
         deadline = time.monotonic() + (chance.uniform(0.0, 0.5) if early else 60)
-        while (
-            time.monotonic() < deadline
-            and size(folder / "metrics.csv") <= rows
-            and not os.waitpid(child, os.WNOHANG)[0]
-        ):
+        while time.monotonic() < deadline and size(folder / "metrics.csv") <= rows:
+            if os.waitpid(child, os.WNOHANG)[0]:
+                raise SystemExit("a life ended before its first step; see the log")
             time.sleep(0.002)
         time.sleep(chance.uniform(0.0, 0.3))
         moved = size(folder / "metrics.csv") > rows

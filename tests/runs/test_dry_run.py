@@ -68,6 +68,17 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / name).exists()
 
 
+def test_presets_of_the_demo(pictures, tmp_path, capsys, monkeypatch):
+    given = [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
+    assert main(["train-vae", "--config", "demo_vae", "--dry-run", *given]) == 0
+    raw = ["model.first_stage_key=images", "model.cond_stage_key=captions"]
+    assert main(["train", "--config", "demo", "--dry-run", *raw, *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("vae: ")] == ["vae: 681,911 parameters, trained",
+                                                                    "vae: 681,911 parameters, frozen"]  # fmt: skip
+    assert not (tmp_path / "demo").exists() and not (tmp_path / "demo_vae").exists()
+
+
 def test_a_file_that_does_not_fit_is_found(pictures, tmp_path, capsys):
     config = load_config("sd1")
     with torch.device("meta"):

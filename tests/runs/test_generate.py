@@ -222,6 +222,11 @@ model: {restore_from_path: RUN, precision: '${trainer.precision}'}
     assert made[0]["options"]["eta"] == 0.5 and made[0]["sampler"] == "ddim"
     assert world.call("generate", "--config", tmp_path / "sd_infer.yaml", "--seed", 5, "--count", 1, "a cat") == 0
     assert (tmp_path / "out" / "a-cat-seed5.png").is_file()  # what is given goes first
+    capsys.readouterr()
+    changes = ["infer.seed=50", "infer.prompts=[a fox]", "infer.num_images_per_prompt=1"]
+    assert world.call("generate", "--config", tmp_path / "sd_infer.yaml", *changes) == 0
+    assert (tmp_path / "out" / "a-fox-seed50.png").is_file()
+    assert "without effect here" in capsys.readouterr().err
     text = (tmp_path / "sd_infer.yaml").read_text()
     (tmp_path / "typo.yaml").write_text(text.replace("inference_steps", "inferense_steps"))
     capsys.readouterr()

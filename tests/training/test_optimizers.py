@@ -18,8 +18,9 @@ def test_constant_knows_no_warm_up():
 
 @pytest.mark.parametrize("name", ["WarmupPolicy", "WarmupHoldPolicy"])
 def test_warm_up_rises_linearly_and_holds(name):
-    assert rates(name, warmup_steps=4, max_steps=10) == [0.2, 0.4, 0.6, 0.8] + [1.0] * 9
+    assert rates(name, warmup_steps=4) == [0.2, 0.4, 0.6, 0.8] + [1.0] * 9
     assert rates(name) == [1.0] * 13
+    assert rates(name, max_steps=10, min_factor=0.1) == [1.0] * 11 + [0.1] * 2  # NeMo's: the least rate beyond the end
 
 
 def test_linear_falls_to_its_end():

@@ -44,6 +44,7 @@ class ModelSpec:
     timesteps: int = 1000
     zero_terminal_snr: bool = False
     beta_schedule: str = "linear"
+    cosine_s: float = 8e-3
     timestep_spacing: str | None = None
     steps_offset: int = 1
     set_alpha_to_one: bool | None = False

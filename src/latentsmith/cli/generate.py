@@ -28,6 +28,7 @@ class Spacing(StrEnum):
     linspace = "linspace"
 
 
+WORDS = "What to draw; with --config also KEY=VALUE."
 LAST_SEED = 2**63 - 1
 
 
@@ -40,7 +41,9 @@ def generate(
         str | None, typer.Option("--from", help="Checkpoint: run folder, diffusers folder, one file, .nemo, hub name.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; with --config also KEY=VALUE.")
+    ] = None,
     prompts_file: Annotated[Path | None, option("A text file with a prompt on each line.")] = None,
     negative: Annotated[str | None, option("What to steer away from.")] = None,
     config: Annotated[Path | None, option("NeMo's inference YAML; options given here go first.")] = None,
@@ -115,8 +118,11 @@ def generate(
     fid = None
     if config is not None:
         from latentsmith.config.infer import read_infer
+        from latentsmith.config.overrides import is_override
 
-        read = read_infer(config)
+        changes = [word for word in wanted if is_override(word)]
+        wanted = [word for word in wanted if word not in changes]
+        read = read_infer(config, changes)
         fid, listed = read.pop("fid", None), read.pop("prompts", [])
         given = read | given
         fid = None if wanted else fid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,18 +14,16 @@ Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the config, in Hydra's grammar.")
 ]
-EXPLAIN = "`latentsmith config validate` says why"
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 
 
 def load(config: str, overrides: list[str] | None) -> Any:
     """The composed config; options that have no effect here are named on stderr, in one line."""
     from latentsmith.config import compose
+    from latentsmith.config.compose import say_notes
 
     composed = compose(config, overrides or [])
     if composed.draws:
         raise BadInput(f"{config}: is an inference file; draw with it: latentsmith generate --config {config}")
-    if composed.notes:
-        keys = ", ".join(note.split()[0] for note in composed.notes)
-        print(f"{config}: without effect here ({EXPLAIN}): {keys}", file=sys.stderr)
+    say_notes(config, composed)
     return composed.config

@@ -71,7 +71,7 @@ def _sweep(config: str, given: list[str]) -> list[list[str]]:
     return named
 
 
-def train_vae(config: Config, overrides: Overrides = None, init: Init = None) -> None:
+def train_vae(config: Config, overrides: Overrides = None, init: Init = None, dry_run: DryRun = False) -> None:
     """Train the VAE (model.first_stage_config) on images.
 
     \b
@@ -82,7 +82,7 @@ def train_vae(config: Config, overrides: Overrides = None, init: Init = None) ->
     loaded = load(config, _with_init(overrides, init))
     from latentsmith.runs.train_vae import train_vae as run
 
-    run(loaded)
+    run(loaded, dry_run=dry_run)
 
 
 def _with_init(overrides: list[str] | None, init: str | None) -> list[str]:

@@ -33,21 +33,28 @@ def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
     for key in plain:
         if place != target and f"{place}.{key}" not in schema.groups() and not schema.find(f"{place}.{key}"):
             raise schema.unknown_key(f"{place}.{key}", "config")
-    arguments = {key: _plain(value) for key, value in plain.items() if _reaches(f"{place}.{key}", value)}
     try:
-        return _find_class(target)(**arguments, **more)
+        return _find_class(target)(**_reaching(plain, place), **more)
     except (ValueError, TypeError) as error:
         raise BadInput(f"{place}: {error}") from error
 
 
-def _reaches(key: str, value: Any) -> bool:
-    option = schema.find(key)
-    return value is not None and (option is None or option.filled)
+def arguments(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that `build` would call the class of a node with."""
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+    plain = targets.canonical(targets.flatten(plain), "config")
+    target = plain.pop("_target_")
+    return _reaching(plain, PLACES.get(target, target))
 
 
-def _plain(value: Any) -> Any:
-    """A nested node without what has no effect here: the class sees only what it uses."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
+def _reaching(node: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """A node without nulls and without what has no effect here: the class sees only what it uses."""
+    found = {}
+    for key, value in node.items():
+        option = schema.find(f"{place}.{key}")
+        if value is not None and (option is None or option.filled):
+            found[key] = _reaching(value, f"{place}.{key}") if isinstance(value, dict) else value
+    return found
 
 
 def _find_class(path: str) -> Any:

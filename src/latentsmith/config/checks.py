@@ -31,6 +31,24 @@ def check(values: Mapping[str, Any]) -> None:
     _check_schedules(model, values["trainer"])
     _check_optimizer(model["optim"])
     _check_classes(model)
+    name = values["exp_manager"]["name"]
+    if not name.strip() or ".." in name.split("/") or name.startswith("/"):
+        raise BadInput(f"exp_manager.name={name!r} does not name a folder inside exp_manager.exp_dir; give it a name")
+    if 0 in (values["trainer"]["max_steps"], values["trainer"]["max_epochs"]):
+        raise BadInput("trainer.max_steps or max_epochs is 0: nothing to train; -1 is no limit")
+
+
+def check_drawing(values: Mapping[str, Any]) -> None:
+    """The same for an inference file."""
+    infer, model = values.get("infer") or {}, values.get("model") or {}
+    if (model.get("unet_config") or {}).get("from_pretrained"):
+        raise BadInput(
+            "model.unet_config.from_pretrained is not read for drawing; convert the parts into one file first"
+        )
+    if infer.get("eta") and str(infer.get("sampler_type")).lower() in ("plms", "pndm"):
+        raise BadInput(
+            f"infer.eta={infer['eta']} with infer.sampler_type={infer['sampler_type']}: PLMS has no noise; use 0"
+        )
 
 
 def _check_unet(unet: Mapping[str, Any]) -> None:

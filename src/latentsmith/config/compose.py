@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -66,11 +68,19 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     values = _read_values(_resolve(_without_unset(tree) if draws else _fill(tree), str(name_or_path)), origins)
     if draws:
         _refuse_training(given, str(name_or_path))
+        checks.check_drawing(values)
     else:
         _derive(values, given)
         checks.check(values)
     given_by = {key: origins[key] for key in given if key in origins}
-    return Composed(OmegaConf.create(values), given_by, _notes(given), draws)
+    return Composed(OmegaConf.create(values), given_by, _notes(given, values, draws), draws)
+
+
+def say_notes(config: str, composed: Composed) -> None:
+    """Name the options that have no effect here on stderr, in one line."""
+    if composed.notes:
+        keys = ", ".join(note.split()[0] for note in composed.notes)
+        print(f"{config}: without effect here (`latentsmith config validate` says why): {keys}", file=sys.stderr)
 
 
 def presets() -> list[str]:
@@ -91,26 +101,48 @@ def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
     """The tree of a YAML file over those in its `defaults:` list, and which file gave each key."""
     tree = _read_yaml(path)
     bases = tree.pop("defaults", [])
-    if path in inside or not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise BadInput(f"{path.name}: defaults must be a list of presets or YAML files, none of them above itself")
+    if path in inside:
+        raise BadInput(f"{path.name}: stands in its own defaults; take it out of {inside[-1].name}")
+    if not isinstance(bases, list):
+        raise BadInput(f"{path.name}: defaults must be a list of presets or YAML files, not {bases!r}")
     own = bases.index("_self_") if "_self_" in bases else len(bases)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in [*bases[:own], None, *bases[own + 1 :]]:
         part, source = (tree, dict.fromkeys(overrides.leaves(tree), path.name))
         if base is not None:
-            beside = [path.parent / base, path.parent / f"{base}.yaml"]
-            found = next((file.resolve() for file in beside if file.is_file()), None)
-            part, source = read(found or find_file(base), (*inside, path))
+            part, source = _read_base(path, base, (*inside, path))
         overrides.merge(merged, part)
         origins |= source
     return merged, origins
 
 
+def _read_base(path: Path, base: Any, inside: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What an entry of a defaults list stands for: "preset", "file", {"optim": "adam"} (optim/adam.yaml as the node
+    `optim`), each after "optional" if it may be missing."""
+    group, name = next(iter(base.items())) if isinstance(base, dict) and len(base) == 1 else ("", base)
+    words = str(group or name).split()
+    optional = len(words) == 2 and words[0] == "optional"
+    if not isinstance(name, str) or len(words) != 1 + optional:
+        raise BadInput(f"{path.name}: {base!r} in defaults is neither a preset, a YAML file nor GROUP: FILE")
+    node, name = (words[-1], name) if group else ("", words[-1])
+    file = f"{node}/{name}" if node else name
+    found = next((one.resolve() for one in (path.parent / file, path.parent / f"{file}.yaml") if one.is_file()), None)
+    if found is None and (optional or node):
+        if optional:
+            return {}, {}
+        raise BadInput(f"{path.name}: {base!r} in defaults: there is no {path.parent / file}.yaml")
+    part, source = read(found or find_file(name), inside)
+    for key in reversed(node.split("/") if node else []):
+        part, source = {key: part}, {f"{key}.{inner}": where for inner, where in source.items()}
+    return part, source
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        plain = _without_params(plain)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(plain, dict):
         raise BadInput(f"{path.name}: a config is a mapping of options, not a {type(plain).__name__}")
@@ -124,6 +156,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         model |= params
         plain["model"] = {str(key): targets.flatten(value) for key, value in model.items()}
     return plain
+
+
+def _without_params(node: Any) -> Any:
+    """Interpolations of LDM's nested options (`${model.params.channels}`) without the level that is taken out."""
+    if isinstance(node, dict):
+        return {key: _without_params(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_params(value) for value in node]
+    return re.sub(r"(?<=[\w.])\.params(?=\.[\w.]+\})", "", node) if isinstance(node, str) and "${" in node else node
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
@@ -156,7 +197,7 @@ def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
     for key, value in given.items():
         source = origins.get(key, overrides.PLACE)
         if key in schema.groups():
-            if value in targets.NO_COMPONENT:
+            if isinstance(value, str) and value in targets.NO_COMPONENT:
                 raise BadInput(f"{source}: {key}={value} is refused: {targets.NO_COMPONENT[value]}")
             if value not in (None, {}):
                 raise BadInput(f"{source}: {key} must be a mapping of options, not {value!r}")
@@ -249,17 +290,39 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         model["optim"]["lr"] = model["base_learning_rate"]
     elif given.get("model.optim.lr", 0) is None:
         model["optim"]["lr"] = NEMO_LR
+    if given.get("model.optim.sched.name") is None and given.get("model.optim.sched.warmup_steps") is None:
+        model["optim"]["sched"] |= _ldm_warmup(model.get("scheduler_config"))
     manager = values["exp_manager"]
     manager["resume_from_checkpoint"] = manager["resume_from_checkpoint"] or model["resume_from_checkpoint"]
     model["ckpt_path"] = model["ckpt_path"] or model.get("restore_from_path")
     if model["scale_by_std"]:
+        if given.get("model.scale_factor") not in (None, 1, "measured"):
+            raise BadInput(
+                f"model.scale_by_std=True measures the scale, but model.scale_factor={given['model.scale_factor']} is "
+                "given; drop one of them"
+            )
         model["scale_factor"] = "measured"
     data["train"].setdefault("augmentations", {})
     if model["cond_stage_trainable"]:
         text["freeze"] = False
 
 
-def _notes(given: dict[str, Any]) -> list[str]:
-    found = (schema.find(key) for key, value in given.items() if value is not None)
-    idle = {option.key: option.reason for option in found if option and option.fate == "no effect"}
+def _ldm_warmup(node: dict[str, Any] | None) -> dict[str, Any]:
+    """The warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words."""
+    steps = (node or {}).get("warm_up_steps")
+    if not isinstance(steps, list) or not steps or not isinstance(steps[0], int) or steps[0] < 0:
+        return {}
+    return {"name": "WarmupPolicy", "warmup_steps": steps[0]}
+
+
+def _notes(given: dict[str, Any], values: dict[str, Any], draws: bool) -> list[str]:
+    found = [option for key, value in given.items() if value is not None and (option := schema.find(key))]
+    idle = {option.key: option.reason for option in found if option.fate == "no effect"}
+    if draws:
+        trainer = [option.key for option in found if option.key.startswith("trainer.")]
+        reason = "generate takes --device, and torchrun or srun shares the pictures"
+        idle = dict.fromkeys((key for key in trainer if key != "trainer.precision"), reason) | idle
+    elif values["model"]["optim"]["sched"]["name"] == "constant":
+        keys = (f"model.optim.sched.{name}" for name in ("warmup_steps", "hold_steps", "min_lr", "max_steps"))
+        idle |= {key: "model.optim.sched.name=constant is one rate throughout" for key in keys if given.get(key)}
     return [f"{key} has no effect here: {reason}" for key, reason in idle.items()]

@@ -17,6 +17,9 @@ def explain(key: str = "") -> str:
     option = schema.table().get(key)
     if option is not None:
         return "\n".join(_lines(option))
+    inside = schema.find(key) if key else None
+    if inside is not None:
+        return f"{key} lies in {inside.key}, whose keys are not ours to name\n" + "\n".join(_lines(inside))
     below = [option for option in schema.table().values() if not key or option.key.startswith(f"{key}.")]
     if not below:
         raise schema.unknown_key(key, "config explain")
@@ -76,6 +79,7 @@ def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
 
 
 MOVED = (  # read as keys of ours
+    "model.scheduler_config",
     "model.base_learning_rate",
     "model.restore_from_path",
     "model.scale_by_std",
@@ -86,7 +90,7 @@ MOVED = (  # read as keys of ours
 def migrated(composed: Composed, source: str) -> str:
     """A config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
     tree: dict[str, Any] = {}
-    moved = () if composed.draws else MOVED
+    moved = DEVICES if composed.draws else MOVED
     for key, value in overrides.leaves(_plain(composed.config)).items():
         option = schema.find(key)
         if option is None or option.fate not in ("used", "mapped") or option.key in moved:
@@ -98,6 +102,9 @@ def migrated(composed: Composed, source: str) -> str:
     if composed.notes:
         lines += ["# Left out, since they have no effect here:", *(f"#   {note}" for note in composed.notes)]
     return "\n".join(lines)
+
+
+DEVICES = tuple(key for key in schema.table() if key.startswith("trainer.") and key != "trainer.precision")
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

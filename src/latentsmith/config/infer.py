@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from latentsmith.config.compose import compose
+from latentsmith.config.compose import compose, say_notes
 from latentsmith.files.errors import BadInput
 
 KEYWORDS = {
@@ -36,12 +36,11 @@ def read_infer(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
     fid: the options of its section `fid`, if it has one. Raises BadInput as `compose`, and for a file without `infer`.
     """
     composed = compose(path, changes)
+    say_notes(str(path), composed)
     if not composed.draws:
         raise BadInput(f"{path}: has no section `infer`; see docs/sampling.md for what generate reads")
     tree: Any = OmegaConf.to_container(composed.config)
     infer, model = tree.get("infer") or {}, tree.get("model") or {}
-    if (model.get("unet_config") or {}).get("from_pretrained"):
-        raise BadInput(f"{path}: model.unet_config.from_pretrained is not read here; convert the parts into one first")
     found = {ours: infer[theirs] for theirs, ours in KEYWORDS.items() if theirs in infer}
     if model.get("restore_from_path"):
         found["source"] = model["restore_from_path"]

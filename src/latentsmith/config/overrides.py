@@ -22,12 +22,28 @@ def parse(override: str, *, sweeps: bool = False) -> tuple[bool, str, Any]:
     shape = SHAPE.fullmatch(override)
     if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
         raise BadInput(f"{PLACE}: {override!r} is not an override; write key=value (or ~key to drop a key)")
-    key = shape["key"]
+    key = own_key(shape["key"])
     option = schema.find(key)
     if option is None and key not in schema.groups():
         raise schema.unknown_key(key, PLACE)
     literal = option is not None and option.kind.literal
     return shape["mark"] == "~", key, _value(shape["text"], key, literal, sweeps)
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of a command line changes an option, and is no text that happens to hold an equals sign."""
+    shape = SHAPE.fullmatch(word)
+    if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
+        return False
+    key = own_key(shape["key"])
+    return schema.find(key) is not None or key in schema.groups()
+
+
+def own_key(key: str) -> str:
+    """LDM's spelling of a key (`model.params.x`, `model.unet_config.target`) in ours."""
+    plain = re.sub(r"\.params(?=\.)", "", key)
+    own = re.sub(r"\.target$", "._target_", plain)
+    return own if own in schema.table() else plain
 
 
 def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:

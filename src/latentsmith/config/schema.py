@@ -9,6 +9,7 @@ Fates:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -54,7 +55,8 @@ class Option:
         except (ValueError, TypeError, OverflowError):
             raise BadInput(f"{source}: {self.key} must be {self.kind.words}, not {value!r}") from None
         if self.fate == "refused" and result != self.default:
-            raise BadInput(f"{source}: {self.key}={result} is refused: {self.reason}; leave it at {self.default}")
+            default = json.dumps(self.default)
+            raise BadInput(f"{source}: {self.key}={result} is refused: {self.reason}; leave it at {default}")
         return result
 
 

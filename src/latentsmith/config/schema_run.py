@@ -60,9 +60,9 @@ TRAINER = group(
     ),
     used(
         "gradient_clip_val",
-        nullable(number(0)),
+        nullable(number()),
         None,
-        "largest global L2 norm of the gradient; null or 0 for no clipping",
+        "largest global L2 norm of the gradient; null, 0 or less for no clipping",
         also=["max_grad_norm", "grad_clip", "clip_grad"],
     ),
     used("deterministic", flag(), False, "refuse kernels whose result varies between runs (bit-exact resume on a GPU)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any
 
 from latentsmith.files.errors import BadInput
@@ -85,7 +86,12 @@ def canonical(node: dict[str, Any], place: str) -> dict[str, Any]:
         raise BadInput(f"{place}._target_: {path!r} means diffusion on pixels; here it is on the latents of a VAE")
     if path not in ALIASES:
         known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
-        raise BadInput(f"{place}._target_: {path!r} is not among the classes a config may name: {known}")
+        near = get_close_matches(str(path), ALIASES, 1, 0.8)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadInput(
+            f"{place}._target_: {path!r} is not among the classes a config may name: {known}, and their names in "
+            f"NeMo and LDM{hint}"
+        )
     target, implied = ALIASES[path]
     if place in EXPECTED and target not in EXPECTED[place]:
         raise BadInput(f"{place}._target_: {path!r} belongs elsewhere; here it is {' or '.join(EXPECTED[place])}")

@@ -100,7 +100,7 @@ class Pipeline:
                 f"latents have {vae.embed_dim}; only models that draw from text alone can be run"
             )
         self.schedule = NoiseSchedule.from_config(
-            spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps
+            spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps, cosine_s=spec.cosine_s
         )
         if spec.zero_terminal_snr:
             self.schedule = self.schedule.zero_terminal_snr()

@@ -9,7 +9,7 @@ from torch import nn
 
 from latentsmith.checkpoints import ModelSpec, open_checkpoint
 from latentsmith.checkpoints.spec import NEMO_LENGTH, pads_text, stated_text
-from latentsmith.config.build import build
+from latentsmith.config.build import arguments, build
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
@@ -108,6 +108,7 @@ def spec_of_run(config: DictConfig, scale_factor: float, latent_size: int) -> Mo
         linear_end=model.linear_end,
         timesteps=model.timesteps,
         beta_schedule=model.beta_schedule,
+        cosine_s=model.cosine_s,
         zero_terminal_snr=model.zero_terminal_snr,
         timestep_spacing="trailing" if model.zero_terminal_snr else None,  # the only one that starts from pure noise
         null_text="zero" if zeroed else "empty",
@@ -116,8 +117,7 @@ def spec_of_run(config: DictConfig, scale_factor: float, latent_size: int) -> Mo
 
 def keywords(node: DictConfig) -> dict[str, Any]:
     """The constructor keywords that shape a network."""
-    plain: Any = OmegaConf.to_container(node, resolve=True)
-    return {key: value for key, value in plain.items() if value is not None and key not in SOURCES}
+    return {key: value for key, value in arguments(node).items() if key not in SOURCES}
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -173,7 +173,7 @@ def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
         accelerator=trainer.accelerator,
         strategy=trainer.strategy,
         precision=trainer.precision,
-        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_val=trainer.gradient_clip_val if (trainer.gradient_clip_val or 0) > 0 else None,
         accumulate_grad_batches=micro_batches,
         deterministic=trainer.deterministic,
         benchmark=trainer.benchmark,

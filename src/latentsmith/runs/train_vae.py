@@ -1,6 +1,7 @@
 """`latentsmith train-vae`: an autoencoder from pictures, for who has none to start from."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from latentsmith.training.samples import RunSamples
 from latentsmith.training.vae_module import VaeTraining
 
 from . import pieces
+from .dry_run import check_folder, header
 from .fitting import fit_as_configured
-from .folder import open_run_folder
+from .folder import open_run_folder, run_folder
 from .networks import build_network, keywords
 
 
-def train_vae(config: DictConfig) -> Path:
-    """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder."""
+def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
+    """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder.
+
+    dry_run: check everything that training would, print what would be trained, and stop.
+    """
     pieces.check_device(config)
     first_stage = config.model.first_stage_config
     loss = build(first_stage.lossconfig)
@@ -33,19 +38,28 @@ def train_vae(config: DictConfig) -> Path:
     assert transforms.size is not None
     batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
     max_steps = pieces.step_limit(config, len(samples), batch)
-    vae: Any = build_network(config, "vae")
+    with torch.device("meta") if dry_run else nullcontext():
+        vae: Any = build_network(config, "vae")
+    shape = pieces.latent_shape(config, transforms.size)
+    optimisation = pieces.optimisation(config, batch, max_steps)
+    print(*header({"vae": vae}, ("vae",)), sep="\n")
+    epochs = max_steps * batch / len(samples)
+    print(f"{len(samples):,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
+    if dry_run:
+        check_folder(config)
+        return run_folder(config)
     if config.model.channels_last:
         vae.to(memory_format=torch.channels_last)
     run = RunSamples(
         read=pieces.read_images(samples, transforms, seed),
-        draw=PosteriorDraws(seed, pieces.latent_shape(config, transforms.size)),
+        draw=PosteriorDraws(seed, shape),
         length=len(samples),
         seed=seed,
     )
     folder = open_run_folder(config)
     fit_as_configured(
         config,
-        VaeTraining(vae, loss, pieces.optimisation(config, batch, max_steps)),
+        VaeTraining(vae, loss, optimisation),
         run,
         max_steps,
         folder,

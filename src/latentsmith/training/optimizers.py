@@ -24,7 +24,8 @@ def lr_schedule(
 ) -> Schedule:
     """The factor of the learning rate after `step` optimizer steps.
 
-    constant; WarmupPolicy and WarmupHoldPolicy, which rise linearly as (step + 1) / (warmup_steps + 1) and stay at 1;
+    constant; WarmupPolicy and WarmupHoldPolicy, which rise linearly as (step + 1) / (warmup_steps + 1) and stay at 1,
+    from there on at min_factor beyond max_steps, as NeMo's;
     linear and CosineAnnealing, which after the same rise and `hold_steps` fall to min_factor at max_steps.
     ValueError for another name, or a falling one without max_steps.
     """
@@ -38,7 +39,7 @@ def lr_schedule(
         if name != "constant" and step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if name not in falls:
-            return 1.0
+            return min_factor if name != "constant" and 0 < max_steps < step else 1.0
         start = warmup_steps + (hold_steps if math.isfinite(hold_steps) else 0)
         share = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
         return min_factor + (1 - min_factor) * falls[name](share)
