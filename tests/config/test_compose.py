@@ -178,7 +178,7 @@ def test_ldms_spelling_of_keys(tmp_path):
     path.write_text(
         "model: {target: ldm.models.diffusion.ddpm.LatentDiffusion, params: {channels: 4, unet_config: {target: "
         "ldm.modules.diffusionmodules.openaimodel.UNetModel, params: {in_channels: '${model.params.channels}'}}, "
-        "scheduler_config: {target: ldm.lr_scheduler.LambdaLinearScheduler, params: {warm_up_steps: [10000], f_max: [1.0]}}}}"
+        "scheduler_config: {target: ldm.lr_scheduler.LambdaLinearScheduler, params: {warm_up_steps: [10000]}}}}"
     )
     text = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
     changes = [f"model.params.cond_stage_config.target={text}", "model.unet_config.params.context_dim=1024"]
