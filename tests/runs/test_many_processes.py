@@ -10,10 +10,10 @@ from latentsmith.files.tensors import open_tensors
 from latentsmith.training.log import read_rows
 
 
-def trained(world, name, processes, *overrides):
+def trained(world, name, processes, *overrides, strategy="ddp"):
     """The run of `processes` processes, each with an equal share of batches of 4."""
     given = world.command(
-        "cached", name, f"trainer.devices={processes}", "trainer.strategy=ddp", "model.global_batch_size=4",
+        "cached", name, f"trainer.devices={processes}", f"trainer.strategy={strategy}", "model.global_batch_size=4",
         f"model.micro_batch_size={4 // processes}", *overrides,
     )  # fmt: skip
     words = [word.replace("ROOT", str(world.root)) for word in given]
@@ -25,10 +25,13 @@ def trained(world, name, processes, *overrides):
     return world.root / "runs" / name
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_losses_and_weights_of_one_process(world, processes):
-    alone = world.train("cached", f"one-of-{processes}", "model.global_batch_size=4", "model.micro_batch_size=4")
-    together = trained(world, f"{processes}-together", processes)
+def test_the_losses_and_weights_of_one_process(world, processes, strategy):
+    alone = world.train(
+        "cached", f"one-of-{processes}-{strategy}", "model.global_batch_size=4", "model.micro_batch_size=4"
+    )
+    together = trained(world, f"{processes}-{strategy}", processes, strategy=strategy)
     expected, found = (read_rows(run / "metrics.csv") for run in (alone, together))
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     for name in ("loss", "grad_norm"):
@@ -38,9 +41,72 @@ def test_the_losses_and_weights_of_one_process(world, processes):
         assert (tensor - weights[1][name]).abs().max() < 2e-4, name
 
 
-def test_two_processes_stopped_go_on(world):
+@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+def test_two_processes_stopped_go_on(world, strategy):
     """Two steps and two more are the four of one process."""
-    whole = trained(world, "two-whole", 2)
-    trained(world, "two-halves", 2, "trainer.max_steps=2")
-    halves = trained(world, "two-halves", 2)
+    whole = trained(world, f"{strategy}-whole", 2, strategy=strategy)
+    trained(world, f"{strategy}-halves", 2, "trainer.max_steps=2", strategy=strategy)
+    halves = trained(world, f"{strategy}-halves", 2, strategy=strategy)
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
+
+
+def test_a_sharded_run_goes_on_in_one_process(world):
+    """Its checkpoint is one set of whole files: the same as without shards, to load and to draw from."""
+    trained(world, "sharded-then-alone", 2, "trainer.max_steps=2", strategy="model_parallel")
+    run = world.train("cached", "sharded-then-alone", "model.global_batch_size=4")
+    alone = world.train("cached", "never-sharded", "model.global_batch_size=4")
+    assert world.losses(run) == pytest.approx(world.losses(alone), rel=1e-4)
+    shapes = [
+        {name: tensor.shape for file in sorted(world.newest(one).rglob("*.safetensors"))
+         for name, tensor in open_tensors(file).items()}
+        for one in (run, alone)
+    ]  # fmt: skip
+    assert shapes[0] == shapes[1]
+    assert world.call("generate", "--from", run, "--out", run / "drawn", "--steps", 2, "a red circle") == 0
+
+
+SHARDS = """
+import sys
+from latentsmith.cli import main
+from latentsmith.training.module import StepCallback, TrainingModule
+from latentsmith.training.saving import SaveCheckpoints
+
+def look(self, trainer, module):
+    unet = module.parts["unet"]
+    local = sum(p.to_local().numel() for p in unet.parameters())
+    state = module.optimizers(use_pl_optimizer=False).state
+    moments = sum(row["exp_avg"].to_local().numel() for row in state.values())
+    averages = sum(average.to_local().numel() for average in module.ema["unet"].averages)
+    total = sum(p.numel() for p in unet.parameters())
+    print("SHARE", local / total, moments / total, averages / total, flush=True)
+
+SaveCheckpoints.on_step_end = look
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_each_process_holds_its_share_of_weights_moments_and_averages(world):
+    given = world.command("cached", "shares", "trainer.devices=2", "trainer.strategy=model_parallel",
+                          "model.global_batch_size=4", "model.micro_batch_size=2", "trainer.max_steps=1")  # fmt: skip
+    words = [word.replace("ROOT", str(world.root)) for word in given]
+    (world.root / "shares.py").write_text(SHARDS)
+    command = [sys.executable, world.root / "shares.py", *words]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    shares = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SHARE")]
+    assert done.returncode == 0 and len(shares) == 2, done.stdout + done.stderr
+    assert all(0.45 < float(share) < 0.55 for each in shares for share in each), shares
+
+
+@pytest.mark.parametrize(
+    ("strategy", "line"),
+    [
+        ("fsdp", "trainer.strategy=fsdp does not run on a CPU"),
+        ("xla", "does not run on a CPU"),
+        ("deepspeed", "deepspeed is not installed"),
+        ("modelparallel", "is none of Lightning's; try model_parallel"),
+    ],
+)
+def test_strategies_that_cannot_work(world, capsys, strategy, line):
+    for more in ([], ["--dry-run"]):
+        assert world.call(*world.command("cached", "wrong-strategy", f"trainer.strategy={strategy}"), *more) == 2
+        assert line in capsys.readouterr().err

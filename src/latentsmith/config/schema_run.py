@@ -34,7 +34,13 @@ TRAINER = group(
         "auto",
         "auto takes the first there is of cuda, mps, cpu",
     ),
-    used("strategy", text(), "auto", "Lightning's strategy: auto, ddp, fsdp (sharded), ...", also=["fsdp"]),
+    used(
+        "strategy",
+        text(),
+        "auto",
+        "auto, ddp, model_parallel (weights and optimizer split over the processes), or another of Lightning's",
+        also=["fsdp"],
+    ),
     used(
         "precision",
         PRECISION,

@@ -197,9 +197,13 @@ class UNetModel(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network."""
-        for module in self.modules():
-            if isinstance(module, ResBlock | SpatialTransformer | AttentionBlock):
-                module.compile(dynamic=False)  # one size a run; dynamic shapes fail on a CPU
+        for block in self.repeated_blocks():
+            block.compile(dynamic=False)  # one size a run; dynamic shapes fail on a CPU
+
+    def repeated_blocks(self) -> list[nn.Module]:
+        """The blocks that make up nearly all of the network, each used once in a pass."""
+        kinds = ResBlock | SpatialTransformer | AttentionBlock
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's prediction, (batch, out_channels, height, width).

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,34 @@ def check_device(config: DictConfig) -> None:
             raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
         if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
-    if config.trainer.strategy not in (known := ["auto", *strategies()]):
-        near = get_close_matches(config.trainer.strategy, known, 1) or ["auto", "ddp", "fsdp", "deepspeed"]
-        raise BadInput(f"trainer.strategy={config.trainer.strategy} is none of Lightning's; try {', '.join(near)}")
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (cuda or mps))
+    check_strategy(config.trainer.strategy, on_cpu)
     if on_cpu and config.trainer.precision == "16-mixed":
         raise BadInput("trainer.precision=16-mixed needs a GPU; on a CPU train in 32-true")
+
+
+def strategy(config: DictConfig, processes: int) -> Any:
+    """Lightning's strategy by its name, or the one that `model_parallel` stands for: every process a share of the data,
+    of the weights and of the optimizer's state."""
+    if config.trainer.strategy != "model_parallel":
+        return config.trainer.strategy
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def check_strategy(name: str, on_cpu: bool) -> None:
+    """BadInput for a strategy that is none, or that this machine cannot run."""
+    known = ["auto", "model_parallel", *strategies()]
+    if name not in known:
+        near = get_close_matches(name, known, 1) or ["auto", "ddp", "model_parallel", "deepspeed"]
+        raise BadInput(f"trainer.strategy={name} is none of Lightning's; try {', '.join(near)}")
+    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
+        raise BadInput(f"trainer.strategy={name}: deepspeed is not installed; pip install deepspeed, or model_parallel")
+    if on_cpu and not name.startswith(("auto", "ddp", "model_parallel")):
+        raise BadInput(f"trainer.strategy={name} does not run on a CPU; take ddp, or model_parallel for shards")
 
 
 def strategies() -> list[str]:
@@ -171,7 +192,7 @@ def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
         devices=devices_of(config),
         num_nodes=trainer.num_nodes,
         accelerator=trainer.accelerator,
-        strategy=trainer.strategy,
+        strategy=strategy(config, processes),
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val if (trainer.gradient_clip_val or 0) > 0 else None,
         accumulate_grad_batches=micro_batches,

@@ -23,6 +23,7 @@ from latentsmith.files.hashing import hash_file
 from latentsmith.files.tensors import open_tensors, save_safetensors
 
 from .module import Progress, TrainingModule
+from .sharding import copy_whole, is_sharded, split_like, whole
 
 STATE_FILE = "state.json"
 MOMENTS = {"SGD": 0, "RMSprop": 1, "Adagrad": 1}  # tensors of a weight's size that an optimizer keeps, where not two
@@ -30,10 +31,12 @@ MOMENTS = {"SGD": 0, "RMSprop": 1, "Adagrad": 1}  # tensors of a weight's size t
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The whole state of a training at one step. files: its tensors by file and name; state: its counters."""
+    """The whole state of a training at one step. files: its tensors by file and name; state: its counters; owned:
+    whether nothing else changes the tensors."""
 
     files: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    owned: bool = False
 
     @property
     def bytes(self) -> int:
@@ -41,22 +44,35 @@ class Snapshot:
 
     def copied(self) -> "Snapshot":
         """The same in the memory of the CPU, where nothing changes it."""
+        if self.owned:
+            return self
         copies = {
             file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             for file, tensors in self.files.items()
         }
-        return Snapshot(copies, self.state)
+        return Snapshot(copies, self.state, owned=True)
 
 
 def take_snapshot(module: TrainingModule) -> Snapshot | None:
-    """The state of `module`, its tensors not copied; None on all processes but the first."""
+    """The state of `module`, its tensors not copied unless they are shards of one; None on all processes but the first.
+
+    All processes have to ask: the shards of each tensor come together, one tensor after the other.
+    """
+    files = gathered(parts_of(module)) if module.sharded else None
     if not module.trainer.is_global_zero:
         return None
     state = {**asdict(module.progress), "skipped_steps": int(module.skipped_steps)}
     if scaler := scaler_of(module):
         state["scaler"] = scaler.state_dict()
     state |= {"ema_updates": {name: ema.updates for name, ema in module.ema.items()}}
-    return Snapshot(parts_of(module), {**state, "optimizer": module.optimisation.name})
+    return Snapshot(
+        files or parts_of(module), {**state, "optimizer": module.optimisation.name}, owned=files is not None
+    )
+
+
+def gathered(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors, in the memory of the CPU of the first process."""
+    return {file: {name: whole(tensor).cpu() for name, tensor in tensors.items()} for file, tensors in files.items()}
 
 
 def scaler_of(module: TrainingModule) -> Any:
@@ -147,14 +163,21 @@ def fill_optimizer(optimizer: Any, path: Path) -> None:
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
         like = parameter if value.shape == parameter.shape else value
-        rows.setdefault(int(number), {})[name] = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
+        laid_out = (
+            torch.empty_like(like, dtype=value.dtype)
+            if is_sharded(like)
+            else torch.empty_like(like, dtype=value.dtype, device="cpu")
+        )
+        copy_whole(laid_out, value)
+        rows.setdefault(int(number), {})[name] = laid_out
     optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def fill(module: torch.nn.Module, path: Path) -> None:
     """Load a part of a checkpoint, strictly; BadInput names the file and the first name that does not fit."""
+    state = module.state_dict()
     try:
-        module.load_state_dict(dict(open_tensors(path)))
+        module.load_state_dict({name: split_like(t, state.get(name, t)) for name, t in open_tensors(path).items()})
     except RuntimeError as error:
         raise BadInput(f"{path}: does not fit this config ({str(error).splitlines()[1].strip()})") from None
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .sharding import copy_whole
+
 
 class Ema:
     """Averages of a module's trained parameters: average = decay * average + (1 - decay) * weight.
@@ -37,7 +39,7 @@ class Ema:
     def load_state_dict(self, averages: Mapping[str, Tensor], updates: int) -> None:
         """Continue from stored averages; KeyError if a parameter has none."""
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(averages[name])
+            copy_whole(average, averages[name])
         self.updates = updates
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .ema import Ema
 from .optimizers import Schedule, build_optimizer
+from .sharding import shard, whole
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,21 @@ class TrainingModule(L.LightningModule):
         self.trained, self.optimisation = trained, optimisation
         self.progress, self.metrics = Progress(), Metrics()
         self.ema: dict[str, Ema] = {}
+        self.averaging: dict[str, Any] = {}
+        self.sharded = False
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def keep_averages(self, decay: float, **options) -> None:
         """Start averages of every trained part from its present weights."""
-        self.ema = {name: Ema(self.parts[name], decay, **options) for name in self.trained}
+        self.averaging = {"decay": decay, **options}
+        self.ema = {name: Ema(self.parts[name], **self.averaging) for name in self.trained}
+
+    def configure_model(self) -> None:
+        """Split the trained parts over the processes, where trainer.strategy=model_parallel asks for it."""
+        if self.device_mesh is not None and not self.sharded:
+            self.sharded = True
+            for name in self.trained:
+                shard(self.parts[name], self.device_mesh["data_parallel"])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -87,6 +98,9 @@ class TrainingModule(L.LightningModule):
         torch.manual_seed(batch["dropout_seed"][0])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Called when the weights are on their device and split as they will be, so the averages go there too."""
+        if self.ema:
+            self.keep_averages(**self.averaging)
         parameters = [p for name in self.trained for p in self.parts[name].parameters() if p.requires_grad]
         return build_optimizer(self.optimisation.name, parameters, **self.optimisation.options)
 
@@ -105,7 +119,7 @@ class TrainingModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         limit = gradient_clip_val or float("inf")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
         self.record(grad_norm=norm)
         if not getattr(self.trainer.precision_plugin, "scaler", None):  # which skips steps by itself
             self._skip_unless_finite(optimizer, norm)

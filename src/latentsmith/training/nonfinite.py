@@ -84,9 +84,15 @@ class WatchNonFinite(StepCallback):
         if not bad and not module.trainer.is_global_zero:
             return
         positions = step.positions[bad[0] if bad else 0]
+        path = self.folder / f"step-{step.number:08d}{rank_of(module)}.json"
+        if module.sharded:  # no process can run the network by itself
+            write_text(
+                path, json.dumps({"step": step.number, "positions": positions, "weights": None}, indent=1) + "\n"
+            )
+            print(f"step {step.number:,} skipped: not finite; see {path}", flush=True)
+            return
         with module.trainer.precision_plugin.forward_context():
             first = first_bad(module, batch_of(self.samples, positions, module.device))
-        path = self.folder / f"step-{step.number:08d}{rank_of(module)}.json"
         weights = self.keep_weights(module, path.with_suffix("")) if not path.parent.exists() else None
         described = {
             "step": step.number, "positions": positions, "keys": first["keys"], "timesteps": first["timesteps"],

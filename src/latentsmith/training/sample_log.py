@@ -24,7 +24,8 @@ class SampleLog(StepCallback):
         self.prompts, self.options = prompts, options
 
     def on_step_end(self, trainer, module) -> None:
-        if self.prompts and module.progress.global_step % self.every_n_steps == 0 and trainer.is_global_zero:
+        due = self.prompts and module.progress.global_step % self.every_n_steps == 0
+        if due and (trainer.is_global_zero or module.sharded):  # one process cannot run what all hold a share of
             self.draw(module)
 
     def draw(self, module: TrainingModule) -> None:
@@ -34,6 +35,8 @@ class SampleLog(StepCallback):
                 pictures = self.pipeline(self.prompts, **self.options)
         except BadInput as error:  # early weights may draw what is no picture
             print(f"no sample pictures at step {module.progress.global_step}: {error}")
+            return
+        if not module.trainer.is_global_zero:
             return
         save_row(pictures, self.folder / f"step-{module.progress.global_step:08d}.png")
 
