@@ -19,6 +19,8 @@ PRECISION = choice(
     "32-true",
     "bf16-mixed",
     "16-mixed",
+    "bf16-true",
+    "16-true",
     aliases={"32": "32-true", "32.0": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"},
 )
 NO_WANDB = "a run writes TensorBoard logs, a CSV and report.html into its folder, nothing to other machines"
@@ -45,7 +47,7 @@ TRAINER = group(
         "precision",
         PRECISION,
         "32-true",
-        "arithmetic of the forward and backward pass; weights and optimizer stay float32",
+        "arithmetic; weights and optimizer stay float32 but in bf16-true and 16-true",
         also=["mixed_precision", "dtype", "amp"],
     ),
     used(

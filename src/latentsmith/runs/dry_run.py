@@ -18,7 +18,12 @@ from . import pieces, sets
 from .folder import checkpoint_to_resume, run_folder
 from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
 
-HALVES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+HALVES = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16-true": torch.float16,
+}
 BYTES = ("B", "KiB", "MiB", "GiB")
 OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 CPU_ATTENTION = {  # which the counter does not know

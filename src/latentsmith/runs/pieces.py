@@ -135,10 +135,15 @@ def check_device(config: DictConfig) -> None:
             raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not (cuda or mps))
-    check_strategy(config.trainer.strategy, on_cpu)
-    if on_cpu and config.trainer.precision == "16-mixed":
-        raise BadInput("trainer.precision=16-mixed needs a GPU; on a CPU train in 32-true")
+    check_strategy(config.trainer.strategy, on_cpu(config))
+    if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
+        raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
+
+
+def on_cpu(config: DictConfig) -> bool:
+    """Whether the run trains on the CPU: asked for, or for want of anything else."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and not found)
 
 
 def strategy(config: DictConfig, processes: int) -> Any:
@@ -151,7 +156,7 @@ def strategy(config: DictConfig, processes: int) -> Any:
     return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
 
 
-def check_strategy(name: str, on_cpu: bool) -> None:
+def check_strategy(name: str, cpu: bool) -> None:
     """BadInput for a strategy that is none, or that this machine cannot run."""
     known = ["auto", "model_parallel", *strategies()]
     if name not in known:
@@ -159,7 +164,7 @@ def check_strategy(name: str, on_cpu: bool) -> None:
         raise BadInput(f"trainer.strategy={name} is none of Lightning's; try {', '.join(near)}")
     if name.startswith("deepspeed") and find_spec("deepspeed") is None:
         raise BadInput(f"trainer.strategy={name}: deepspeed is not installed; pip install deepspeed, or model_parallel")
-    if on_cpu and not name.startswith(("auto", "ddp", "model_parallel")):
+    if cpu and not name.startswith(("auto", "ddp", "model_parallel")):
         raise BadInput(f"trainer.strategy={name} does not run on a CPU; take ddp, or model_parallel for shards")
 
 
@@ -179,8 +184,10 @@ def process_count(config: DictConfig) -> int:
 
 
 def devices_of(config: DictConfig) -> Any:
-    """trainer.devices as plain data: a number, a list of numbers or "auto"."""
+    """trainer.devices as plain data: a number, a list of numbers or "auto"; all that there are of a CPU is one."""
     devices = config.trainer.devices
+    if devices in (-1, "auto") and on_cpu(config):
+        return 1
     return devices if isinstance(devices, int | str) else list(devices)
 
 

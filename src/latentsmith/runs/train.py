@@ -1,5 +1,6 @@
 """`latentsmith train`: the U-Net, on pictures or on their cache."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,8 @@ def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool
         if channels_last and name in networks:
             networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if inductor:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "latentsmith" / "inductor"))  # not in /tmp
         networks["unet"].compile_blocks()  # type: ignore[operator]
     return networks
 

@@ -1,0 +1,132 @@
+"""Memory and time of an optimizer step with each switch of training, one process each.
+
+    python benchmarks/switches.py [--small] [--latents 32] [--steps 3]
+
+The U-Net of Stable Diffusion v1 (859,520,964 parameters), or with --small a cut of 37 million, on random cached
+latents, through the trainer that `latentsmith train` uses: forward, backward, gradient norm, fused AdamW. Prints a
+table: seconds of the median step after the first, of the first, the process' largest memory, and how far loss and
+gradient norm of the last step are from the plain ones.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SMALL = ["model.unet_config.model_channels=64", "model.unet_config.channel_mult=[1,2,4,4]",
+         "model.unet_config.num_heads=8", "model.unet_config.num_head_channels=-1"]  # fmt: skip
+BASE = ["trainer.precision=32", "model.channels_last=False", "exp_manager.ema.enable=False", "trainer.accelerator=cpu",
+        "model.optim.sched.warmup_steps=0"]  # fmt: skip
+SWITCHES = {
+    "plain": [],
+    "activation checkpointing": ["model.unet_config.use_checkpoint=True"],
+    "without fused attention": ["model.unet_config.use_flash_attention=False"],
+    "channels last": ["model.channels_last=True"],
+    "averages (EMA)": ["exp_manager.ema.enable=True"],
+    "bfloat16": ["trainer.precision=bf16"],
+    "compiled blocks": ["model.inductor=True"],
+}
+SLOW_ON_CPU = ("bfloat16", "compiled blocks")  # minutes a step at full size on a processor without bfloat16 units
+
+
+def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
+    """Train `steps` steps and print what they took."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
+    import torch
+
+    from latentsmith import load_config
+    from latentsmith.runs.networks import build_network
+    from latentsmith.runs.pieces import noise_schedule, optimisation, trainer_options
+    from latentsmith.runs.train import arranged
+    from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
+    from latentsmith.training.draws import DiffusionDraws
+    from latentsmith.training.fit import Data, fit
+    from latentsmith.training.module import StepCallback
+    from latentsmith.training.samples import RunSamples
+    from latentsmith.training.saving import Checkpointing
+
+    config = load_config("sd1", [*BASE, *changes, f"model.micro_batch_size={batch}"])
+    shape = (4, size, size)
+    networks = arranged({"unet": build_network(config, "unet")}, config.model.channels_last, config.model.inductor)
+    module = DiffusionTraining(networks, ("unet",), optimisation(config, batch, steps), Objective(), EmptyPrompt())
+    if config.exp_manager.ema.enable:
+        module.keep_averages(config.exp_manager.ema.decay)
+
+    def read(index: int, position: int) -> dict:
+        generator = torch.Generator().manual_seed(index)
+        moments = torch.randn(8, size, size, generator=generator)
+        return {"keys": str(index), "moments": moments, "context": torch.randn(77, 768, generator=generator)}
+
+    class Clock(StepCallback):
+        times, facts = [time.monotonic()], []
+
+        def on_step_end(self, trainer, module):
+            self.times.append(time.monotonic())
+            self.facts.append({name: float(module.metrics.values[name]) for name in ("loss", "grad_norm")})
+
+        def on_train_start(self, trainer, module):
+            self.times[0] = time.monotonic()
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            module,
+            Data(RunSamples(read, DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
+            steps,
+            Path(folder),
+            Checkpointing(Path(folder), 0, 1, enabled=False),
+            tensorboard=False,
+            progress_bar=False,
+            callbacks=[clock],
+            **trainer_options(config, 1),
+        )
+    spans = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    parameters = sum(parameter.numel() for parameter in networks["unet"].parameters())
+    peak = int(status["VmHWM"].split()[0]) / 2**20
+    told = {"first": spans[0], "step": statistics.median(spans[1:]), "peak": peak, "parameters": parameters}
+    print("RESULT " + json.dumps(told | clock.facts[-1]), flush=True)
+
+
+def measured(size: int, batch: int, steps: int, changes: list[str]) -> dict:
+    words = [sys.executable, __file__, "--child", str(size), str(batch), str(steps), *changes]
+    done = subprocess.run(words, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--latents", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", nargs="*", default=None, help="names of switches")
+    given = parser.parse_args()
+    batch = given.batch or (8 if given.small else 1)
+    plain = None
+    print("| switch | step, s | first step, s | memory, GiB | loss differs | gradient norm differs |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, changes in SWITCHES.items():
+        if (given.only and name not in given.only) or (not given.small and name in SLOW_ON_CPU and not given.only):
+            continue
+        found = measured(given.latents, batch, given.steps, [*(SMALL if given.small else []), *changes])
+        plain = plain or found
+        apart = [f"{abs(found[key] / plain[key] - 1):.1e}" for key in ("loss", "grad_norm")]
+        row = [name, f"{found['step']:.1f}", f"{found['first']:.1f}", f"{found['peak']:.1f}", *apart]
+        print(f"| {' | '.join(row)} |", flush=True)
+    print(f"\n{plain['parameters']:,} parameters, latents {given.latents} x {given.latents}, batch {batch}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])
+    else:
+        main()
