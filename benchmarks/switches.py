@@ -53,6 +53,11 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     config = load_config("sd1", [*BASE, *changes, f"model.micro_batch_size={batch}"])
     shape = (4, size, size)
     networks = arranged({"unet": build_network(config, "unet")}, config.model.channels_last, config.model.inductor)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # fresh networks have layers of zeros, behind which differences would not show
+        for parameter in networks["unet"].parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3 * fan_in**-0.5)
     module = DiffusionTraining(networks, ("unet",), optimisation(config, batch, steps), Objective(), EmptyPrompt())
     if config.exp_manager.ema.enable:
         module.keep_averages(config.exp_manager.ema.decay)

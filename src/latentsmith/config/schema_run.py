@@ -23,7 +23,6 @@ PRECISION = choice(
     "16-true",
     aliases={"32": "32-true", "32.0": "32-true", "fp32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"},
 )
-NO_WANDB = "a run writes TensorBoard logs, a CSV and report.html into its folder, nothing to other machines"
 NO_ADAPTERS = "adapters are not trained; fine-tune the U-Net itself with model.unet_config.from_pretrained"
 
 TRAINER = group(
@@ -186,8 +185,8 @@ EXP_MANAGER = [
             "steps in a row without a finite gradient that end the run; each is skipped and described in nonfinite/",
             also=["max_skipped_steps"],
         ),
-        refused("create_wandb_logger", flag(), False, "log to Weights & Biases", NO_WANDB),
-        no_effect("wandb_logger_kwargs", mapping(), {}, "arguments of that logger", NO_WANDB),
+        used("create_wandb_logger", flag(), False, "also send the scalars to Weights & Biases", also=["wandb"]),
+        used("wandb_logger_kwargs", mapping(), {}, "arguments of Lightning's WandbLogger: project, name, entity, ..."),
         refused(
             "explicit_log_dir", nullable(text()), None, "the run folder itself", "exp_dir and name say where it is"
         ),

@@ -213,7 +213,7 @@ def write_page(
             ),
             ("Read back from the pixels", "".join(report.paragraph(line) for line in figures)),
             ("The same prompts while training", "".join(report.picture(p, p.stem, 900) for p in samples)),
-            ("Loss", report.loss_curve(read_rows(run / "metrics.csv"))),
+            ("Loss", report.curve(read_rows(run / "metrics.csv"), "loss")),
             (
                 "The VAE: pictures above, reconstructions below",
                 report.picture(out / "reconstructions.png", width=900),

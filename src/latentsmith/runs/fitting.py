@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from latentsmith.training.fit import Data, fit
 from latentsmith.training.module import TrainingModule
@@ -13,6 +14,7 @@ from latentsmith.training.saving import Checkpointing
 
 from . import pieces
 from .folder import CHECKPOINTS, checkpoint_to_resume
+from .run_report import RunReport
 
 
 def fit_as_configured(
@@ -23,9 +25,13 @@ def fit_as_configured(
     folder: Path,
     *,
     metadata: Mapping[str, str],
+    head: Sequence[str],
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
-    """Train `module` on `samples` up to max_steps, as `trainer` and `exp_manager` say, in the run folder `folder`."""
+    """Train `module` on `samples` up to max_steps, as `trainer` and `exp_manager` say, in the run folder `folder`.
+
+    head: lines that say what is trained, for its report.
+    """
     manager = config.exp_manager
     if manager.ema.enable:
         ema = manager.ema
@@ -47,8 +53,14 @@ def fit_as_configured(
         checkpointing,
         log_every_n_steps=config.trainer.log_every_n_steps,
         tensorboard=manager.create_tensorboard_logger,
+        wandb=plain(manager.wandb_logger_kwargs) if manager.create_wandb_logger else None,
         progress_bar=config.trainer.enable_progress_bar,
         nonfinite_limit=manager.nonfinite_limit,
-        callbacks=callbacks,
+        callbacks=[*callbacks, RunReport(folder, head)],
         **pieces.trainer_options(config, pieces.process_count(config)),
     )
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(node)
+    return found

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -49,28 +50,27 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def loss_curve(rows: Sequence[Mapping[str, float]], *, width: int = 900, height: int = 260) -> str:
-    """The loss of every logged step as dots, and its running mean as a line: an SVG on a logarithmic axis of loss."""
-    import math
-
-    points = [(row["step"], row["loss"]) for row in rows if row.get("loss", 0) > 0]
+def curve(rows: Sequence[Mapping[str, float]], name: str, *, width: int = 900, height: int = 260) -> str:
+    """A value of every row above 0 as dots over its `step`, and its running mean as a line: an SVG, logarithmic in the
+    value."""
+    points = [(row["step"], row[name]) for row in rows if 0 < row.get(name, 0) < math.inf]
     if len(points) < 2:
         return paragraph("too few steps for a curve")
-    lows, highs = min(loss for _, loss in points), max(loss for _, loss in points)
+    lows, highs = min(value for _, value in points), max(value for _, value in points)
     low, high = math.log(lows), math.log(highs) + 1e-9
     last = points[-1][0]
 
-    def place(step: float, loss: float) -> str:
+    def place(step: float, value: float) -> str:
         x = 50 + (width - 60) * step / last
-        y = 10 + (height - 40) * (high - math.log(loss)) / (high - low)
+        y = 10 + (height - 40) * (high - math.log(value)) / (high - low)
         return f"{x:.1f},{y:.1f}"
 
     dots = "".join("<circle cx='{}' cy='{}' r='1.5' fill='#bbb'/>".format(*place(*p).split(",")) for p in points)
     line = " ".join(place(step, mean) for step, mean in running_mean(points))
     axis = f"<text x='2' y='18'>{highs:.3g}</text><text x='2' y='{height - 32}'>{lows:.3g}</text>"
     axis += f"<text x='50' y='{height - 8}'>0</text><text x='{width - 60}' y='{height - 8}'>{last:,.0f} steps</text>"
-    curve = f"<polyline points='{line}' fill='none' stroke='#c2410c' stroke-width='2'/>"
-    return f"<svg viewBox='0 0 {width} {height}' font-size='12' fill='#666'>{dots}{curve}{axis}</svg>"
+    mean = f"<polyline points='{line}' fill='none' stroke='#c2410c' stroke-width='2'/>"
+    return f"<svg viewBox='0 0 {width} {height}' font-size='12' fill='#666'>{dots}{mean}{axis}</svg>"
 
 
 def running_mean(points: Sequence[tuple[float, float]], kept: float = 0.95) -> list[tuple[float, float]]:

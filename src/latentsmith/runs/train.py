@@ -24,8 +24,8 @@ from latentsmith.training.samples import RunSamples
 from latentsmith.training.validation import HeldOut, Validation
 
 from . import pieces, sets
+from .dry_run import cost, header
 from .dry_run import dry_run as what_would_be_trained
-from .dry_run import header
 from .fitting import fit_as_configured
 from .folder import open_run_folder, run_folder
 from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
@@ -43,10 +43,8 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
         print("\n".join(what_would_be_trained(config, trained_parts(config))))
         return run_folder(config)
     ready = prepared(config)
-    print(*header(ready.networks, ready.module.trained), sep="\n")
-    batch = ready.module.optimisation.global_batch
-    epochs = ready.max_steps * batch / len(ready.set.shards)
-    print(f"{sets.summary(ready.set)}; {ready.max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
+    head = head_of(config, ready)
+    print(*head, sep="\n", flush=True)
     folder = run_folder(config)
     pictures = sample_log(config, ready.networks, ready.words, ready.spec, folder)
     open_run_folder(config)
@@ -59,9 +57,21 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
         ready.max_steps,
         folder,
         metadata={"latentsmith.spec": ready.spec.to_json()},
+        head=head,
         callbacks=[*validation(config, ready, folder), *pictures],
     )
     return folder
+
+
+def head_of(config: DictConfig, ready: "Ready") -> list[str]:
+    """What is trained, on what, at what cost, in lines."""
+    batch, trained = ready.module.optimisation.global_batch, ready.module.trained
+    epochs = ready.max_steps * batch / len(ready.set.shards)
+    lines = header(ready.networks, trained)
+    lines.append(f"{sets.summary(ready.set)}; {ready.max_steps:,} steps of {batch}: {epochs:.1f} epochs")
+    if ready.held_out is not None:
+        lines.append(f"{ready.held_out.draw.count:,} samples held out for validation")
+    return [*lines, *cost(config, ready.networks, trained, ready.set.latent_shape, batch, pieces.process_count(config))]
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,10 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         vae: Any = build_network(config, "vae")
     shape = pieces.latent_shape(config, transforms.size)
     optimisation = pieces.optimisation(config, batch, max_steps)
-    print(*header({"vae": vae}, ("vae",)), sep="\n")
     epochs = max_steps * batch / len(samples)
-    print(f"{len(samples):,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs", flush=True)
+    head = header({"vae": vae}, ("vae",))
+    head.append(f"{len(samples):,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs")
+    print(*head, sep="\n", flush=True)
     if dry_run:
         check_folder(config)
         return run_folder(config)
@@ -63,6 +64,7 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         run,
         max_steps,
         folder,
+        head=head,
         metadata={"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
     )
     return folder

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from .checkpoint import load_checkpoint, read_state
 from .log import ScalarLog
 from .module import TrainingModule
 from .nonfinite import WatchNonFinite
-from .progress_bar import ProgressLine
+from .progress_bar import DataWait, ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
 from .saving import Checkpointing, SaveCheckpoints
 from .stopping import StopOnSignal
@@ -66,6 +66,7 @@ def fit(
     *,
     log_every_n_steps: int = 10,
     tensorboard: bool = True,
+    wandb: Mapping[str, Any] | None = None,
     progress_bar: bool = True,
     nonfinite_limit: int = 10,
     callbacks: Sequence[L.Callback] = (),
@@ -83,10 +84,11 @@ def fit(
     extra: list[L.Callback] = [Resume(checkpointing.resume)] if checkpointing.resume else []
     extra += callbacks
     extra += [ProgressLine(max_steps)] if progress_bar else []
-    extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard)]
+    extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard, wandb=wandb)]
     watch = WatchNonFinite(run_folder, data.samples, nonfinite_limit, log_every_n_steps)
     extra += [watch]
     extra += [SaveCheckpoints(checkpointing, max_steps)] if checkpointing.enabled else []
+    extra += [DataWait()] if progress_bar else []
     quiet_lightning()
     stop = StopOnSignal()
     trainer = L.Trainer(

@@ -11,6 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from latentsmith.files.atomic import write_text
+from latentsmith.files.errors import BadInput
 
 from .module import StepCallback, TrainingModule
 
@@ -19,11 +20,15 @@ METRICS_FILE = "metrics.csv"
 
 class ScalarLog(StepCallback):
     """Writes every scalar of the module each `every_n_steps` optimizer steps into `folder`/metrics.csv, and into
-    TensorBoard events in `folder`/tensorboard if `tensorboard`."""
+    TensorBoard events in `folder`/tensorboard if `tensorboard`. wandb: arguments of Lightning's WandbLogger, which then
+    gets the scalars too; BadInput where wandb is not installed."""
 
-    def __init__(self, folder: Path, every_n_steps: int, *, tensorboard: bool = True):
+    def __init__(
+        self, folder: Path, every_n_steps: int, *, tensorboard: bool = True, wandb: Mapping[str, Any] | None = None
+    ):
         self.folder, self.every_n_steps, self.tensorboard = folder, every_n_steps, tensorboard
         self.events: SummaryWriter | None = None
+        self.wandb = None if wandb is None else wandb_logger(folder, wandb)
 
     def on_train_start(self, trainer: L.Trainer, module: TrainingModule) -> None:  # type: ignore[override]
         if not trainer.is_global_zero:
@@ -34,21 +39,45 @@ class ScalarLog(StepCallback):
 
     def on_step_end(self, trainer, module) -> None:
         step = module.progress.global_step
-        for name, value in module.metrics.once.items() if self.events else ():
-            self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
+        if trainer.is_global_zero:
+            self.send(module.metrics.once, step)
+            for name, pixels in module.metrics.pictures.items() if self.events else ():
+                self.events.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[union-attr]
         module.metrics.once.clear()
+        module.metrics.pictures.clear()
         if step % self.every_n_steps:
             return
         values = over_processes(module, module.metrics.read())
         if not trainer.is_global_zero:
             return
         append_row(self.folder / METRICS_FILE, {"step": step, **{name: shown(value) for name, value in values.items()}})
-        for name, value in values.items() if self.events else ():
-            self.events.add_scalar(f"train/{name}", value, step)  # type: ignore[union-attr]
+        self.send(values, step)
+
+    def send(self, values: Mapping[str, float], step: int) -> None:
+        """To TensorBoard and Weights & Biases, where they are asked for."""
+        named = {f"train/{name}": value for name, value in values.items()}
+        for name, value in named.items() if self.events else ():
+            self.events.add_scalar(name, value, step)  # type: ignore[union-attr]
+        if self.wandb is not None and named:
+            self.wandb.log_metrics(named, step)
 
     def on_train_end(self, trainer, module) -> None:
         if self.events:
             self.events.close()
+        if self.wandb is not None:
+            self.wandb.finalize("success")
+
+
+def wandb_logger(folder: Path, options: Mapping[str, Any]) -> Any:
+    """Lightning's logger to Weights & Biases, writing into the run folder; only the first process talks to it."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    try:
+        return WandbLogger(**{"save_dir": str(folder), "project": "latentsmith", "name": folder.name, **options})
+    except ModuleNotFoundError:
+        raise BadInput("exp_manager.create_wandb_logger=true: wandb is not installed; pip install wandb") from None
+    except TypeError as error:
+        raise BadInput(f"exp_manager.wandb_logger_kwargs: {error}") from None
 
 
 def over_processes(module: TrainingModule, values: dict[str, float]) -> dict[str, float]:

@@ -37,12 +37,13 @@ class Metrics:
     """The newest value of every scalar of training, left on its device until somebody reads it.
 
     values: of the newest step. micro: those of the step under way, one for each of its micro batches so far.
-    once: measured now and then, for the log to take away.
+    once, pictures (height, width, 3): made now and then, for the log to take away.
     """
 
     values: dict[str, Tensor | float] = field(default_factory=dict)
     micro: dict[str, list[Tensor]] = field(default_factory=dict)
     once: dict[str, float] = field(default_factory=dict)
+    pictures: dict[str, Any] = field(default_factory=dict)
     last_loss: Tensor = field(default_factory=lambda: torch.zeros(()))  # of the newest micro batch
 
     def read(self) -> dict[str, float]:

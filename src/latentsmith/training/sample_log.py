@@ -38,12 +38,14 @@ class SampleLog(StepCallback):
             return
         if not module.trainer.is_global_zero:
             return
-        save_row(pictures, self.folder / f"step-{module.progress.global_step:08d}.png")
+        row = np.concatenate([np.asarray(picture) for picture in pictures], axis=1)
+        module.metrics.pictures["samples"] = row
+        save_row(row, self.folder / f"step-{module.progress.global_step:08d}.png")
 
 
-def save_row(pictures: list[Image.Image], path: Path) -> None:
-    """Pictures of one size side by side, as a PNG."""
-    row = Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+def save_row(pixels: np.ndarray, path: Path) -> None:
+    """Pixels (height, width, 3), uint8, as a PNG."""
+    row = Image.fromarray(pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
         row.save(file, format="PNG")

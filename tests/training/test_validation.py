@@ -1,0 +1,113 @@
+"""The validation loss is a number that only the networks change."""
+
+import pytest
+import torch
+
+from latentsmith.training.diffusion_module import Objective
+from latentsmith.training.draws import ValidationDraws
+from latentsmith.training.log import read_rows
+from latentsmith.training.validation import HeldOut, Validation
+
+from .conftest import SAMPLES, SIZE, record
+
+
+def held_out(run, count=SAMPLES, batch_size=4):
+    def read(index, position):
+        return {name: value for name, value in record(index, position).items() if name not in ("images", "token_ids")}
+
+    return HeldOut(read, ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
+
+
+def trained(run, steps=4, every=2, module=None, **options):
+    validation = Validation(held_out(run, **options), run.folder, every, steps)
+    run.train(module, steps, callbacks=[validation])
+    return read_rows(run.folder / "validation.csv")
+
+
+def test_timesteps_are_stratified_and_nothing_is_dropped(toy):
+    draw = ValidationDraws(SIZE, toy().schedule, 40)
+    drawn = [draw(number) for number in range(40)]
+    timesteps = [int(one["timesteps"]) for one in drawn]
+    assert sorted(timesteps) == [12 + 25 * stratum for stratum in range(40)] and timesteps != sorted(timesteps)
+    assert not any(one["empty_caption"] or one["zero_embedding"] for one in drawn)
+    signal, level = draw.schedule.signal_and_noise(torch.tensor(timesteps))
+    assert torch.equal(torch.stack([one["signal"] for one in drawn]), signal)
+    assert torch.equal(torch.stack([one["noise_level"] for one in drawn]), level)
+    many = ValidationDraws(SIZE, draw.schedule, 3000)
+    assert {int(many(number)["timesteps"]) for number in range(3000)} == set(range(1000))
+
+
+def test_it_is_the_mean_error_of_the_prediction(toy):
+    """Against the same sum written out, in float64."""
+    run = toy(unet_dropout=0.5)
+    module = run.module()
+    rows = trained(run, steps=2, every=2, module=module)
+    held, errors = held_out(run), []
+    module.parts.eval()
+    for number in range(SAMPLES):
+        sample = held[number]
+        batch = {name: value[None] if isinstance(value, torch.Tensor) else [value] for name, value in sample.items()}
+        with torch.no_grad():
+            latents, context = module.latents(batch), module.context(batch)
+            noisy = batch["signal"] * latents + batch["noise_level"] * batch["noise"]
+            output = module.parts["unet"](noisy, batch["timesteps"], context)
+        errors.append((output.double() - batch["noise"].double()).square().mean())
+    assert rows[-1]["val_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-6)
+
+
+def test_neither_batches_nor_dropout_nor_the_loss_of_training_enter(toy):
+    def loss(batch_size=4, **fields):
+        run = toy(options={"lr": 0.0}, **fields)
+        return trained(run, steps=1, every=1, batch_size=batch_size)[-1]["val_loss"]
+
+    first = loss()
+    assert loss(batch_size=3) == pytest.approx(first, rel=1e-6)
+    assert loss(unet_dropout=0.9) == first
+    assert loss(caption_dropout_rate=0.9) == first
+    assert loss(objective=Objective(loss_type="l1", min_snr_gamma=5.0, scale_factor=0.5)) == first
+
+
+def test_raw_and_averaged(toy):
+    run = toy()
+    module = run.module()
+    module.keep_averages(0.9)
+    rows = trained(run, steps=6, every=3, module=module)
+    assert [row["step"] for row in rows] == [3, 6]
+    assert all(row["val_loss"] != row["val_loss_ema"] for row in rows)
+    with module.averaged():
+        swapped = Validation(held_out(run), run.folder, 1, 1)
+        module.ema = {}
+        with torch.no_grad():
+            module.parts.eval()
+            assert swapped.loss(module.trainer, module) == rows[-1]["val_loss_ema"]
+
+
+def test_training_goes_on_as_if_it_had_not_been_validated(toy):
+    with_it, without = toy(unet_dropout=0.3), toy(unet_dropout=0.3)
+    trained(with_it, steps=5, every=1)
+    without.train(steps=5)
+    assert with_it.losses() == without.losses()
+
+
+def test_after_a_resume_and_at_the_end(toy):
+    run, whole = toy(), toy()
+    trained(run, steps=3, every=2)
+    assert [row["step"] for row in read_rows(run.folder / "validation.csv")] == [2, 3]
+    validation = Validation(held_out(run), run.folder, 2, 6)
+    run.train(steps=6, resume=run.folder / "checkpoints" / "step-00000003", callbacks=[validation])
+    rows = read_rows(run.folder / "validation.csv")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]
+    expected = trained(whole, steps=6, every=1)
+    assert rows == [row for row in expected if row["step"] in (2, 3, 4, 6)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_share_the_samples(toy, processes):
+    """Each has as many batches; together every sample counts once."""
+    validation = Validation(held_out(toy(), count=10, batch_size=2), toy().folder, 1, 1)
+    counted, batches = [], set()
+    for rank in range(processes):
+        mine = list(validation.batches(rank, processes))
+        batches.add(len(mine))
+        counted += [key for batch in mine for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight]
+    assert len(batches) == 1 and sorted(counted) == sorted(str(index) for index in range(10))
