@@ -94,7 +94,8 @@ def test_data(call):
     assert main(["data", "import", "photos", "shards", *options]) == 0
     positional, keywords = calls[0]
     assert positional == (Path("photos"), Path("shards"))
-    assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True}
+    unfiltered = dict(min_size=1, max_size=None, max_aspect=None, min_caption=1, max_caption=None, where=())
+    assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True, **unfiltered}
     calls = call("data_import", "write_scenes")
     assert main(["data", "scenes", "out", "--count", "5", "--seed", "7", "--doodles", "0.5"]) == 0
     assert calls == [((Path("out"),), {"count": 5, "seed": 7, "doodles": 0.5})]

@@ -14,6 +14,7 @@ from latentsmith.data.cache import Encoders, LatentCache, npy_bytes, parsed_head
 from latentsmith.data.images import Transforms
 from latentsmith.data.importing import import_dataset
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.work_folder import CLAIM_FILE, WorkFolder
 from latentsmith.files.errors import BadInput
 
 TRANSFORMS = Transforms(resize_smallest_side=16, center_crop_h_w="16, 16")
@@ -251,3 +252,59 @@ def test_killed_precache_goes_on_where_it_stopped(tmp_path, png):
     assert 0 < sum(encoded) <= 30 - 8 and len(cache) == 30
     write_cache(ShardSet(tmp_path / "set"), tmp_path / "reference", TRANSFORMS, encoders(), batch_size=2)
     assert everything(out) == everything(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_processes_share_the_shards_and_the_last_one_finishes(tmp_path, source, order):
+    alone = write_cache(source, tmp_path / "alone", TRANSFORMS, encoders(), seed=1)
+    first, second = order
+    told = []
+    share = dict(seed=1, processes=2, progress=lambda done, total: told.append((done, total)))
+    assert write_cache(source, tmp_path / "two", TRANSFORMS, encoders(), rank=first, **share) is None
+    with pytest.raises(BadInput, match="unfinished"):
+        LatentCache(tmp_path / "two")
+    together = write_cache(source, tmp_path / "two", TRANSFORMS, encoders(), rank=second, **share)
+    assert everything(tmp_path / "two") == everything(tmp_path / "alone")
+    assert len(together) == len(alone) and told[-1] == (10, 10) and told == sorted(told)
+
+
+def test_a_lost_process_loses_its_open_shard_alone(tmp_path, source):
+    class Lost(Exception):
+        pass
+
+    def fails(images):
+        raise Lost
+
+    out = tmp_path / "out"
+    with pytest.raises(Lost):
+        write_cache(source, out, TRANSFORMS, encoders(images=fails), rank=1, processes=2)
+    assert write_cache(source, out, TRANSFORMS, encoders(), rank=0, processes=2) is None
+    counted = []
+
+    def counts(images):
+        counted.append(len(images))
+        return encode_images(images)
+
+    assert len(write_cache(source, out, TRANSFORMS, encoders(images=counts))) == 10  # one process, another time
+    assert sum(counted) == 4 and everything(out) == everything(
+        write_cache(source, tmp_path / "alone", TRANSFORMS, encoders()).folder
+    )
+
+
+def test_only_one_finishes_and_a_claim_lapses(tmp_path, source):
+    work = WorkFolder(tmp_path / "x", {"a": 1}, shared=True)
+    assert work.claim_finish() and not WorkFolder(tmp_path / "x", {"a": 1}, shared=True).claim_finish()
+    os.utime(tmp_path / "x" / CLAIM_FILE, (1, 1))
+    assert work.claim_finish() and not work.claim_finish()
+    assert not (tmp_path / "x" / "set.json").exists()
+
+
+def test_another_process_file_under_way_is_left_alone(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (folder / ".unfinished.json.1234.INCOMPLETE").write_text("{")
+    WorkFolder(folder, {"a": 1}, shared=True)
+    WorkFolder(folder, {"a": 1}, shared=True)
+    assert (folder / ".unfinished.json.1234.INCOMPLETE").exists()
+    WorkFolder(folder, {"a": 1})
+    assert not (folder / ".unfinished.json.1234.INCOMPLETE").exists()

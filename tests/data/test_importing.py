@@ -12,6 +12,7 @@ import webdataset
 from PIL import Image
 
 from latentsmith.data import work_folder
+from latentsmith.data.filters import Filters
 from latentsmith.data.images import decode_image
 from latentsmith.data.importing import checked_caption, import_dataset
 from latentsmith.data.shards import ShardSet
@@ -78,7 +79,7 @@ def test_every_kind_of_bad_sample_is_set_aside_with_its_reason(tmp_path, png):
         (folder / f"{name}.txt").write_bytes(caption)
     (folder / "uncaptioned.png").write_bytes(png())
     (folder / "orphan.txt").write_text("nothing beside me")
-    report = import_dataset(folder, tmp_path / "out", min_size=16)
+    report = import_dataset(folder, tmp_path / "out", filters=Filters(min_size=16))
     listing = json.loads(report.path.read_text())
     reasons = {entry["name"].split(".")[0]: entry["reason"] for entry in listing["samples"]}
     assert reasons == {
@@ -169,8 +170,10 @@ def test_finished_folder_is_left_alone(tmp_path, png):
     first = import_dataset(tmp_path / "in", tmp_path / "out")
     before = everything(tmp_path / "out")
     assert import_dataset(tmp_path / "in", tmp_path / "out") == first
-    with pytest.raises(BadInput, match=r"out: was begun with options\.min_size 1, and now it is 2; name a new folder"):
-        import_dataset(tmp_path / "in", tmp_path / "out", min_size=2)
+    with pytest.raises(
+        BadInput, match=r"out: was begun with options\.filters\.min_size 1, and now it is 2; name a new folder"
+    ):
+        import_dataset(tmp_path / "in", tmp_path / "out", filters=Filters(min_size=2))
     assert everything(tmp_path / "out") == before
     with pytest.raises(BadInput, match="already holds something else"):
         import_dataset(tmp_path / "out", tmp_path / "in")

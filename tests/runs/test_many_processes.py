@@ -1,11 +1,14 @@
 """Several processes train as one does, over gloo on a CPU."""
 
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from latentsmith.data.cache import LatentCache
 from latentsmith.files.tensors import open_tensors
 from latentsmith.training.log import read_rows
 
@@ -41,7 +44,7 @@ def test_the_losses_and_weights_of_one_process(world, processes, strategy):
         assert (tensor - weights[1][name]).abs().max() < 2e-4, name
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "model_parallel"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "model_parallel"])
 def test_two_processes_stopped_go_on(world, strategy):
     """Two steps and two more are the four of one process."""
     whole = trained(world, f"{strategy}-whole", 2, strategy=strategy)
@@ -50,6 +53,7 @@ def test_two_processes_stopped_go_on(world, strategy):
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_in_one_process(world):
     """Its checkpoint is one set of whole files: the same as without shards, to load and to draw from."""
     trained(world, "sharded-then-alone", 2, "trainer.max_steps=2", strategy="model_parallel")
@@ -78,13 +82,15 @@ def look(self, trainer, module):
     moments = sum(row["exp_avg"].to_local().numel() for row in state.values())
     averages = sum(average.to_local().numel() for average in module.ema["unet"].averages)
     total = sum(p.numel() for p in unet.parameters())
-    print("SHARE", local / total, moments / total, averages / total, flush=True)
+    sys.stdout.write("SHARE %f %f %f\\n" % (local / total, moments / total, averages / total))
+    sys.stdout.flush()
 
 SaveCheckpoints.on_step_end = look
 sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_share_of_weights_moments_and_averages(world):
     given = world.command("cached", "shares", "trainer.devices=2", "trainer.strategy=model_parallel",
                           "model.global_batch_size=4", "model.micro_batch_size=2", "trainer.max_steps=1")  # fmt: skip
@@ -110,3 +116,29 @@ def test_strategies_that_cannot_work(world, capsys, strategy, line):
     for more in ([], ["--dry-run"]):
         assert world.call(*world.command("cached", "wrong-strategy", f"trainer.strategy={strategy}"), *more) == 2
         assert line in capsys.readouterr().err
+
+
+def test_two_processes_fill_one_cache(world):
+    """As torchrun starts them, at the same time; the cache is that of one process."""
+    words = ["precache", "--config", "ROOT/tiny.yaml", "--out", "ROOT/cache-of-two",
+             "model.first_stage_config.from_pretrained=ROOT/runs/vae",
+             "model.cond_stage_config.from_pretrained=ROOT/runs/text"]  # fmt: skip
+    command = [sys.executable, "-m", "latentsmith", *(word.replace("ROOT", str(world.root)) for word in words)]
+    base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            command, env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert sum("22 samples, image_encoded" in one for one in said) >= 1, said
+    folders = [world.root / name for name in ("cache", "cache-of-two")]
+    assert [path.name for path in sorted(folders[0].iterdir())] == [path.name for path in sorted(folders[1].iterdir())]
+    info = [json.loads((folder / "cache.json").read_text()) for folder in folders]
+    assert info[0] == info[1]
+    caches = [LatentCache(folder) for folder in folders]
+    for index in range(22):
+        first, second = (cache[index] for cache in caches)
+        assert all(np.allclose(first[name], second[name], rtol=2e-3, atol=5e-3) for name in first)

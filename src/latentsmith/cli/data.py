@@ -22,6 +22,12 @@ def import_(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 1000,
     max_bad: Annotated[int | None, typer.Option(min=0, help="Stop once more than this many are set aside.")] = None,
     no_duplicates: Annotated[bool, typer.Option("--no-duplicates", help="Keep the first of equal pictures.")] = False,
+    min_size: Annotated[int, typer.Option(min=1, help="Pixels of the shorter side, at least.")] = 1,
+    max_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the shorter side, at most.")] = None,
+    max_aspect: Annotated[float | None, typer.Option(min=1, help="Longer over shorter side, at most.")] = None,
+    min_caption: Annotated[int, typer.Option(min=1, help="Characters of a caption, at least.")] = 1,
+    max_caption: Annotated[int | None, typer.Option(min=1, help="Characters of a caption, at most.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="On JSON or columns: language=en, aesthetic>=5.")] = None,
 ) -> None:
     """Turn pictures and captions into indexed shards; what cannot be read is set aside with its reason.
 
@@ -30,10 +36,23 @@ def import_(
       latentsmith data import photos shards            photos/a.jpg beside photos/a.txt
       latentsmith data import photos/captions.csv shards
       latentsmith data import metadata.jsonl shards --max-bad 100 --no-duplicates
+      latentsmith data import laion shards --min-size 512 --max-aspect 2 --where language=en --where "aesthetic>=5"
     """
     from latentsmith.runs.data_import import import_data
 
-    import_data(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, no_duplicates=no_duplicates)
+    import_data(
+        source,
+        out,
+        samples_per_shard=samples_per_shard,
+        max_bad=max_bad,
+        no_duplicates=no_duplicates,
+        min_size=min_size,
+        max_size=max_size,
+        max_aspect=max_aspect,
+        min_caption=min_caption,
+        max_caption=max_caption,
+        where=tuple(where or ()),
+    )
 
 
 @app.command()

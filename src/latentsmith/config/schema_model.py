@@ -248,6 +248,13 @@ DATA = group(
     *group(
         "train",
         used("dataset_path", PATHS, None, "folder of shards or cache, tars, NeMo's wdinfo.pkl", also=["path"]),
+        used(
+            "weights",
+            nullable(list_of(number(0), least=1)),
+            None,
+            "how often each set of dataset_path is drawn from, in proportion; null: all samples alike",
+            also=["mix", "proportions"],
+        ),
         *group("augmentations", *AUGMENTATIONS),
         FILTERINGS,
         no_effect("data_sharding", flag(), True, "NeMo: tars by process", ONE_LOADER),

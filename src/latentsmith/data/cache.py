@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,17 @@ def write_cache(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    rank: int = 0,
+    processes: int = 1,
     progress: Progress | None = None,
-) -> "LatentCache":
+) -> "LatentCache | None":
     """Encode every sample of `source` into the folder `out`, one shard for each of the source's.
 
     Each shard is renamed into place when complete; run again after an interruption, the shards that are done stay.
-    seed: for random transforms, addressed by the sample's index in the source. BadInput if `out` holds another cache,
-    a source sample can no longer be decoded (shard and key named), or an encoding is not finite in float16.
+    seed: for random transforms, addressed by the sample's index in the source. Of several processes each encodes every
+    `processes`-th shard, from number `rank` on, and waits for none: the one that finds all shards done finishes the
+    folder; the others return None, as all do if one was lost, until they are run again. BadInput if `out` holds another
+    cache, a source sample can no longer be decoded (shard and key named), or an encoding is not finite in float16.
     """
     recipe = {
         "command": "precache",
@@ -79,10 +83,13 @@ def write_cache(
         "encoded": [key for key, encode in ((IMAGE_KEY, encoders.images), (CAPTION_KEY, encoders.captions)) if encode],
         "seed": seed if transforms.is_random else None,
     }
-    work = WorkFolder(out, recipe)
+    work = WorkFolder(out, recipe, shared=processes > 1)
     if not work.is_finished:
         with full_disk_reported(out):
-            _CacheWriter(source, work, transforms, encoders, batch_size, seed).run(progress)
+            writer = _CacheWriter(source, work, transforms, encoders, batch_size, seed)
+            writer.fill(rank, processes, progress)
+            if not writer.finish():
+                return None
     return LatentCache(out)
 
 
@@ -157,27 +164,43 @@ class _CacheWriter:
         self.source, self.work, self.transforms, self.encoders = source, work, transforms, encoders
         self.batch_size, self.seed = batch_size, seed
 
-    def run(self, progress: Progress | None) -> None:
-        shapes: dict[str, list[int | None]] = {}
-        records = []
-        samples = 0
+    def fill(self, rank: int, processes: int, progress: Progress | None) -> None:
+        """Encode the shards of one process that are not done yet. Progress is told over all processes, as far as their
+        shards are done."""
+        if self.encoders.captions and rank == 0:
+            self._write_empty_prompt(self.encoders.captions)
+        counts = self.source.counts
+        firsts = [0, *accumulate(counts)]
+        mine = range(rank, len(counts), processes)
+        for number in mine:
+            if self.work.is_whole:  # another process has just finished it
+                return
+            done = self.work.done_numbers()
+            told = sum(counts[other] for other in done - {number})
+            if number not in done:
+                self._write_shard(number, firsts[number], told, progress)
+            if progress:
+                progress(told + counts[number], len(self.source))
+
+    def finish(self) -> bool:
+        """Make the folder a cache, if all shards are done and no other process does so; returns whether it did."""
+        every = [self.work.done(number) for number in range(len(self.source.counts))]
+        if not all(every) or not self.work.claim_finish():
+            return False
         if self.encoders.captions:
             self._write_empty_prompt(self.encoders.captions)
-        for number, count in enumerate(self.source.counts):
-            done = self.work.done(number) or self._write_shard(number, samples, progress)
-            records.append(ShardRecord(**done["shard"]))
-            shapes = merged_shapes(shapes, done["shapes"])
-            samples += count
-            if progress:
-                progress(samples, len(self.source))
-        self._write_info(shapes, samples)
-        self.work.finish(records)
+        shapes: dict[str, list[int | None]] = {}
+        for done in every:
+            shapes = merged_shapes(shapes, done["shapes"])  # type: ignore[index]
+        self._write_info(shapes, len(self.source))
+        self.work.finish([ShardRecord(**done["shard"]) for done in every])  # type: ignore[index]
+        return True
 
-    def _write_shard(self, number: int, first: int, progress: Progress | None) -> dict[str, Any]:
-        """Encode one shard, whose first sample is number `first` of the set; returns its record as stored."""
+    def _write_shard(self, number: int, first: int, told: int, progress: Progress | None) -> None:
+        """Encode one shard, whose first sample is number `first` of the set; `told`: samples done before, of all."""
         shapes: dict[str, list[int | None]] = {}
         shard = self.source.shard(number)
-        written = first
+        written = told
         with ShardWriter(self.work.folder, len(shard) + 1, start=number) as writer:
             for batch in self._batches(shard, first):
                 for sample, arrays in self._encode(shard, batch):
@@ -187,9 +210,6 @@ class _CacheWriter:
                 if progress:
                     progress(written, len(self.source))
         self.work.record(number, writer.finished[0], shapes=shapes)
-        done = self.work.done(number)
-        assert done
-        return done
 
     def _batches(self, shard: Shard, first: int) -> Iterator[list[tuple[Sample, np.ndarray | None]]]:
         """Samples with their transformed pictures, in batches of one shape."""

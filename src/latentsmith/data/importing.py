@@ -5,13 +5,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from latentsmith.data.errors import BadSample
+from latentsmith.data.filters import Filters
 from latentsmith.data.images import MAX_PIXELS, is_plain, load_image, rgb_of
 from latentsmith.data.shards import ShardRecord, ShardWriter, read_set_file
 from latentsmith.data.sources import Source, SourceItem, open_source
@@ -24,6 +25,8 @@ REPORT_FILE = "import-report.json"
 MAX_CAPTION = 10_000  # characters; a text encoder reads about 300
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 PHOTO_FORMATS = ("JPEG", "MPO", "AVIF", "JPEG2000")  # lossy already: as PNG they would only grow
+
+EVERYTHING = Filters()
 
 Progress = Callable[[int, int, int], None]  # samples seen, samples in the source, bad ones among them
 
@@ -45,7 +48,7 @@ def import_dataset(
     *,
     samples_per_shard: int = 1000,
     max_bad: int | None = None,
-    min_size: int = 1,
+    filters: Filters | None = None,
     keep_duplicates: bool = True,
     progress: Progress | None = None,
 ) -> ImportReport:
@@ -54,17 +57,18 @@ def import_dataset(
     KEY is the sample's number in the source; KEY.json has its original name, size in pixels, other columns. JPEG, PNG
     and WebP files that any decoder shows alike keep their bytes; others are stored as PNG, or JPEG if they were lossy.
 
-    max_bad: stop once more samples than this are bad. min_size: pixels of the shorter side, smaller ones are bad.
+    max_bad: stop once more samples than this are bad. filters: what to leave out besides, each counted by its name.
     keep_duplicates: False drops a sample whose file and caption have both been seen.
     Each bad sample is listed with its reason in `import-report.json`. An import that was interrupted goes on where it
     stopped when run again. BadInput if the source is wrong, has changed since the interruption, or has no good sample.
     """
     listing = open_source(source)
-    options = {"samples_per_shard": samples_per_shard, "min_size": min_size, "keep_duplicates": keep_duplicates}
+    filters = filters or Filters()
+    options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
     work = WorkFolder(out, {"command": "data import", "source": listing.fingerprint(), "options": options})
     if not work.is_finished:
         with full_disk_reported(out):
-            _Import(listing, work, max_bad, progress).run(samples_per_shard)
+            _Import(listing, work, filters, max_bad, progress).run(samples_per_shard)
     return read_report(Path(out))
 
 
@@ -82,8 +86,11 @@ def read_report(folder: Path) -> ImportReport:
 class _Import:
     """An import under way: what is bad since the last completed shard, and what has been seen."""
 
-    def __init__(self, source: Source, work: WorkFolder, max_bad: int | None, progress: Progress | None):
+    def __init__(
+        self, source: Source, work: WorkFolder, filters: Filters, max_bad: int | None, progress: Progress | None
+    ):
         self.source, self.work, self.max_bad, self.progress = source, work, max_bad, progress
+        self.filters = filters
         self.options = work.recipe["options"]
         self.shards: list[ShardRecord] = []
         self.reasons: Counter[str] = Counter()
@@ -121,7 +128,7 @@ class _Import:
     def _take(self, writer: ShardWriter, number: int, item: SourceItem) -> bool:
         """Write one item, or set it aside; returns whether it completed a shard."""
         try:
-            members = prepare(item, self.options["min_size"])
+            members = prepare(item, self.filters)
             if not self.options["keep_duplicates"]:
                 self._refuse_duplicate(members)
         except BadSample as error:
@@ -167,13 +174,12 @@ class _Import:
         yield from self.bad
 
 
-def prepare(item: SourceItem, min_size: int = 1) -> dict[str, bytes]:
+def prepare(item: SourceItem, filters: Filters = EVERYTHING) -> dict[str, bytes]:
     """The members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
     data = item.image()
     caption = checked_caption(item.caption())
     image = load_image(data, max_pixels=MAX_PIXELS)
-    if min(image.size) < min_size:
-        raise BadSample("too small", f"{image.width}x{image.height}: the shorter side is under {min_size} pixels")
+    filters.check(image.size, caption, item.extra)
     if image.format in KEPT_FORMATS and is_plain(image):
         stored, extension, size = data, KEPT_FORMATS[image.format], image.size
     else:

@@ -8,26 +8,31 @@ At the end `set.json` is written from the records, then the markers go.
 import errno
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, ShardRecord, shard_name, write_set_file
-from latentsmith.files.atomic import remove_incomplete, write_text
+from latentsmith.files.atomic import INCOMPLETE, remove_incomplete, write_text
 from latentsmith.files.errors import BadInput
+
+CLAIM_FILE = "finishing"
+CLAIM_SECONDS = 300.0
 
 
 class WorkFolder:
     """Opens `folder` to be filled by `recipe`, or to go on with it.
 
-    recipe: a JSON object of strings, numbers and nested objects. BadInput if the folder holds anything else: other
-    files, or a set begun or finished by another recipe (the first differing entry is named).
+    recipe: a JSON object of strings, numbers and nested objects. shared: whether other processes fill it too, at the
+    same time. BadInput if the folder holds anything else: other files, or a set begun or finished by another recipe
+    (the first differing entry is named).
     """
 
-    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, Any], *, shared: bool = False):
+        self.folder, self.shared = Path(folder), shared
         self.recipe = json.loads(json.dumps(recipe))
         self.is_finished = self._open()
 
@@ -35,15 +40,19 @@ class WorkFolder:
         marker, whole = self.folder / UNFINISHED_FILE, self.folder / SET_FILE
         if marker.exists():
             self._compare(_read_json(marker))
-            remove_incomplete(self.folder)
+            if not self.shared:  # another's file under way looks the same
+                remove_incomplete(self.folder)
         elif whole.exists():
             self._compare(_read_json(whole).get("recipe", {}))
             return True
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and (not self.folder.is_dir() or self._holds_files()):
             raise BadInput(f"{self.folder}: already holds something else; name a new folder or an empty one")
         else:
             write_text(marker, json.dumps(self.recipe, indent=1) + "\n")
         return False
+
+    def _holds_files(self) -> bool:
+        return any(not (self.shared and path.name.endswith(INCOMPLETE)) for path in self.folder.iterdir())
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         difference = first_difference(before, self.recipe)
@@ -54,12 +63,40 @@ class WorkFolder:
 
     def done(self, number: int) -> dict[str, Any] | None:
         """What was recorded of shard `number`, None if it is yet to be made."""
-        path = self._done_path(number)
-        return _read_json(path) if path.exists() else None
+        try:
+            return _read_json(self._done_path(number))
+        except FileNotFoundError:
+            return None
+
+    def done_numbers(self) -> set[int]:
+        """The numbers of all shards that are done, by whichever process."""
+        return {int(path.name[6:].partition(".")[0]) for path in self.folder.glob("shard-*.done.json")}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether another process has finished the folder meanwhile."""
+        return self.shared and (self.folder / SET_FILE).exists()
 
     def record(self, number: int, shard: ShardRecord, **more: Any) -> None:
         """Mark shard `number`, already in place, as done; `more` is for the command's own use on a rerun."""
         write_text(self._done_path(number), json.dumps({"shard": asdict(shard), **more}))
+
+    def claim_finish(self) -> bool:
+        """Whether it falls to this process to finish the folder: to one of those that fill it, where they are several.
+
+        The claim of a process that was killed in the act lapses after CLAIM_SECONDS.
+        """
+        if not self.shared:
+            return True
+        claim = self.folder / CLAIM_FILE
+        with suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:
+                claim.unlink(missing_ok=True)
+        try:
+            claim.open("x").close()
+            return not (self.folder / SET_FILE).exists()
+        except FileExistsError:
+            return False
 
     def finish(self, shards: Sequence[ShardRecord]) -> None:
         """Turn the folder into a finished set. Every other file of it must be in place already."""
@@ -67,6 +104,8 @@ class WorkFolder:
         (self.folder / UNFINISHED_FILE).unlink(missing_ok=True)
         for number in range(len(shards)):
             self._done_path(number).unlink(missing_ok=True)
+        remove_incomplete(self.folder)
+        (self.folder / CLAIM_FILE).unlink(missing_ok=True)
 
     def _done_path(self, number: int) -> Path:
         return (self.folder / shard_name(number)).with_suffix(".done.json")

@@ -1,9 +1,11 @@
 """`latentsmith data ...`: sets of captioned pictures."""
 
 from pathlib import Path
+from typing import Any
 
 from latentsmith.data import scenes
 from latentsmith.data.cache import caption_of
+from latentsmith.data.filters import Filters
 from latentsmith.data.importing import ImportReport, import_dataset
 from latentsmith.data.shards import ShardSet
 from latentsmith.inference.tokenizer import train_vocabulary as learn_vocabulary
@@ -12,15 +14,25 @@ from .progress import progress
 
 
 def import_data(
-    source: Path, out: Path, *, samples_per_shard: int = 1000, max_bad: int | None = None, no_duplicates: bool = False
+    source: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    max_bad: int | None = None,
+    no_duplicates: bool = False,
+    **filters: Any,
 ) -> ImportReport:
-    """Pictures and captions to indexed shards; prints what came in and what was set aside, by reason."""
+    """Pictures and captions to indexed shards; prints what came in and what was set aside, by reason.
+
+    filters: the fields of `Filters`.
+    """
     with progress("importing", "samples") as tell:
         report = import_dataset(
             source,
             out,
             samples_per_shard=samples_per_shard,
             max_bad=max_bad,
+            filters=Filters(**filters),
             keep_duplicates=not no_duplicates,
             progress=tell,
         )

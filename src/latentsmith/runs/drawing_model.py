@@ -20,6 +20,14 @@ from latentsmith.inference import Pipeline
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def own_device(device: str) -> str:
+    """The GPU of this process among those that torchrun or srun started on this machine."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if device in ("auto", "cuda") and local and torch.cuda.is_available():
+        return f"cuda:{int(local) % torch.cuda.device_count()}"
+    return device
+
+
 class DrawingModel:
     """A pipeline and what a picture says of it. `begin` starts to hash its files, meanwhile; leaving stops that."""
 
@@ -28,9 +36,7 @@ class DrawingModel:
     ):
         if dtype not in DTYPES:
             raise BadInput(f"dtype {dtype} is not one of {', '.join(DTYPES)}")
-        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-        if device == "auto" and local and torch.cuda.is_available():
-            device = f"cuda:{int(local) % torch.cuda.device_count()}"
+        device = own_device(device)
         self.checkpoint = open_checkpoint(source, weights)
         self.pipeline = Pipeline.from_pretrained(
             self.checkpoint, device=device, dtype=DTYPES[dtype], prediction_type=prediction_type, tokenizer=tokenizer

@@ -52,6 +52,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     steps = pieces.step_limit(config, len(samples.shards), batch)
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
         sets.open_set(config, frozen, words, "validation")
+    pieces.mixture(config)
     pieces.optimisation(config, batch, steps)
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:

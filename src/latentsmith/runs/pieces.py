@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from latentsmith.data.images import Transforms
+from latentsmith.data.mixture import Mixture
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
@@ -67,6 +68,22 @@ def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
     root = config.model.data.webdataset.local_root_path or ""
     tars = [tar for one in listed(path) for tar in (read_wdinfo(Path(one)) if one.endswith(".pkl") else [one])]
     return ShardSet([os.path.join(root, tar) for tar in tars])
+
+
+def mixture(config: DictConfig) -> Mixture | None:
+    """The order of the training set where model.data.train.weights mixes several; None where it is a shuffle of all."""
+    train = config.model.data.train
+    if train.weights is None:
+        return None
+    root = config.model.data.webdataset.local_root_path or ""
+    lengths = []
+    for one in listed(train.dataset_path):
+        tars = read_wdinfo(Path(one)) if one.endswith(".pkl") else [one]
+        lengths.append(len(ShardSet([os.path.join(root, tar) for tar in tars])))
+    try:
+        return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
+    except BadInput as error:
+        raise BadInput(f"model.data.train.weights: {error}") from None
 
 
 def listed(paths: Any) -> list[str]:

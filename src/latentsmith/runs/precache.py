@@ -16,6 +16,9 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
+from .drawing_model import own_device
+from .dry_run import HALVES
+from .generate import process_of
 from .networks import (
     PARTS,
     build_network,
@@ -33,7 +36,8 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     """Encode the pictures and captions of model.data.train into the folder `out`; returns it.
 
     What the stage keys name as encoded is encoded: with image_encoded and raw captions, pictures only; where neither
-    is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again.
+    is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again. Under torchrun or
+    srun the processes share the shards.
     """
     wanted = wanted_encodings(config)
     settle_padding(config)
@@ -43,6 +47,7 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     source, transforms = pieces.shard_set(config), pieces.transforms(config)
     assert transforms.size is not None
     pieces.latent_shape(config, transforms.size)
+    rank, processes = process_of()
     with progress("caching", "samples") as tell:
         cache = write_cache(
             source,
@@ -51,9 +56,14 @@ def precache(config: DictConfig, out: Path | str) -> Path:
             encoders(config, wanted),
             batch_size=config.model.micro_batch_size,
             seed=config.model.seed,
+            rank=rank,
+            processes=processes,
             progress=tell,
         )
-    print_summary(cache)
+    if cache is not None:
+        print_summary(cache)
+    else:
+        print(f"{out}: process {rank} of {processes} has done its shards; the cache is whole when all have")
     return Path(out)
 
 
@@ -65,40 +75,54 @@ def wanted_encodings(config: DictConfig) -> set[str]:
 
 def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
     """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them."""
-    device = pick_device(config.trainer.accelerator.replace("gpu", "cuda"))
+    device = own_device(pick_device(config.trainer.accelerator.replace("gpu", "cuda")))
+    half = HALVES.get(config.trainer.precision) if device != "cpu" else None
     networks: dict[str, Any] = {part: build_network(config, part).to(device).eval() for part in wanted}
     if config.model.channels_last and "vae" in networks:
         networks["vae"].to(memory_format=torch.channels_last)
     words = build_tokenizer(config) if "text_encoder" in wanted else None
     fingerprints = {part: fingerprint(network) for part, network in networks.items()}
+    if half is not None:
+        fingerprints["precision"] = str(half)
     if words:
         fingerprints |= {"layer": layer_of(config), "tokenizer": words.fingerprint()}
     return Encoders(
-        images=image_encoder(networks["vae"], device) if "vae" in wanted else None,
-        captions=caption_encoder(networks["text_encoder"], words, device) if words else None,
+        images=image_encoder(networks["vae"], device, half) if "vae" in wanted else None,
+        captions=caption_encoder(networks["text_encoder"], words, device, half) if words else None,
         fingerprints=fingerprints,
         versions={"latentsmith": __version__, "torch": torch.__version__},
     )
 
 
-def image_encoder(vae: AutoencoderKL, device: str) -> Callable[[np.ndarray], np.ndarray]:
+def image_encoder(
+    vae: AutoencoderKL, device: str, half: torch.dtype | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
     """Pictures (batch, 3, height, width) in [-1, 1] to moments (batch, 2 * z, height / f, width / f), arrays."""
 
     @torch.no_grad()
     def encode(images: np.ndarray) -> np.ndarray:
-        return vae.encode(torch.from_numpy(images).to(device)).cpu().numpy()
+        with autocast(device, half):
+            return vae.encode(torch.from_numpy(images).to(device)).float().cpu().numpy()
 
     return encode
 
 
-def caption_encoder(text_encoder: ClipTextEncoder, words: Tokenizer, device: str) -> Callable[[list[str]], np.ndarray]:
+def caption_encoder(
+    text_encoder: ClipTextEncoder, words: Tokenizer, device: str, half: torch.dtype | None = None
+) -> Callable[[list[str]], np.ndarray]:
     """Captions to text embeddings (batch, length, width), an array."""
 
     @torch.no_grad()
     def encode(captions: list[str]) -> np.ndarray:
-        return text_encoder(words(captions).to(device)).cpu().numpy()
+        with autocast(device, half):
+            return text_encoder(words(captions).to(device)).float().cpu().numpy()
 
     return encode
+
+
+def autocast(device: str, half: torch.dtype | None) -> torch.autocast:
+    """The frozen networks' arithmetic in half precision, where a GPU is asked for it; float32 on a CPU."""
+    return torch.autocast(device.partition(":")[0], half, enabled=half is not None)
 
 
 def print_summary(cache: LatentCache) -> None:

@@ -108,7 +108,7 @@ def prepared(config: DictConfig) -> Ready:
     empty = empty_prompt(samples, words, raw_captions)
     arranged(networks, model.channels_last, model.inductor)
     module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
-    run = RunSamples(read, draws(config, samples), len(samples.shards), model.seed)
+    run = RunSamples(read, draws(config, samples), len(samples.shards), model.seed, pieces.mixture(config))
     held = held_out(config, networks, words, samples)
     return Ready(networks, words, samples, held, run, module, spec, max_steps)
 

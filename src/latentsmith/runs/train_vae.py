@@ -56,6 +56,7 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         draw=PosteriorDraws(seed, shape),
         length=len(samples),
         seed=seed,
+        order=pieces.mixture(config),
     )
     folder = open_run_folder(config)
     fit_as_configured(

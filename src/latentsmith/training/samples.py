@@ -20,16 +20,18 @@ class RunSamples(Dataset):
     `positions`, the position itself.
 
     read(index, position): tensors and text of one sample of the set, whose crops may depend on the position.
-    length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch.
+    length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch. order:
+    another rule, position -> index.
     """
 
     read: Callable[[int, int], Record]
     draw: Callable[[int], Mapping[str, torch.Tensor]]
     length: int
     seed: int
+    order: Callable[[int], int] | None = None
 
     def __getitem__(self, position: int) -> Record:
-        index = index_at(self.seed, position, self.length)
+        index = self.order(position) if self.order else index_at(self.seed, position, self.length)
         dropout_seed = sample_seed(self.seed, position, DROPOUT)
         return {
             **self.read(index, position),
