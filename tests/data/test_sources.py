@@ -109,7 +109,7 @@ def test_other_column_names(tmp_path):
             "no column for the image's path among url, text; name it one of",
         ),
         ("t.csv", "file_name,label\na,b\n", "no column for the caption among file_name, label"),
-        ("t.parquet", "PAR1", "not a source"),
+        ("t.parquet", "PAR1", "not readable as parquet"),
         ("t.tar", "garbage" * 100, r"t\.tar: .*garbage"),
     ],
 )

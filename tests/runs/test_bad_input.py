@@ -46,6 +46,7 @@ WRONG = {  # kind of run, overrides, what the line says
         [f"{SAMPLES}.every_n_train_steps=2", f"{SAMPLES}.prompts=[x]", f"{SAMPLES}.sampler=eular"],
         "eular",
     ),
+    "8-bit moments without the library": ("cached", ["model.optim.name=adamw8bit"], "pip install bitsandbytes"),
     "no such strategy": ("cached", ["trainer.strategy=bogus"], "trainer.strategy=bogus is none of Lightning's; try "),
     "no such time": ("cached", ["trainer.max_time=soon"], "trainer.max_time=soon is not a time as DD:HH:MM:SS"),
     "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: No such file"),

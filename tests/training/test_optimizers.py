@@ -1,4 +1,6 @@
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -66,3 +68,12 @@ def test_fused_adam_is_adamw():
 def test_what_is_no_optimizer(name):
     with pytest.raises(ValueError, match=r"is neither fused_adam, adamw nor a class of torch\.optim"):
         build_optimizer(name, [nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+def test_eight_bit_moments_are_bitsandbytes(monkeypatch):
+    made = types.ModuleType("bitsandbytes.optim")
+    made.AdamW8bit = lambda parameters, **options: (list(parameters), options)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", made)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    assert build_optimizer("adamw8bit", [weight], lr=0.1) == ([weight], {"lr": 0.1})

@@ -17,10 +17,9 @@ from latentsmith.config.schema import Option, group, mapped, no_effect, refused,
 
 ONE_LOADER = "every sample is addressed by its position; a run repeats its set until max_steps or max_epochs"
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
-NOT_BUILT = "it is not built yet"
 NO_LOGVAR = "the per-timestep log-variance is not trained here"
 NO_VLB = "only the simple loss is trained here"
-WITH_BETAS = ("fused_adam", "adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
+WITH_BETAS = ("fused_adam", "adamw", "adamw8bit", "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
 OPTIMIZERS = (*WITH_BETAS, "Adadelta", "Adagrad", "RMSprop", "SGD")
 LIGHTNING_DDP = "Lightning's DDP decides on its buckets"
 
@@ -182,7 +181,8 @@ OPTIM = group(
         "name",
         choice(*OPTIMIZERS, aliases={name.lower(): name for name in OPTIMIZERS}),
         "fused_adam",
-        "fused_adam and adamw are AdamW, fused where it can be; else the class of torch.optim of that name",
+        "fused_adam and adamw are AdamW, fused where it can be; adamw8bit is bitsandbytes', moments in 8 bits; else "
+        "the class of torch.optim of that name",
         also=["optimizer"],
     ),
     used(
@@ -242,8 +242,8 @@ PATHS = nullable(either(text(), list_of(text())))
 DATA = group(
     "model.data",
     used("num_workers", whole(0), 0, "processes that read and decode, on each device", also=["workers"]),
-    refused("synthetic_data", flag(), False, "random images and captions instead of a set", NOT_BUILT),
-    no_effect("synthetic_data_length", whole(1), 10000, "samples of that set", "there is no synthetic set"),
+    used("synthetic_data", flag(), False, "noise instead of a set, to measure a training without its data"),
+    used("synthetic_data_length", whole(1), 10000, "samples of that noise"),
     used("accept_unfingerprinted", flag(), False, "train on encodings of NeMo or MLPerf, which name no VAE or encoder"),
     *group(
         "train",

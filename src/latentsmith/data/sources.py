@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from latentsmith.data.errors import BadSample
+from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, parquet_files, picture_of
 from latentsmith.data.shards import SET_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
@@ -25,6 +26,7 @@ CAPTION_EXTENSIONS = ("txt", "caption")
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+PICTURE_COLUMNS = (*IMAGE_COLUMNS, "image_bytes", "jpg", "png", "bytes")
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,22 @@ class Source(Protocol):
 
 def open_source(path: str | os.PathLike) -> Source:
     """The source at `path`: a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a
-    .jsonl or .csv file, a tar, a pattern of tars, or NeMo's wdinfo.pkl beside them. BadInput if it is none of these or
-    has nothing in it."""
+    .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of tars, or NeMo's wdinfo.pkl beside them.
+    BadInput if it is none of these or has nothing in it."""
     path = Path(path)
     if path.is_dir():
         tables = [path / name for name in TABLES if (path / name).exists()]
         if tables:
             return TableSource(tables[0])
+        if not any(_images_in(path)) and parquet_files(path):
+            return ParquetSource(path)
         if (path / SET_FILE).exists() or (any(path.glob("*.tar")) and not any(_images_in(path))):
             return TarSource(path)
         return FolderSource(path)
     if path.suffix.lower() in (".jsonl", ".csv") and path.is_file():
         return TableSource(path)
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        return ParquetSource(path)
     if path.suffix.lower() == ".tar":
         return TarSource(path)
     if not path.exists():
@@ -143,6 +149,44 @@ class TableSource:
                 return column
         names = ", ".join(map(str, list(row)[:8])) or "(none)"
         raise BadInput(f"{self.table}: no column for {what} among {names}; name it one of {', '.join(known)}")
+
+
+class ParquetSource:
+    """Parquet files: a column with the image (bytes, a path beside the table, or both as Hugging Face has them), one
+    with the caption; other columns that JSON can hold are kept."""
+
+    def __init__(self, path: Path):
+        self.table = ParquetTable(path)
+        if not len(self.table):
+            raise BadInput(f"{path}: the table has no rows")
+        self.image_column = self._column(PICTURE_COLUMNS, "the image (bytes or a path)")
+        self.caption_column = self._column(CAPTION_COLUMNS, "the caption")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def items(self, start: int = 0) -> Iterator[SourceItem]:
+        folder = self.table.path if self.table.path.is_dir() else self.table.path.parent
+        for where, row in self.table.rows(start):
+            extra = {
+                key: value
+                for key, value in row.items()
+                if key not in (self.image_column, self.caption_column) and isinstance(value, str | int | float | bool)
+            }
+            picture = partial(picture_of, row[self.image_column], folder, where)
+            yield SourceItem(where, picture, _text_reader(row[self.caption_column]), extra)
+
+    def fingerprint(self) -> str:
+        return self.table.fingerprint()
+
+    def _column(self, known: Iterable[str], what: str) -> str:
+        by_name = {name.lower(): name for name in self.table.columns}
+        if (found := next((by_name[name] for name in known if name in by_name), None)) is not None:
+            return found
+        if any(name in self.table.columns for name in URL_COLUMNS) and known is PICTURE_COLUMNS:
+            raise BadInput(f"{self.table.path}: holds addresses of pictures, not pictures; fetch them with img2dataset")
+        names = ", ".join(self.table.columns[:8]) or "(none)"
+        raise BadInput(f"{self.table.path}: no column for {what} among {names}; name it one of {', '.join(known)}")
 
 
 class TarSource:

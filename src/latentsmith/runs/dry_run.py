@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions
 from latentsmith.models import UNetModel
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpoint import MOMENTS, read_state
 
 from . import pieces, sets
 from .folder import checkpoint_to_resume, run_folder
@@ -99,24 +99,31 @@ def cost(
     processes: int,
 ) -> list[str]:
     """Arithmetic of a step, and memory of one process, counted on tensors without data."""
-    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
-    moving = sum(count for name, count in counts.items() if name in trained)
     flops, kept = unet_forward(config, latent_shape)
-    slots = {"SGD": 0}.get(config.model.optim.name, 2)
-    memory = {
-        "weights": 4 * sum(counts.values()),
-        "gradients": 4 * moving,
-        "optimizer": 4 * slots * moving,
-        "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
-        "U-Net activations": kept,
-    }
-    listed = ", ".join(f"{name} {scaled(size, BYTES, 1024)}" for name, size in memory.items() if size)
     per_step = 3 * flops * batch / config.model.micro_batch_size
     return [
         f"U-Net arithmetic: {scaled(per_step, OPERATIONS, 1000)} a step of {batch} (forward, and twice that backward), "
         f"{scaled(per_step / processes, OPERATIONS, 1000)} on each of {processes} processes",
-        f"memory of a process, about: {scaled(sum(memory.values()), BYTES, 1024)} ({listed})",
+        memory(config, networks, trained, {"U-Net activations": kept}),
     ]
+
+
+def memory(
+    config: DictConfig, networks: dict[str, nn.Module], trained: tuple[str, ...], more: dict[str, int] | None = None
+) -> str:
+    """What one process holds of weights and all that follows from them, and `more`, in a line."""
+    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    moving = sum(count for name, count in counts.items() if name in trained)
+    sizes = {
+        "weights": 4 * sum(counts.values()),
+        "gradients": 4 * moving,
+        "optimizer": 4 * MOMENTS.get(config.model.optim.name, 2) * moving,
+        "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
+        **(more or {}),
+    }
+    listed = ", ".join(f"{name} {scaled(size, BYTES, 1024)}" for name, size in sizes.items() if size)
+    aside = "" if more else "; activations come on top, --dry-run counts them"
+    return f"memory of a process, about: {scaled(sum(sizes.values()), BYTES, 1024)} ({listed}{aside})"
 
 
 def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:

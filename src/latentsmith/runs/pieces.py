@@ -150,6 +150,11 @@ def check_device(config: DictConfig) -> None:
             raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
         if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
+    if config.model.optim.name == "adamw8bit":
+        if find_spec("bitsandbytes") is None:
+            raise BadInput("model.optim.name=adamw8bit: bitsandbytes is not installed; pip install bitsandbytes")
+        if on_cpu(config):
+            raise BadInput("model.optim.name=adamw8bit needs a GPU; take fused_adam")
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     check_strategy(config.trainer.strategy, on_cpu(config))

@@ -20,6 +20,7 @@ from latentsmith.training.draws import CROPS
 
 from . import pieces
 from .networks import fingerprint, is_encoded, layer_of
+from .synthetic import Synthetic, synthetic_set
 
 Reader = Callable[[int, int], dict[str, Any]]
 
@@ -28,7 +29,7 @@ Reader = Callable[[int, int], dict[str, Any]]
 class TrainingSet:
     """The samples of a run. cache: None where nothing is encoded. size: (height, width) in latents, of one sample."""
 
-    shards: ShardSet
+    shards: ShardSet | Synthetic
     cache: LatentCache | None
     transforms: Transforms | None
     latent_shape: tuple[int, int, int]
@@ -44,6 +45,9 @@ def open_set(
     """
     model = config.model
     encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
+    if model.data.synthetic_data:
+        random = synthetic_set(config, encoded)
+        return TrainingSet(random, None, None, random.latent_shape)
     shards = pieces.shard_set(config, data)
     is_cache = any(shard.parent.joinpath("cache.json").is_file() for shard in shards.paths[:1])
     if any(encoded.values()) and not is_cache and ForeignCache.reads(shards):
@@ -142,9 +146,13 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
     words: the tokenizer, None where the captions' embeddings are cached.
     """
 
+    shards = samples.shards
+    if isinstance(shards, Synthetic):
+        return lambda index, position: shards.read(index, words)
+
     def read(index: int, position: int) -> dict[str, Any]:
-        number, inside = samples.shards.locate(index)
-        shard = samples.shards.shard(number)
+        number, inside = shards.locate(index)
+        shard = shards.shard(number)
         sample = shard[inside]
         record: dict[str, Any] = {"keys": sample.key}
         encoded = samples.cache[index] if samples.cache else {}
@@ -164,5 +172,7 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
 
 def summary(samples: TrainingSet) -> str:
     """One line for the header of a run."""
+    if isinstance(samples.shards, Synthetic):
+        return f"{len(samples.shards):,} samples of noise, latents {json.dumps(samples.latent_shape)}"
     kind = f"cached latents {json.dumps(samples.latent_shape)}" if samples.transforms is None else "pictures"
     return f"{len(samples.shards):,} samples in {len(samples.shards.paths)} shards, {kind}"

@@ -24,11 +24,12 @@ from latentsmith.training.samples import RunSamples
 from latentsmith.training.validation import HeldOut, Validation
 
 from . import pieces, sets
-from .dry_run import cost, header
 from .dry_run import dry_run as what_would_be_trained
+from .dry_run import header, memory
 from .fitting import fit_as_configured
 from .folder import open_run_folder, run_folder
 from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
+from .synthetic import Synthetic
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
@@ -71,7 +72,7 @@ def head_of(config: DictConfig, ready: "Ready") -> list[str]:
     lines.append(f"{sets.summary(ready.set)}; {ready.max_steps:,} steps of {batch}: {epochs:.1f} epochs")
     if ready.held_out is not None:
         lines.append(f"{ready.held_out.draw.count:,} samples held out for validation")
-    return [*lines, *cost(config, ready.networks, trained, ready.set.latent_shape, batch, pieces.process_count(config))]
+    return [*lines, memory(config, ready.networks, trained)]
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ def empty_prompt(samples: sets.TrainingSet, words: Tokenizer | None, raw_caption
     if raw_captions:
         assert words is not None
         return EmptyPrompt(token_ids=words([""]))
+    if isinstance(samples.shards, Synthetic):
+        return EmptyPrompt(embedding=torch.zeros(samples.shards.text_shape))
     assert samples.cache is not None
     if samples.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it
         return EmptyPrompt()

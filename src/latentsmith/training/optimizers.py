@@ -10,7 +10,12 @@ Schedule = Callable[[int], float]  # optimizer steps done so far -> factor of th
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter], **options) -> torch.optim.Optimizer:
-    """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, or any class of torch.optim; options it lacks are errors."""
+    """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, `adamw8bit` (bitsandbytes' AdamW8bit, if it is installed), or
+    any class of torch.optim; options it lacks are errors."""
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **options)
     if name in ("fused_adam", "adamw"):
         return torch.optim.AdamW(parameters, fused=True, **options)
     kind = getattr(torch.optim, name, None)
