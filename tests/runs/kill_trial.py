@@ -40,7 +40,7 @@ def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, in
     found = {"kills": 0, "saves_interrupted": 0, "before_a_step": 0}
     log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     while found["kills"] < kills:
-        rows = size(folder / "metrics.csv")
+        rows, left = size(folder / "metrics.csv"), set(folder.glob("checkpoints/*.INCOMPLETE"))
         child = life(words, log)
         early = chance.random() < 0.1
         deadline = time.monotonic() + (chance.uniform(0.0, 0.5) if early else 60)
@@ -55,7 +55,7 @@ def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, in
         assert os.WIFSIGNALED(status), "a life ended by itself: too few steps, or an error; see the log"
         found["kills"] += 1
         found["before_a_step"] += not moved
-        found["saves_interrupted"] += any(folder.glob("checkpoints/*.INCOMPLETE"))
+        found["saves_interrupted"] += bool(set(folder.glob("checkpoints/*.INCOMPLETE")) - left)
     _, status = os.waitpid(life(words, log), 0)
     assert status == 0, "the last life failed; see the log"
     return found

@@ -47,7 +47,11 @@ WRONG = {  # kind of run, overrides, what the line says
         "eular",
     ),
     "8-bit moments without the library": ("cached", ["model.optim.name=adamw8bit"], "pip install bitsandbytes"),
-    "no such strategy": ("cached", ["trainer.strategy=bogus"], "trainer.strategy=bogus is none of Lightning's; try "),
+    "no such strategy": (
+        "cached",
+        ["trainer.strategy=bogus"],
+        "trainer.strategy=bogus is not one to save and",
+    ),
     "no such time": ("cached", ["trainer.max_time=soon"], "trainer.max_time=soon is not a time as DD:HH:MM:SS"),
     "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: No such file"),
     "nothing to resume": ("cached", [f"{MANAGER}.resume_ignore_no_checkpoint=false"], "no checkpoint to resume from"),

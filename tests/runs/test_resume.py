@@ -48,18 +48,21 @@ def stopped_in_the_middle(world, words, metrics, rows, number=signal.SIGKILL):
     script += "from latentsmith.cli import main; sys.exit(main(sys.argv[1:]))"
     given = [word.replace("ROOT", str(world.root)) for word in words]
     command = [sys.executable, "-c", script, str(torch.get_num_threads()), *given]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ)) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ), start_new_session=True
+    ) as process:
         while process.poll() is None and len(read_rows(metrics)) < rows:
             time.sleep(0.01)
         assert process.poll() is None, process.stderr.read().decode()
-        process.send_signal(number)
+        os.killpg(process.pid, number)  # as Ctrl-C and schedulers do, workers and all
         said = process.communicate()[1].decode()
     return process.returncode, said
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
-    options = ("trainer.max_steps=2000", "exp_manager.checkpoint_callback_params.every_n_train_steps=0")
+    options = ("trainer.max_steps=2000", "exp_manager.checkpoint_callback_params.every_n_train_steps=0",
+               "model.data.num_workers=2", "model.micro_batch_size=2", "model.global_batch_size=4")  # fmt: skip
     name = f"stopped-{int(number)}"
     run = world.root / "runs" / name
     found, said = stopped_in_the_middle(world, world.command("cached", name, *options), run / "metrics.csv", 3, number)
@@ -68,8 +71,8 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
     line = f"latentsmith: stopped at step {step} of 2,000 by {number.name}, saved; the same command goes on from there"
     assert line in said
     rows = read_rows(run / "metrics.csv")
-    world.train("cached", name, f"trainer.max_steps={step + 2}")
-    whole = world.train("cached", f"{name}-whole", f"trainer.max_steps={step + 2}")
+    world.train("cached", name, *options[2:], f"trainer.max_steps={step + 2}")
+    whole = world.train("cached", f"{name}-whole", *options[2:], f"trainer.max_steps={step + 2}")
     again = read_rows(run / "metrics.csv")
     assert again[: len(rows)] == rows and world.losses(whole) == world.losses(run)
     assert read_state(world.newest(run)) == read_state(world.newest(whole))
@@ -113,3 +116,78 @@ def test_going_back_asks_for_another_name(world, capsys):
         assert "step-00000004: is later than where this run would start" in capsys.readouterr().err
     again = world.train("cached", "branch", f"exp_manager.resume_from_checkpoint={first}")
     assert world.losses(again) == world.losses(run)[2:]
+
+
+def damage(path):
+    weights = path / "unet.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+
+def test_damaged_again_and_all_damaged(world, capsys):
+    run = world.train("cached", "damaged-again")
+    for _ in range(2):
+        damage(world.newest(run))
+        world.train("cached", "damaged-again")
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000004.DAMAGED", "step-00000004.DAMAGED-2"]
+    rows = read_rows(run / "metrics.csv")
+    for name in ("step-00000002", "step-00000004"):
+        damage(run / "checkpoints" / name)
+    capsys.readouterr()
+    assert world.call(*world.command("cached", "damaged-again")) == 2
+    assert "None of the 2 checkpoints" in capsys.readouterr().err
+    assert read_rows(run / "metrics.csv") == rows  # nothing was begun anew over it
+
+
+def test_a_branch_goes_on_by_the_same_command(world):
+    source = world.train("cached", "trunk")
+    first = source / "checkpoints" / "step-00000002"
+    options = (f"exp_manager.resume_from_checkpoint={first}",)
+    world.train("cached", "offshoot", *options, "trainer.max_steps=4")
+    run = world.train("cached", "offshoot", *options, "trainer.max_steps=6")
+    assert [row["step"] for row in read_rows(run / "metrics.csv")] == [3, 4, 5, 6]
+    assert world.losses(run)[:2] == world.losses(source)[2:]
+
+
+def test_time_is_up(world, capsys):
+    options = ("trainer.max_time=00:00:00:02", "trainer.max_steps=100000",
+               "exp_manager.checkpoint_callback_params.save_top_k=2")  # fmt: skip
+    assert world.call(*world.command("cached", "timed", *options)) == 75
+    run = world.root / "runs" / "timed"
+    step = int(world.newest(run).name[5:])
+    assert f"stopped at step {step:,} of 100,000 by trainer.max_time, saved" in capsys.readouterr().err
+    assert step == read_rows(run / "metrics.csv")[-1]["step"] > 4
+
+
+def test_logs_that_cannot_be_written_do_not_end_a_run(world, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("log.append_row", "validation.append_row"):
+        monkeypatch.setattr(f"latentsmith.training.{name}", full)
+    monkeypatch.setattr("latentsmith.runs.run_report.write_run_report", full)
+    monkeypatch.setattr("latentsmith.training.sample_log.save_row", full)
+    options = ("model.data.validation.dataset_path=ROOT/cache", "exp_manager.sample_images.every_n_train_steps=2",
+               "exp_manager.sample_images.prompts=[x]", "exp_manager.sample_images.steps=1")  # fmt: skip
+    run = world.train("cached", "no-logs", *options)
+    said = capsys.readouterr().err
+    for what in ("row of step 4", "validation loss", "report.html", "sample pictures"):
+        assert f"{what} not written (No space left on device): training goes on" in said
+    assert read_state(world.newest(run))["global_step"] == 4
+
+
+def test_a_measured_scale_is_not_measured_again(world, monkeypatch):
+    run = world.train("cached", "measured", "model.scale_factor=measured", "trainer.max_steps=2")
+    monkeypatch.setattr("latentsmith.runs.train.MEASURED_SAMPLES", 3)  # would give another one
+    world.train("cached", "measured", "model.scale_factor=measured")
+    monkeypatch.undo()
+    whole = world.train("cached", "measured-whole", "model.scale_factor=measured")
+    assert world.losses(run) == world.losses(whole)
+
+
+def test_validation_of_pictures_in_pure_half_precision(world):
+    options = ("trainer.precision=bf16-true", "model.data.validation.dataset_path=ROOT/shards", "trainer.max_steps=1")
+    plain = world.train("pictures", "validated-32", *options[1:])
+    half = world.train("pictures", "validated-16", *options)
+    losses = [read_rows(run / "validation.csv")[0]["val_loss"] for run in (plain, half)]
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -2,13 +2,11 @@
 
 import re
 import sys
-import types
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latentsmith.runs.run_report import thinned, write_run_report
-from latentsmith.training import log
 from latentsmith.training.log import read_rows
 
 SAMPLES = (
@@ -101,4 +99,3 @@ def test_weights_and_biases_not_installed(world, monkeypatch, capsys):
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", missing)
     assert world.call(*world.command("cached", "unwatched", "exp_manager.create_wandb_logger=true")) == 2
     assert "wandb is not installed; pip install wandb" in capsys.readouterr().err
-    assert isinstance(log, types.ModuleType)

@@ -1,14 +1,19 @@
 """Runs of the toy training: exact resume, accumulation, logs, checkpoints, sample pictures."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 
 from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
 from latentsmith.training.log import append_row, drop_rows_after, read_rows
+from latentsmith.training.module import Metrics
+from latentsmith.training.progress_bar import ProgressLine
 from latentsmith.training.sample_log import SampleLog
 
 
@@ -218,3 +223,50 @@ def test_sample_pictures_do_not_change_training(toy):
         assert row.size == (8, 4) and (row.getpixel((0, 0))[0], row.getpixel((7, 3))[0]) == (1, 2)
     for drawn, average in zip(pipeline.seen[-1], module.ema["unet"].averages, strict=True):
         assert torch.equal(drawn, average)
+
+
+def test_a_scaled_loss_is_clipped_at_its_own_size(toy):
+    """As in float16 on a GPU: the gradient's norm and the step are those without a scale."""
+    plain, scaled = toy(), toy()
+    first = plain.train(steps=2, gradient_clip_val=0.5)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    plugin.autocast_context_manager = nullcontext  # the scale alone
+    second = scaled.train(steps=2, gradient_clip_val=0.5, plugins=[plugin])
+    norms = [[row["grad_norm"] for row in read_rows(run.folder / "metrics.csv")] for run in (plain, scaled)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[0][0] > 0.5
+    for one, other in zip(first.parts["unet"].parameters(), second.parts["unet"].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_cut_short_by_a_full_disk(tmp_path):
+    path = tmp_path / "metrics.csv"
+    append_row(path, {"step": 1, "loss": 0.5})
+    with open(path, "a") as file:
+        file.write("2,0.")
+    append_row(path, {"step": 3, "loss": 0.25})
+    with open(path, "a") as file:
+        file.write("4\n")
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+    drop_rows_after(path, 9)
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_one_bad_loss_does_not_stay_in_the_smoothed_one():
+    line = ProgressLine(10)
+    module = SimpleNamespace(metrics=Metrics(), progress=SimpleNamespace(global_step=1), device=torch.device("cpu"),
+                             optimisation=SimpleNamespace(global_batch=1), record=lambda **_: None)  # fmt: skip
+    line.first, line.started, line.shown, seen = 0, 0.0, 1e30, []
+    for loss in (float("nan"), 1.0, float("nan"), float("inf"), 3.0):
+        module.metrics.values["loss"] = torch.tensor(loss)
+        line.on_step_end(None, module)
+        seen.append(float(line.loss))
+    assert seen[1:4] == [1.0, 1.0, 1.0] and seen[4] == pytest.approx(0.95 + 0.05 * 3)
+
+
+def test_what_was_left_of_checkpoints_goes(toy):
+    run = toy()
+    left = run.folder / "checkpoints" / "step-00000077.INCOMPLETE"
+    left.mkdir(parents=True)
+    (left / "unet.safetensors").write_bytes(b"half")
+    run.train(steps=1)
+    assert not left.exists() and [path.name for path in checkpoints_in(left.parent)] == ["step-00000001"]

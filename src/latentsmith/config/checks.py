@@ -34,6 +34,11 @@ def check(values: Mapping[str, Any]) -> None:
     name = values["exp_manager"]["name"]
     if not name.strip() or ".." in name.split("/") or name.startswith("/"):
         raise BadInput(f"exp_manager.name={name!r} does not name a folder inside exp_manager.exp_dir; give it a name")
+    if values["exp_manager"]["checkpoint_callback_params"]["save_top_k"] == 0:
+        raise BadInput(
+            "exp_manager.checkpoint_callback_params.save_top_k=0 keeps nothing to go on from; give 1 or more, -1 for "
+            "all, or exp_manager.create_checkpoint_callback=false"
+        )
     if 0 in (values["trainer"]["max_steps"], values["trainer"]["max_epochs"]):
         raise BadInput("trainer.max_steps or max_epochs is 0: nothing to train; -1 is no limit")
 

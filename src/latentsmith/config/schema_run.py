@@ -39,7 +39,7 @@ TRAINER = group(
         "strategy",
         text(),
         "auto",
-        "auto, ddp, model_parallel (weights and optimizer split over the processes), or another of Lightning's",
+        "ddp (auto is the same), or model_parallel: weights, averages and optimizer split over the processes",
         also=["fsdp"],
     ),
     used(

@@ -4,7 +4,6 @@ import math
 import os
 import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ def check_device(config: DictConfig) -> None:
             raise BadInput("model.optim.name=adamw8bit needs a GPU; take fused_adam")
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
-    check_strategy(config.trainer.strategy, on_cpu(config))
+    check_strategy(config.trainer.strategy)
     if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
         raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
 
@@ -169,32 +168,29 @@ def on_cpu(config: DictConfig) -> bool:
 
 
 def strategy(config: DictConfig, processes: int) -> Any:
-    """Lightning's strategy by its name, or the one that `model_parallel` stands for: every process a share of the data,
-    of the weights and of the optimizer's state."""
-    if config.trainer.strategy != "model_parallel":
-        return config.trainer.strategy
-    from lightning.pytorch.strategies import ModelParallelStrategy
+    """What trainer.strategy stands for.
 
-    return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    model_parallel: every process a share of the data, of the weights and of the optimizer's state. ddp: the whole of
+    both; it may not lay its buckets of gradients out anew after the first step, as it does otherwise, since a resumed
+    run would then add them up in another order.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    if config.trainer.strategy == "model_parallel":
+        return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    return DDPStrategy(find_unused_parameters=True) if processes > 1 else config.trainer.strategy
 
 
-def check_strategy(name: str, cpu: bool) -> None:
-    """BadInput for a strategy that is none, or that this machine cannot run."""
-    known = ["auto", "model_parallel", *strategies()]
+def check_strategy(name: str) -> None:
+    """BadInput for a strategy that this engine does not train, save and resume with."""
+    known = ("auto", "ddp", "model_parallel")
     if name not in known:
-        near = get_close_matches(name, known, 1) or ["auto", "ddp", "model_parallel", "deepspeed"]
-        raise BadInput(f"trainer.strategy={name} is none of Lightning's; try {', '.join(near)}")
-    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
-        raise BadInput(f"trainer.strategy={name}: deepspeed is not installed; pip install deepspeed, or model_parallel")
-    if cpu and not name.startswith(("auto", "ddp", "model_parallel")):
-        raise BadInput(f"trainer.strategy={name} does not run on a CPU; take ddp, or model_parallel for shards")
-
-
-def strategies() -> list[str]:
-    """What Lightning knows by name."""
-    from lightning.pytorch.strategies import StrategyRegistry
-
-    return sorted(StrategyRegistry.available_strategies())
+        reason = (
+            "shards are trainer.strategy=model_parallel here"
+            if name.startswith(("fsdp", "deepspeed"))
+            else (f"it is one of {', '.join(known)}")
+        )
+        raise BadInput(f"trainer.strategy={name} is not one to save and resume with: {reason}")
 
 
 def process_count(config: DictConfig) -> int:

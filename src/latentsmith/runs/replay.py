@@ -29,7 +29,7 @@ def replay(file: Path, config: DictConfig) -> bool:
     module.to(device)
     module.on_train_start()
     batch = batch_of(training.samples, described["positions"], device)
-    half = {"bf16": torch.bfloat16, "16": torch.float16}.get(config.trainer.precision.removesuffix("-mixed"))
+    half = {"bf16": torch.bfloat16, "16": torch.float16}.get(config.trainer.precision.partition("-")[0])
     with torch.autocast(device.type, half, enabled=half is not None):
         found = first_bad(module, batch)
     for place, (key, position) in enumerate(zip(found["keys"], described["positions"], strict=True)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentsmith.training.log import METRICS_FILE, read_rows
-from latentsmith.training.module import StepCallback
+from latentsmith.training.module import StepCallback, tolerated
 from latentsmith.training.validation import VALIDATION_FILE
 
 from . import report
@@ -36,7 +36,8 @@ class RunReport(StepCallback):
             self.write()
 
     def write(self) -> None:
-        write_run_report(self.folder, self.head)
+        with tolerated("report.html"):
+            write_run_report(self.folder, self.head)
         self.written = time.monotonic()
 
 

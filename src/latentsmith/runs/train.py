@@ -27,7 +27,7 @@ from . import pieces, sets
 from .dry_run import dry_run as what_would_be_trained
 from .dry_run import header, memory
 from .fitting import fit_as_configured
-from .folder import open_run_folder, run_folder
+from .folder import open_run_folder, run_folder, scale_so_far
 from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
 from .synthetic import Synthetic
 
@@ -104,7 +104,8 @@ def prepared(config: DictConfig) -> Ready:
     optimisation = pieces.optimisation(config, batch, max_steps)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
-    goal = objective(config, measured_scale(read, samples, networks, model.seed))
+    begun = scale_so_far(config, run_folder(config)) if model.scale_factor == "measured" else None
+    goal = objective(config, measured_scale(read, samples, networks, model.seed, begun))
     spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
     empty = empty_prompt(samples, words, raw_captions)
     arranged(networks, model.channels_last, model.inductor)
@@ -221,13 +222,22 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
 
 
 def measured_scale(
-    read: sets.Reader, samples: sets.TrainingSet, networks: dict[str, nn.Module], seed: int
+    read: sets.Reader,
+    samples: sets.TrainingSet,
+    networks: dict[str, nn.Module],
+    seed: int,
+    begun: float | None,
 ) -> Callable[[], float]:
-    """Measures 1 / the standard deviation of the latents of the set's first samples: it gives them unit variance."""
+    """Measures 1 / the standard deviation of the latents of the set's first samples: it gives them unit variance.
+
+    begun: the scale of a run that goes on, which is not measured again.
+    """
     vae: Any = networks.get("vae")
 
     @torch.no_grad()
     def measure() -> float:
+        if begun is not None:
+            return begun
         drawn = []
         for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
             record = read(index, index)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.files.atomic import sync_folder, write_text
+from latentsmith.files.atomic import INCOMPLETE, sync_folder, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import hash_file
 from latentsmith.files.tensors import open_tensors, save_safetensors
@@ -58,7 +59,7 @@ def take_snapshot(module: TrainingModule) -> Snapshot | None:
 
     All processes have to ask: the shards of each tensor come together, one tensor after the other.
     """
-    files = gathered(parts_of(module)) if module.sharded else None
+    files = gathered(parts_of(module), keep=module.trainer.is_global_zero) if module.sharded else None
     if not module.trainer.is_global_zero:
         return None
     state = {**asdict(module.progress), "skipped_steps": int(module.skipped_steps)}
@@ -70,9 +71,15 @@ def take_snapshot(module: TrainingModule) -> Snapshot | None:
     )
 
 
-def gathered(files: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """The whole tensors, in the memory of the CPU of the first process."""
-    return {file: {name: whole(tensor).cpu() for name, tensor in tensors.items()} for file, tensors in files.items()}
+def gathered(files: dict[str, dict[str, Tensor]], keep: bool) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors in the memory of the CPU; of the processes, which all take part, those that `keep` them."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            together = whole(tensor)
+            if keep:
+                found.setdefault(file, {})[name] = together.cpu()
+    return found
 
 
 def scaler_of(module: TrainingModule) -> Any:
@@ -96,7 +103,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapp
     disk) leaves the folder as it was.
     """
     final = folder / f"step-{snapshot.state['global_step']:08d}"
-    aside = folder / f"{final.name}.INCOMPLETE"
+    aside = folder / f"{final.name}{INCOMPLETE}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -112,8 +119,22 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapp
     os.rename(aside, final)
     sync_folder(folder)
     for old in checkpoints_in(folder)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old)
+        remove(old)
     return final
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; half of one never looks whole. One that cannot be deleted stays until the next time."""
+    with suppress(OSError):
+        going = path.with_name(f"{path.name}{INCOMPLETE}")
+        path.rename(going)
+        shutil.rmtree(going)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of checkpoints that were being written or deleted."""
+    for left in folder.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def parts_of(module: TrainingModule) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 
+from latentsmith.files.errors import BadInput
+
 from .checkpoint import load_checkpoint, read_state
 from .log import ScalarLog
 from .module import TrainingModule
@@ -20,13 +22,20 @@ from .stopping import StopOnSignal
 
 
 class Resume(L.Callback):
-    """Puts the module back to a checkpoint once its optimizer exists."""
+    """Puts the module back to a checkpoint, if there is one, once its optimizer exists."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
 
     def on_fit_start(self, trainer, module) -> None:
-        load_checkpoint(self.path, module)
+        here = self.path.name if self.path else "none"
+        first = trainer.strategy.broadcast(here)
+        if first != here:
+            raise BadInput(
+                f"goes on from checkpoint {here}, and the first process from {first}: give them one run folder"
+            )
+        if self.path:
+            load_checkpoint(self.path, module)
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,13 @@ def fit(
     if begin["global_step"] >= max_steps:
         print(f"{run_folder}: already at step {begin['global_step']:,} of {max_steps:,}; nothing to do")
         return
-    extra: list[L.Callback] = [Resume(checkpointing.resume)] if checkpointing.resume else []
+    extra: list[L.Callback] = [Resume(checkpointing.resume)]
     extra += callbacks
     extra += [ProgressLine(max_steps)] if progress_bar else []
     extra += [ScalarLog(run_folder, log_every_n_steps, tensorboard=tensorboard, wandb=wandb)]
     watch = WatchNonFinite(run_folder, data.samples, nonfinite_limit, log_every_n_steps)
     extra += [watch]
     extra += [SaveCheckpoints(checkpointing, max_steps)] if checkpointing.enabled else []
-    extra += [DataWait()] if progress_bar else []
     quiet_lightning()
     stop = StopOnSignal()
     trainer = L.Trainer(
@@ -97,12 +105,16 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*extra, stop],
+        callbacks=[*extra, stop, *([DataWait()] if progress_bar else [])],
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         **trainer_options,
     )
-    trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
+    with stop:
+        try:
+            trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
+        except SystemExit:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from None
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
 

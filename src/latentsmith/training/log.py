@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
 
-from .module import StepCallback, TrainingModule
+from .module import StepCallback, TrainingModule, tolerated
 
 METRICS_FILE = "metrics.csv"
 
@@ -50,7 +50,9 @@ class ScalarLog(StepCallback):
         values = over_processes(module, module.metrics.read())
         if not trainer.is_global_zero:
             return
-        append_row(self.folder / METRICS_FILE, {"step": step, **{name: shown(value) for name, value in values.items()}})
+        with tolerated(f"row of step {step:,}"):
+            row = {name: shown(value) for name, value in values.items()}
+            append_row(self.folder / METRICS_FILE, {"step": step, **row})
         self.send(values, step)
 
     def send(self, values: Mapping[str, float], step: int) -> None:
@@ -98,6 +100,8 @@ def append_row(path: Path, row: Mapping[str, float | str]) -> None:
     with open(path, "a+", encoding="utf-8", newline="") as file:
         file.seek(0)
         header = file.readline().strip().split(",")
+        if file.read()[-1:] not in ("", "\n"):  # a row that a full disk cut short
+            file.write("\n")
         columns = header if header != [""] else list(row)
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         if header == [""]:
@@ -110,7 +114,8 @@ def drop_rows_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     header, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
-    kept = [line for line in lines if line.endswith("\n") and float(line.split(",")[0]) <= step]
+    whole = [line for line in lines if line.endswith("\n") and line.count(",") == header.count(",")]
+    kept = [line for line in whole if float(line.split(",")[0]) <= step]
     write_text(path, "".join([header, *kept]) if kept else "")
 
 
@@ -119,4 +124,5 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        return [{key: float(value) for key, value in row.items() if value} for row in rows]

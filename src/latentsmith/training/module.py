@@ -1,5 +1,6 @@
 """What every training here shares: counters, optimizer, learning rate, averages, metrics."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -103,7 +104,8 @@ class TrainingModule(L.LightningModule):
         if self.ema:
             self.keep_averages(**self.averaging)
         parameters = [p for name in self.trained for p in self.parts[name].parameters() if p.requires_grad]
-        return build_optimizer(self.optimisation.name, parameters, **self.optimisation.options)
+        scaled = bool(getattr(self.trainer.precision_plugin, "scaler", None)) if self._trainer is not None else False
+        return build_optimizer(self.optimisation.name, parameters, fused=not scaled, **self.optimisation.options)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         rate = self.optimisation.options["lr"] * self.optimisation.schedule(self.progress.global_step)
@@ -146,6 +148,15 @@ class TrainingModule(L.LightningModule):
         for name, value in scalars.items():
             self.metrics.micro.setdefault(name, []).append(value.detach())
         self.metrics.last_loss = scalars.get("loss", self.metrics.last_loss).detach()
+
+
+@contextmanager
+def tolerated(what: str) -> Iterator[None]:
+    """Something beside the training is written here: if it cannot be (a full disk), that is told, and all goes on."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{what} not written ({error.strerror or error}): training goes on", file=sys.stderr, flush=True)
 
 
 @contextmanager

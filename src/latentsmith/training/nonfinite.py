@@ -71,7 +71,7 @@ class WatchNonFinite(StepCallback):
             if not math.isfinite(norm) and not getattr(trainer.precision_plugin, "scaler", None):
                 try:
                     self.describe(module, step, norm)
-                except OSError as error:
+                except Exception as error:  # out of memory or disk: no reason to end what only had to skip a step
                     print(f"step {step.number:,} skipped, and not described: {error}", flush=True)
             if self.in_row >= self.limit:
                 self.stopped = trainer.should_stop = True
@@ -81,7 +81,8 @@ class WatchNonFinite(StepCallback):
         """Write what the step was made of, once on each process whose loss was bad, or else on the first."""
         losses = [float(loss) for loss in step.losses]
         bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not bad and not module.trainer.is_global_zero:
+        anywhere = module.trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
+        if not bad and (anywhere or not module.trainer.is_global_zero):
             return
         positions = step.positions[bad[0] if bad else 0]
         path = self.folder / f"step-{step.number:08d}{rank_of(module)}.json"
@@ -91,9 +92,14 @@ class WatchNonFinite(StepCallback):
             )
             print(f"step {step.number:,} skipped: not finite; see {path}", flush=True)
             return
-        with module.trainer.precision_plugin.forward_context():
-            first = first_bad(module, batch_of(self.samples, positions, module.device))
-        weights = self.keep_weights(module, path.with_suffix("")) if not path.parent.exists() else None
+        batch = batch_of(self.samples, positions, module.device)
+        plugin = module.trainer.precision_plugin
+        with plugin.forward_context():
+            first = first_bad(module, plugin.convert_input(batch))
+        beside = path.with_suffix("")
+        weights = beside.name if beside.is_dir() else None
+        if not path.parent.exists():
+            weights = self.keep_weights(module, beside)
         described = {
             "step": step.number, "positions": positions, "keys": first["keys"], "timesteps": first["timesteps"],
             "losses": [repr(loss) for loss in losses], "grad_norm": repr(norm), "first_bad": first["first_bad"],

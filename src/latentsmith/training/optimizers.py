@@ -9,15 +9,18 @@ from torch import nn
 Schedule = Callable[[int], float]  # optimizer steps done so far -> factor of the learning rate
 
 
-def build_optimizer(name: str, parameters: Iterable[nn.Parameter], **options) -> torch.optim.Optimizer:
+def build_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], *, fused: bool = True, **options
+) -> torch.optim.Optimizer:
     """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, `adamw8bit` (bitsandbytes' AdamW8bit, if it is installed), or
-    any class of torch.optim; options it lacks are errors."""
+    any class of torch.optim; options it lacks are errors. fused: False where gradients are scaled, since a fused one
+    takes the scale out itself, after they were clipped."""
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, **options)
     if name in ("fused_adam", "adamw"):
-        return torch.optim.AdamW(parameters, fused=True, **options)
+        return torch.optim.AdamW(parameters, fused=fused, **options)
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(f"optim.name {name!r} is neither fused_adam, adamw nor a class of torch.optim")

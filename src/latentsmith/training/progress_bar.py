@@ -75,7 +75,9 @@ class ProgressLine(StepCallback):
 
     def on_step_end(self, trainer, module) -> None:
         loss = module.metrics.values["loss"]  # stays on its device: reading it would wait for the step
-        self.loss = loss if self.loss is None else torch.lerp(loss, self.loss, SMOOTHING)
+        before = loss if self.loss is None else self.loss
+        mean = torch.where(before.isfinite(), torch.lerp(loss, before, SMOOTHING), loss)
+        self.loss = torch.where(loss.isfinite(), mean, before)  # a step that was skipped does not count
         step, now = module.progress.global_step, time.monotonic()
         steps_per_second = (step - self.first) / max(1e-9, now - self.started)
         samples_per_second = steps_per_second * module.optimisation.global_batch

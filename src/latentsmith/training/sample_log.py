@@ -10,7 +10,7 @@ from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 
-from .module import StepCallback, TrainingModule, frozen
+from .module import StepCallback, TrainingModule, frozen, tolerated
 
 
 class SampleLog(StepCallback):
@@ -40,7 +40,8 @@ class SampleLog(StepCallback):
             return
         row = np.concatenate([np.asarray(picture) for picture in pictures], axis=1)
         module.metrics.pictures["samples"] = row
-        save_row(row, self.folder / f"step-{module.progress.global_step:08d}.png")
+        with tolerated("sample pictures"):
+            save_row(row, self.folder / f"step-{module.progress.global_step:08d}.png")
 
 
 def save_row(pixels: np.ndarray, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Batches of a run: the sample at every position, with what training draws for it."""
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,10 +72,17 @@ def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int
         batch_sampler=positions,
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=leave_signals_to_training,
         persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def leave_signals_to_training(worker: int) -> None:
+    """A scheduler signals the whole group; the process that trains ends its workers itself, after its checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(records: Sequence[Record]) -> Record:

@@ -12,7 +12,7 @@ from pathlib import Path
 from latentsmith.files.errors import BadInput
 from latentsmith.files.memory import available_bytes
 
-from .checkpoint import Snapshot, checkpoints_in, size_of, take_snapshot, write_checkpoint
+from .checkpoint import Snapshot, checkpoints_in, remove_leftovers, size_of, take_snapshot, write_checkpoint
 from .module import StepCallback, TrainingModule
 
 MARGIN = 1.25  # of a snapshot's size, that memory has to have free for a save in the background
@@ -53,6 +53,7 @@ class SaveCheckpoints(StepCallback):
     def on_train_start(self, trainer, module) -> None:
         self.saved_at = time.monotonic()
         if trainer.is_global_zero:
+            remove_leftovers(self.to.folder)
             check_disk(self.to, module, self.max_steps)
 
     def on_step_end(self, trainer, module) -> None:
@@ -66,7 +67,8 @@ class SaveCheckpoints(StepCallback):
     def on_train_end(self, trainer, module) -> None:
         self.wait()
         newest = checkpoints_in(self.to.folder)
-        if newest and newest[-1].name == f"step-{module.progress.global_step:08d}":
+        there = bool(newest) and newest[-1].name == f"step-{module.progress.global_step:08d}"
+        if trainer.strategy.broadcast(there):  # all processes have to take a snapshot, or none
             return
         if snapshot := take_snapshot(module):
             write_checkpoint(self.to.folder, snapshot, self.to.keep, self.to.metadata)
@@ -111,7 +113,7 @@ class SaveCheckpoints(StepCallback):
 def check_disk(to: Checkpointing, module: TrainingModule, max_steps: int) -> None:
     """BadInput if the disk cannot hold the checkpoints that will stay, and the one that is written beside them."""
     stay = -(-max_steps // to.every_n_steps) if to.every_n_steps else 1
-    stay = stay if to.keep < 0 else min(to.keep, stay)
+    stay = stay if to.keep < 0 else to.keep if to.every_n_minutes else min(to.keep, stay)
     size = size_of(module)
     to.folder.mkdir(parents=True, exist_ok=True)
     present = sum(file.stat().st_size for one in checkpoints_in(to.folder) for file in one.rglob("*") if file.is_file())

@@ -11,7 +11,7 @@ from torch import Tensor
 from .diffusion_module import DiffusionTraining
 from .draws import ValidationDraws
 from .log import append_row, drop_rows_after
-from .module import StepCallback, frozen
+from .module import StepCallback, frozen, tolerated
 from .samples import Record, collate
 
 VALIDATION_FILE = "validation.csv"
@@ -56,13 +56,14 @@ class Validation(StepCallback):
 
     def run(self, trainer: Any, module: DiffusionTraining) -> None:
         """Measure, and write it down."""
-        with frozen(module), trainer.precision_plugin.forward_context():
+        with frozen(module):
             losses = {"val_loss": self.loss(trainer, module)}
             if module.ema:
                 with module.averaged():
                     losses["val_loss_ema"] = self.loss(trainer, module)
         if trainer.is_global_zero:
-            append_row(self.path, {"step": module.progress.global_step, **losses})
+            with tolerated("validation loss"):
+                append_row(self.path, {"step": module.progress.global_step, **losses})
             module.metrics.once |= losses
 
     def loss(self, trainer: Any, module: DiffusionTraining) -> float:
@@ -70,8 +71,11 @@ class Validation(StepCallback):
         total = torch.zeros((), dtype=torch.float64)
         for batch in self.batches(trainer.global_rank, trainer.world_size):
             weights = batch.pop("weight").double()
-            on_device = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            total += (module.losses(on_device, "l2").cpu().double() * weights).sum()
+            given = trainer.precision_plugin.convert_input(batch)  # made outside its context: draws are float32
+            given = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+            with trainer.precision_plugin.forward_context():
+                errors = module.losses(given, "l2")
+            total += (errors.cpu().double() * weights).sum()
         if trainer.world_size > 1:
             gathered: Any = module.all_gather(total.float().to(module.device))
             total = gathered.double().sum().cpu()
