@@ -154,6 +154,7 @@ SAMPLES = group(
     used("steps", whole(1, 1000), 25, "sampling steps", also=["num_inference_steps", "inference_steps"]),
     used("guidance_scale", number(0), 7.5, "classifier-free guidance, 1 for none", also=["cfg_scale"]),
     used("sampler", text(), "dpmsolver++", "as `latentsmith generate --sampler`"),
+    used("weights", choice("ema", "raw"), "ema", "the average draws, where there is one, or the trained weights"),
     used("seed", whole(0), 0, "of the initial noise: the same pictures are drawn each time"),
 )
 

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +158,12 @@ def check_device(config: DictConfig) -> None:
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     check_strategy(config.trainer.strategy)
+    if on_cpu(config) and config.model.inductor and not (shutil.which("g++") or shutil.which("clang++")):
+        raise BadInput(
+            "model.inductor=True: TorchInductor needs a C++ compiler on a CPU, and there is none; install g++"
+        )
+    if on_cpu(config) and config.trainer.precision.startswith("bf16"):
+        print("trainer.precision=bf16 on a CPU: emulated, and far slower than 32, where it has no units for bfloat16")
     if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
         raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
 

@@ -217,6 +217,7 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
         steps=wanted.steps,
         guidance_scale=wanted.guidance_scale,
         sampler=wanted.sampler,
+        averaged=wanted.weights == "ema",
         seed=wanted.seed,
     )
 

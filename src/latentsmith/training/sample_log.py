@@ -1,5 +1,6 @@
 """Pictures for fixed prompts at fixed noise while a model trains."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,22 @@ from .module import StepCallback, TrainingModule, frozen, tolerated
 
 
 class SampleLog(StepCallback):
-    """Draws `prompts` every `every_n_steps` optimizer steps with the averaged weights, if there are any.
+    """Draws `prompts` every `every_n_steps` optimizer steps, `averaged`: by the average, if any.
 
     Writes one row of pictures, `folder`/step-N.png. options: of `Pipeline.__call__`.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path, every_n_steps: int, *, prompts: list[str], **options: Any):
-        self.pipeline, self.folder, self.every_n_steps = pipeline, folder, every_n_steps
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        folder: Path,
+        every_n_steps: int,
+        *,
+        prompts: list[str],
+        averaged: bool = True,
+        **options: Any,
+    ):
+        self.pipeline, self.folder, self.every_n_steps, self.averaged = pipeline, folder, every_n_steps, averaged
         self.prompts, self.options = prompts, options
 
     def on_step_end(self, trainer, module) -> None:
@@ -31,7 +41,7 @@ class SampleLog(StepCallback):
     def draw(self, module: TrainingModule) -> None:
         """One row of pictures of the present weights; their training goes on as if nothing had been drawn."""
         try:
-            with frozen(module), module.averaged():
+            with frozen(module), module.averaged() if self.averaged else nullcontext():
                 pictures = self.pipeline(self.prompts, **self.options)
         except BadInput as error:  # early weights may draw what is no picture
             print(f"no sample pictures at step {module.progress.global_step}: {error}")
