@@ -109,7 +109,10 @@ def test_precision_takes_lightnings_name(tmp_path, given, used):
         ("model: {optim: {betas: [0.9]}}", "model.optim.betas must be a list of 2, each a number from 0 to 1"),
         ("trainer: {max_steps: 1.5}", "trainer.max_steps must be a whole number of at least -1, not 1.5"),
         ("trainer: {max_steps: .inf}", "trainer.max_steps must be a whole number of at least -1, not inf"),
-        ("trainer: {precision: 8}", "trainer.precision must be one of 32-true, bf16-mixed, 16-mixed, not 8"),
+        (
+            "trainer: {precision: 8}",
+            "trainer.precision must be one of 32-true, bf16-mixed, 16-mixed, bf16-true, 16-true, not 8",
+        ),
         ("model: {channels_last: maybe}", "model.channels_last must be true or false, not 'maybe'"),
         ("model: {data: {train: {augmentations: {center_crop_h_w: '1, 2, 3'}}}}", 'or "height, width"'),
         ("model: {conditioning_key: concat}", "model.conditioning_key=concat is refused: Stable Diffusion attends"),

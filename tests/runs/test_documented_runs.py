@@ -38,13 +38,19 @@ def test_two_steps(world, path, migrated, tmp_path, capsys):
     run = world.root / "runs" / name
     assert len(world.losses(run)) == 2
     assert OmegaConf.load(run / "config.yaml").trainer.max_steps == 2
+    assert ("without effect here" in printed.err) != migrated
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_run_can_be_used(world, path, tmp_path, capsys):
+    """Drawn from, inspected, converted; and what the file says of the U-Net passes a dry run."""
+    run = world.root / "runs" / f"{path.stem}-False"
     assert world.call("generate", "--from", run, "--out", tmp_path / "drawn", "--steps", 2, "a red circle") == 0
     assert world.call("inspect", run) == 0 and "not checked" not in capsys.readouterr().out
     for form, suffix in {"ldm": ".safetensors", "nemo": ".nemo"}.items():  # diffusers knows no 8 groups in a U-Net
         assert world.call("convert", run, tmp_path / f"converted{suffix}", "--to", form) == 0
     dry = (*REDUCED, "trainer.precision=bf16", "exp_manager.name=dry")
     assert world.call("train", "--config", path, *dry, "--dry-run") == 0
-    assert ("without effect here" in printed.err) != migrated
 
 
 def test_a_migrated_run_is_the_same_run(world):

@@ -31,7 +31,7 @@ def run(world, name, kills, steps):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [pytest.param(5, 400, id="5"), pytest.param(60, 4000, id="60", marks=pytest.mark.slow)]
+    ("kills", "steps"), [pytest.param(4, 320, id="4"), pytest.param(60, 4000, id="60", marks=pytest.mark.slow)]
 )
 def test_every_loss_is_what_it_would_have_been(world, kills, steps):
     whole, _ = run(world, f"alone-{kills}", 0, steps)

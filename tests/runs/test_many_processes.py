@@ -48,11 +48,12 @@ def test_the_losses_and_weights_of_one_process(world, processes, strategy):
     ("strategy", "processes"),
     [
         ("model_parallel", 2),
-        pytest.param("ddp", 2, marks=pytest.mark.slow),
-        pytest.param("ddp", 4, marks=pytest.mark.slow),
-        pytest.param("model_parallel", 4, marks=pytest.mark.slow),
+        ("ddp", 2),
+        ("ddp", 4),
+        ("model_parallel", 4),
     ],
 )
+@pytest.mark.slow
 def test_processes_stopped_go_on(world, strategy, processes):
     """Two steps and ten more are the twelve of a run that was left alone, bit for bit, whatever the order of sums."""
     name, whole_run = f"{strategy}-{processes}", "trainer.max_steps=12"

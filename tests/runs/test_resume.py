@@ -59,7 +59,10 @@ def stopped_in_the_middle(world, words, metrics, rows, number=signal.SIGKILL):
     return process.returncode, said
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow)],
+)
 def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
     options = ("trainer.max_steps=2000", "exp_manager.checkpoint_callback_params.every_n_train_steps=0",
                "model.data.num_workers=2", "model.micro_batch_size=2", "model.global_batch_size=4")  # fmt: skip

@@ -60,7 +60,8 @@ def open_source(path: str | os.PathLike) -> Source:
         tables = [path / name for name in TABLES if (path / name).exists()]
         if tables:
             return TableSource(tables[0])
-        if not any(_images_in(path)) and parquet_files(path):
+        tars = (path / SET_FILE).exists() or any(path.glob("*.tar"))  # img2dataset leaves a .parquet beside each
+        if not tars and not any(_images_in(path)) and parquet_files(path):
             return ParquetSource(path)
         if (path / SET_FILE).exists() or (any(path.glob("*.tar")) and not any(_images_in(path))):
             return TarSource(path)
