@@ -111,7 +111,7 @@ def test_precision_takes_lightnings_name(tmp_path, given, used):
         ("trainer: {max_steps: .inf}", "trainer.max_steps must be a whole number of at least -1, not inf"),
         (
             "trainer: {precision: 8}",
-            "trainer.precision must be one of 32-true, bf16-mixed, 16-mixed, bf16-true, 16-true, not 8",
+            "must be one of 32-true, bf16-mixed, 16-mixed, bf16-true, 16-true, not 8",
         ),
         ("model: {channels_last: maybe}", "model.channels_last must be true or false, not 'maybe'"),
         ("model: {data: {train: {augmentations: {center_crop_h_w: '1, 2, 3'}}}}", 'or "height, width"'),
