@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -55,8 +55,8 @@ def job(world, words, port):
     for number, name in enumerate(HOSTS):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{number}"}
         torchrun = {
-            "nnodes": 2, "nproc-per-node": 1, "node-rank": number, "rdzv-backend": "c10d", "rdzv-id": port,
-            "rdzv-endpoint": f"{HOSTS['lsmith0']}:{port}", "local-addr": HOSTS[name],
+            "nnodes": 2, "nproc-per-node": 1, "rdzv-backend": "c10d", "rdzv-id": port, "local-addr": HOSTS[name],
+            "rdzv-endpoint": f"{HOSTS['lsmith0']}:{port}", "rdzv-conf": f"is_host={1 - number}",
         }  # fmt: skip
         options = [f"--{option}={value}" for option, value in torchrun.items()]
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *options, "-m",
@@ -68,11 +68,12 @@ def job(world, words, port):
     try:
         yield started
     finally:
+        for name in HOSTS:  # workers have sessions of their own
+            for number in ip("netns", "pids", name, check=False).stdout.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(number), signal.SIGKILL)
         for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-        subprocess.run(["pkill", "-9", "-f", f"rdzv-id={port}"], check=False)
 
 
 def finished(processes):
