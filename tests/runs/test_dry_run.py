@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,34 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
     assert "vae: 83,653,863 parameters, frozen" in lines
     assert any(line.startswith("memory of a process, about: ") for line in lines)
     assert not (tmp_path / name).exists()
+
+
+DOCUMENTED = sorted((Path(__file__).parents[1] / "config" / "yaml").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.stem)
+def test_documented_files_at_full_size(path, pictures, tmp_path, capsys, monkeypatch):
+    """NeMo's and LDM's own files, but for where things lie and the machine."""
+    machine = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.precision=bf16"]
+    machine += ["trainer.max_steps=10", "model.inductor=False"]
+    machine += ["model.micro_batch_size=1", "model.global_batch_size=1"]
+    if path.stem.startswith("ldm"):
+        machine.append("model.data.train.augmentations={resize_smallest_side: 512, center_crop_h_w: [512, 512]}")
+    config = load_config(path, machine)
+    with torch.device("meta"):
+        parts = {
+            "first_stage_config": AutoencoderKL(**keywords(config.model.first_stage_config)),
+            "cond_stage_config": ClipTextEncoder(**keywords(config.model.cond_stage_config)),
+        }
+    given = [
+        f"model.{key}.from_pretrained={hollow(tmp_path / f'{key}.safetensors', part)}" for key, part in parts.items()
+    ]
+    given += [f"model.data.train.dataset_path={pictures}", "model.data.webdataset.local_root_path=null",
+              "model.unet_config.from_pretrained=null", f"exp_manager.exp_dir={tmp_path}"]  # fmt: skip
+    monkeypatch.setattr("latentsmith.runs.dry_run.build_tokenizer", lambda config: None)
+    assert main(["train", "--config", str(path), "--dry-run", *machine, *given]) == 0
+    printed = capsys.readouterr().out
+    assert any(f"unet: {size} parameters, trained" in printed for size in ("859,520,964", "865,910,724")), printed
 
 
 def test_presets_of_the_demo(pictures, tmp_path, capsys, monkeypatch):
