@@ -127,6 +127,6 @@ def test_compiled_blocks_are_compiled_once_and_kept(world, tmp_path):
         assert done.returncode == 0, done.stderr
         counts.append([int(word) for word in done.stdout.splitlines()[-1].split()[1:]])
         assert world.losses(world.root / "runs" / name) == pytest.approx(plain, rel=1e-5)
-    (graphs, _, misses), (again, hits, missed) = counts
-    assert graphs == again > 3 and misses > 3 and hits >= misses and missed == 0, counts
+    (graphs, *_), (again, hits, missed) = counts
+    assert graphs == again > 3 and hits > 3 and missed == 0, counts
     assert (tmp_path / "cache" / "latentsmith" / "inductor").is_dir()

@@ -191,7 +191,8 @@ def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool
             networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if inductor:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "latentsmith" / "inductor"))  # not in /tmp
+        if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).name.startswith("torchinductor_"):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "latentsmith" / "inductor")  # not torch's own in /tmp
         networks["unet"].compile_blocks()  # type: ignore[operator]
     return networks
 
