@@ -41,9 +41,7 @@ def generate(
         str | None, typer.Option("--from", help="Checkpoint: run folder, diffusers folder, one file, .nemo, hub name.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; with --config also KEY=VALUE.")
-    ] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help=WORDS)] = None,
     prompts_file: Annotated[Path | None, option("A text file with a prompt on each line.")] = None,
     negative: Annotated[str | None, option("What to steer away from.")] = None,
     config: Annotated[Path | None, option("NeMo's inference YAML; options given here go first.")] = None,

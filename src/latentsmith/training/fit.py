@@ -113,8 +113,10 @@ def fit(
     with stop:
         try:
             trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
-        except SystemExit:  # Lightning's answer to a second Ctrl-C
-            raise KeyboardInterrupt from None
+        except SystemExit:
+            if stop.received is None:
+                raise
+            raise KeyboardInterrupt from None  # Lightning's answer to a second Ctrl-C was an exit of its own
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
 

@@ -97,10 +97,12 @@ def shown(value: float) -> float | str:
 
 def append_row(path: Path, row: Mapping[str, float | str]) -> None:
     """Add a row to a CSV whose columns are those of its first row."""
+    with open(path, "a+b") as ends:
+        whole = ends.tell() == 0 or (ends.seek(-1, 2), ends.read(1))[1] == b"\n"
     with open(path, "a+", encoding="utf-8", newline="") as file:
         file.seek(0)
         header = file.readline().strip().split(",")
-        if file.read()[-1:] not in ("", "\n"):  # a row that a full disk cut short
+        if not whole:  # a row that a full disk cut short
             file.write("\n")
         columns = header if header != [""] else list(row)
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
