@@ -17,7 +17,8 @@ from .module import StepCallback, TrainingModule, frozen, tolerated
 class SampleLog(StepCallback):
     """Draws `prompts` every `every_n_steps` optimizer steps.
 
-    Writes one row of pictures, `folder`/step-N.png. averaged: draw with the averages, where there are any. options: of `Pipeline.__call__`.
+    Writes one row of pictures, `folder`/step-N.png. averaged: draw with the averages, where there are any.
+    options: of `Pipeline.__call__`.
     """
 
     def __init__(
