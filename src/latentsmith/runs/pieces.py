@@ -20,6 +20,7 @@ from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
 from latentsmith.training.module import Optimisation
 from latentsmith.training.optimizers import lr_schedule
+from latentsmith.training.sharding import strategy
 
 
 def noise_schedule(config: DictConfig) -> NoiseSchedule:
@@ -174,20 +175,6 @@ def on_cpu(config: DictConfig) -> bool:
     return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and not found)
 
 
-def strategy(config: DictConfig, processes: int) -> Any:
-    """What trainer.strategy stands for.
-
-    model_parallel: every process a share of the data, of the weights and of the optimizer's state. ddp: the whole of
-    both; it may not lay its buckets of gradients out anew after the first step, as it does otherwise, since a resumed
-    run would then add them up in another order.
-    """
-    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-
-    if config.trainer.strategy == "model_parallel":
-        return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
-    return DDPStrategy(find_unused_parameters=True) if processes > 1 else config.trainer.strategy
-
-
 def check_strategy(name: str) -> None:
     """BadInput for a strategy that this engine does not train, save and resume with."""
     known = ("auto", "ddp", "model_parallel")
@@ -224,7 +211,7 @@ def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
         devices=devices_of(config),
         num_nodes=trainer.num_nodes,
         accelerator=trainer.accelerator,
-        strategy=strategy(config, processes),
+        strategy=strategy(trainer.strategy, processes),
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val if (trainer.gradient_clip_val or 0) > 0 else None,
         accumulate_grad_batches=micro_batches,

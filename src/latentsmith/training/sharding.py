@@ -1,9 +1,23 @@
-"""Trained networks split over processes (PyTorch's `fully_shard`), and their tensors put together again."""
+"""How processes share a training: whole networks on each (DDP), or trained ones split over all (`fully_shard`)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def strategy(name: str, processes: int) -> Any:
+    """Lightning's strategy for trainer.strategy.
+
+    model_parallel: every process a share of the data, of the weights and of the optimizer's state. ddp: the whole of
+    both; it may not lay its buckets of gradients out anew after the first step, as it does otherwise, since a resumed
+    run would then add them up in another order.
+    """
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    if name == "model_parallel":
+        return ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
+    return DDPStrategy(find_unused_parameters=True) if processes > 1 else name
 
 
 def shard(part: nn.Module, mesh: Any) -> None:
