@@ -209,6 +209,7 @@ def test_an_empty_node_is_all_defaults(tmp_path, text):
         ("exp_manager: {name: ''}", "does not name a folder"),
         ("exp_manager: {name: ../../x}", "does not name a folder"),
         ("trainer: {max_steps: 0}", "nothing to train"),
+        ("model: {scheduler_config: {warm_up_steps: [10], f_max: [1.0], f_min: [0.1]}}", "say it as model.optim.sched"),
         ("model: {scale_by_std: true, scale_factor: 0.18215}", "drop one of them"),
         ("model: {unet_config: {_target_: nemo.collections.multimodal.UNetModle}}", "is not among the classes"),
     ],

@@ -47,6 +47,7 @@ WRONG = {  # kind of run, overrides, what the line says
         "eular",
     ),
     "8-bit moments without the library": ("cached", ["model.optim.name=adamw8bit"], "pip install bitsandbytes"),
+    "weights of one set": ("cached", ["model.data.train.weights=[1]"], "mixes the sets of a list"),
     "no such strategy": (
         "cached",
         ["trainer.strategy=bogus"],

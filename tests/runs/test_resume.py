@@ -194,3 +194,13 @@ def test_validation_of_pictures_in_pure_half_precision(world):
     half = world.train("pictures", "validated-16", *options)
     losses = [read_rows(run / "validation.csv")[0]["val_loss"] for run in (plain, half)]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_sets_mixed_by_weight_go_on(world):
+    """The mixture is what training draws from, and it, too, is a function of the position."""
+    sets = ("model.data.train.dataset_path=[ROOT/shards,ROOT/shards]",)
+    mixed = (*sets, "model.data.train.weights=[1,3]")
+    whole = world.train("pictures", "mixed-whole", *mixed)
+    world.train("pictures", "mixed-halves", *mixed, "trainer.max_steps=2")
+    halves = world.train("pictures", "mixed-halves", *mixed)
+    assert world.losses(halves) == world.losses(whole) != world.losses(world.train("pictures", "not-mixed", *sets))

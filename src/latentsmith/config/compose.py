@@ -308,10 +308,19 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _ldm_warmup(node: dict[str, Any] | None) -> dict[str, Any]:
-    """The warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words."""
-    steps = (node or {}).get("warm_up_steps")
+    """The warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words.
+
+    BadInput for one whose rate falls after it, which has another meaning in each cycle.
+    """
+    node = node or {}
+    steps, top, bottom = node.get("warm_up_steps"), node.get("f_max", [1.0]), node.get("f_min", [1.0])
     if not isinstance(steps, list) or not steps or not isinstance(steps[0], int) or steps[0] < 0:
         return {}
+    if top != bottom:
+        raise BadInput(
+            f"model.scheduler_config falls from f_max={top} to f_min={bottom}; say it as model.optim.sched instead "
+            "(name=linear, warmup_steps, max_steps, min_lr)"
+        )
     return {"name": "WarmupPolicy", "warmup_steps": steps[0]}
 
 

@@ -350,7 +350,7 @@ SCALARS = group(
         "latents are VAE samples times this; measured: 1 / their standard deviation",
         also=["scaling_factor"],
     ),
-    no_effect("image_size", anything(), 64, "latent height and width", "the pictures' own size decides"),
+    no_effect("image_size", anything(), 64, "latent height and width", "pictures decide, but for synthetic_data"),
     no_effect("channels", whole(1), 4, "channels of the latents", "first_stage_config.embed_dim decides"),
     used(
         "inductor",

@@ -1,6 +1,5 @@
 """The model that draws, and what its pictures say of it."""
 
-import os
 import platform
 import threading
 from collections.abc import Mapping
@@ -17,15 +16,9 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, sha256_files
 from latentsmith.inference import Pipeline
 
+from .processes import own_device
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def own_device(device: str) -> str:
-    """The GPU of this process among those that torchrun or srun started on this machine."""
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if device in ("auto", "cuda") and local and torch.cuda.is_available():
-        return f"cuda:{int(local) % torch.cuda.device_count()}"
-    return device
 
 
 class DrawingModel:

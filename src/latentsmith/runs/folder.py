@@ -1,7 +1,6 @@
 """A run is a folder: its config, versions, command, checkpoints, logs and pictures."""
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -14,6 +13,8 @@ from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors
 from latentsmith.training.checkpoint import checkpoints_in, read_state
+
+from .processes import is_first_process
 
 CHECKPOINTS = "checkpoints"
 
@@ -48,7 +49,7 @@ def valid_checkpoints(folder: Path, look_only: bool) -> list[Path]:
         except BadInput as error:
             damaged.append((found.pop(), error))
     if damaged and not found:
-        raise BadInput(f"{damaged[-1][1]} None of the {len(damaged)} checkpoints in {folder} is whole; name a new run")
+        raise BadInput(f"{damaged[-1][1]}. None of the {len(damaged)} checkpoints in {folder} is whole; name a new run")
     for path, why in damaged:
         if look_only or not is_first_process():
             print(f"{why}: passed over", flush=True)
@@ -65,11 +66,6 @@ def set_aside(path: Path) -> Path:
         number += 1
         aside = path.with_name(f"{path.name}.DAMAGED-{number}")
     return path.rename(aside)
-
-
-def is_first_process() -> bool:
-    """Whether no launcher, torchrun, srun or Lightning's own, has given this process a place but the first."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 def checkpoint_to_resume(config: DictConfig, folder: Path, *, look_only: bool = False) -> Path | None:

@@ -1,6 +1,5 @@
 """`latentsmith generate`: pictures from prompts, each with what made it."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -17,6 +16,7 @@ from latentsmith.inference import Drawing, Pipeline
 from latentsmith.inference.png import free_path, read_made, save_picture
 
 from .drawing_model import DrawingModel
+from .processes import process_of
 from .progress import progress
 from .sheet import axis_sheet, labelled_sheet
 
@@ -182,14 +182,6 @@ def show(pipeline: Pipeline, drawing: Drawing, path: Path) -> None:
         return
     with atomic_open(path) as file:
         Image.fromarray(row).save(file, format="PNG")
-
-
-def process_of() -> tuple[int, int]:
-    """(rank, processes) as torchrun or srun says; (0, 1) alone, and in a batch script itself."""
-    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and processes in os.environ:
-            return int(os.environ[rank]), int(os.environ[processes])
-    return 0, 1
 
 
 def opened(path: Path | None) -> Image.Image | None:

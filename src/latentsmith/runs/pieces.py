@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from latentsmith.data.images import Transforms
 from latentsmith.data.mixture import Mixture
@@ -76,6 +76,10 @@ def mixture(config: DictConfig) -> Mixture | None:
     train = config.model.data.train
     if train.weights is None:
         return None
+    if not isinstance(train.dataset_path, ListConfig):
+        raise BadInput(
+            "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
+        )
     root = config.model.data.webdataset.local_root_path or ""
     lengths = []
     for one in listed(train.dataset_path):

@@ -16,9 +16,7 @@ from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 
 from . import pieces
-from .drawing_model import own_device
 from .dry_run import HALVES
-from .generate import process_of
 from .networks import (
     PARTS,
     build_network,
@@ -29,6 +27,7 @@ from .networks import (
     settle_padding,
     weights_of,
 )
+from .processes import own_device, process_of
 from .progress import progress
 
 

@@ -45,7 +45,7 @@ def open_set(
     """
     model = config.model
     encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
-    if model.data.synthetic_data:
+    if model.data.synthetic_data and data == "train":
         random = synthetic_set(config, encoded)
         return TrainingSet(random, None, None, random.latent_shape)
     shards = pieces.shard_set(config, data)
