@@ -52,6 +52,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(toy, monkeypatch):
     assert done == [2, 4] and states(run) == states(plain)
 
 
+def test_no_thread_stays_after_a_save(toy):
+    """One that has run tensor operations slows those of training as long as it lives."""
+    seen = []
+
+    class Look(saving.StepCallback):
+        def on_step_end(self, trainer, module):
+            saver = next(one for one in trainer.callbacks if isinstance(one, SaveCheckpoints))
+            saver.wait()
+            for thread in [one for one in threading.enumerate() if one.name.startswith("checkpoint")]:
+                thread.join(20)
+                seen.append(thread.is_alive())
+
+    toy().train(steps=3, every=1, callbacks=[Look()])
+    assert not any(seen)
+
+
 def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, capsys):
     def full(folder, snapshot, keep, metadata):
         if snapshot.state["global_step"] in (2, 3):
