@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from latentsmith.data.cache import Encoders, LatentCache, npy_bytes, parsed_header, write_cache
+from latentsmith.data.cache import LatentCache
+from latentsmith.data.caching import CacheOptions, Encoders, write_cache
 from latentsmith.data.images import Transforms
 from latentsmith.data.importing import import_dataset
+from latentsmith.data.members import npy_bytes, parsed_header
+from latentsmith.data.order import sample_seed
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.tar_index import index_path, load_index
 from latentsmith.data.work_folder import CLAIM_FILE, WorkFolder
 from latentsmith.files.errors import BadInput
 
@@ -134,11 +138,69 @@ def test_pictures_of_their_own_shapes(tmp_path, png):
         return images[:, :, ::4, ::4]
 
     cache = write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", Transforms(), encoders(images=encode))
-    assert shapes == [(2, 3, 16, 16), (1, 3, 32, 16), (1, 3, 16, 16)]
+    assert shapes == [(3, 3, 16, 16), (1, 3, 32, 16)]
     assert cache.info["members"]["image_encoded"]["shape"] == [3, None, 4]
     assert cache[2]["image_encoded"].shape == (3, 8, 4)
     with pytest.raises(ValueError, match="same shape"):
         cache.read_batch([1, 2])
+
+
+def test_means_are_the_first_half_of_moments(tmp_path, source):
+    whole = write_cache(source, tmp_path / "moments", TRANSFORMS, encoders())
+    means = write_cache(source, tmp_path / "means", TRANSFORMS, encoders(), options=CacheOptions("mean"))
+    assert means.holds_means and not whole.holds_means and means.latent_channels == whole.latent_channels == 2
+    assert all((means[i]["image_encoded"] == whole[i]["image_encoded"][:2]).all() for i in range(10))
+    means.check_shapes(2)
+    with pytest.raises(BadInput, match="in_channels wants 3"):
+        means.check_shapes(3)
+
+
+def test_variants_are_crops_and_their_mirror_images(tmp_path, source):
+    crops = Transforms(resize_smallest_side=20, random_crop_h_w="16, 16", horizontal_flip=True)
+    cache = write_cache(source, tmp_path / "c", crops, encoders(), options=CacheOptions(crops=3, flipped=True), seed=9)
+    assert cache.variants == 6 and cache.info["members"].keys() == {"image_encoded", "captions_encoded"}
+    plain = Transforms(resize_smallest_side=20, random_crop_h_w="16, 16")
+    for index in (0, 7):
+        shard, number = cache.shards.shard(index // 4), index % 4
+        for variant in range(6):
+            picture = plain.decode(source[index].members["png"], sample_seed(9, index, variant // 2))
+            wanted = encode_images((picture[:, :, ::-1] if variant % 2 else picture)[None])[0].astype(np.float16)
+            held = cache.encodings(shard, shard[number], variant)
+            assert (held["image_encoded"] == wanted).all()
+    cache.check({"transforms": crops.describe()})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(CacheOptions(crops=2), "random_crop_h_w"), (CacheOptions(flipped=True), "horizontal_flip=true")],
+)
+def test_variants_that_would_be_alike_are_refused(tmp_path, source, options, message):
+    with pytest.raises(BadInput, match=message):
+        write_cache(source, tmp_path / "c", TRANSFORMS, encoders(), options=options)
+    assert not (tmp_path / "c").exists()
+
+
+def test_equal_captions_are_stored_once(tmp_path, png):
+    captions = ["a cat", "a dog", "a cat", "a cat", "a dog", "a cat"]
+    with ShardWriter(tmp_path / "set", 4) as writer:
+        for number, caption in enumerate(captions):
+            writer.write(f"{number}", {"png": png(seed=number), "txt": caption.encode()})
+    seen = []
+
+    def encode(texts):
+        seen.extend(texts)
+        return np.repeat(encode_captions(texts), 300, 1)  # large beside a picture's
+
+    source = ShardSet(tmp_path / "set")
+    apart = write_cache(source, tmp_path / "apart", TRANSFORMS, encoders(captions=encode))
+    seen.clear()
+    options = CacheOptions(share_captions=True)
+    cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders(captions=encode), options=options, batch_size=2)
+    assert sorted(seen) == ["", "", "a cat", "a cat", "a dog", "a dog"]  # the empty prompt aside, once in each shard
+    assert all(same(cache[i], apart[i]) for i in range(6))
+    sizes = [sum(record.bytes for record in one.shards.records) for one in (cache, apart)]
+    assert sizes[0] < 0.8 * sizes[1]
+    assert all(load_index(index_path(path), path.read_bytes()) is not None for path in cache.shards.paths)
 
 
 def test_random_transforms_follow_seed_and_index(tmp_path, source):

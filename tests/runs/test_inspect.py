@@ -8,7 +8,7 @@ import torch
 
 from latentsmith.checkpoints import ModelSpec, export_ldm
 from latentsmith.cli import main
-from latentsmith.data.cache import Encoders, write_cache
+from latentsmith.data.caching import Encoders, write_cache
 from latentsmith.data.images import Transforms
 from latentsmith.data.scenes import write_pictures
 from latentsmith.data.shards import ShardSet

@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from latentsmith.data.cache import npy_bytes
+from latentsmith.data.members import npy_bytes
 from latentsmith.data.shards import ShardSet, read_set_file, write_set_file
 from latentsmith.data.tar_index import index_path
 from latentsmith.files.hashing import hash_file

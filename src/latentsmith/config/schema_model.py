@@ -233,9 +233,28 @@ AUGMENTATIONS = (  # applied in the order in which a config names them
     used("center_crop_h_w", size(), None, "cut this out of the middle", ["center_crop"], optional=True),
     used("random_crop_h_w", size(), None, "cut this out at an addressed random place", ["random_crop"], optional=True),
     used("horizontal_flip", flag(), False, "mirror half of the pictures", ["random_flip", "flip"], optional=True),
+    *group(
+        "aspect_buckets",
+        used(
+            "resolution",
+            whole(1),
+            None,
+            "in place of a resize and a crop: each picture in the nearest of several sizes of so many pixels squared",
+            ["enable_bucket", "bucketing"],
+            optional=True,
+        ),
+        used("step", whole(1), 64, "the sides are multiples of this", ["bucket_reso_steps"], optional=True),
+        used("max_aspect", number(1), 2.0, "the longer side over the shorter, at most", optional=True),
+    ),
 )
-FILTERINGS = refused(
-    "filterings", mapping(), {}, "leave pictures out by size", "`latentsmith data import` decides what enters a set"
+FILTERINGS = group(
+    "filterings",
+    *group(
+        "resolution",
+        used("method", choice("larger", "smaller"), "larger", "which pictures are taken", optional=True),
+        used("value", whole(1), None, "larger: both sides at least so many pixels; smaller: at most", optional=True),
+    ),
+    no_effect("estimated_portion", anything(), None, "NeMo: how many are left", "they are counted"),
 )
 PATHS = nullable(either(text(), list_of(text())))
 
@@ -256,7 +275,7 @@ DATA = group(
             also=["mix", "proportions"],
         ),
         *group("augmentations", *AUGMENTATIONS),
-        FILTERINGS,
+        *FILTERINGS,
         no_effect("data_sharding", flag(), True, "NeMo: tars by process", ONE_LOADER),
     ),
     *group(
@@ -264,7 +283,14 @@ DATA = group(
         used("dataset_path", PATHS, None, "a set held out from training, for validation; null for none"),
         no_effect("data_path", PATHS, None, "NeMo's switch for validation", "dataset_path alone decides"),
         *group("augmentations", *AUGMENTATIONS),
-        FILTERINGS,
+        refused("filterings", mapping(), {}, "leave pictures out by size", "a validation takes its whole set"),
+    ),
+    *group(  # what precache makes; training reads of the cache itself what it holds
+        "cache",
+        used("latents", choice("moments", "mean"), "moments", "mean: half as large, the same latent every time"),
+        used("crops", whole(1), 1, "random crops kept of each picture; training takes one of them each time"),
+        used("flipped", flag(), False, "every picture mirrored as well, where horizontal_flip mirrors half of them"),
+        used("share_captions", flag(), False, "equal captions of a shard are encoded and stored once"),
     ),
     *group(
         "webdataset",

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, parsed_header
-from latentsmith.data.shards import Sample, ShardSet
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
+from latentsmith.data.members import parsed_header
+from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
 
@@ -38,10 +39,7 @@ class ForeignCache(LatentCache):
         members = shards[0].members
         return bool(members.keys() & {"pickle", "pyd"}) or ("npy" in members and "txt" in members)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        number, inside = self.shards.locate(index)
-        shard = self.shards.shard(number)
-        sample = shard[inside]
+    def encodings(self, shard: Shard, sample: Sample, variant: int = 0) -> dict[str, np.ndarray]:
         what = f"{shard.path}: sample {sample.key!r}"
         found = _encodings(sample, what)
         for name, member in self.info["members"].items():

@@ -4,6 +4,7 @@ import difflib
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache, partial
 from math import ceil
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from latentsmith.data.buckets import Buckets
 from latentsmith.data.errors import BadSample
 from latentsmith.data.order import integer_below
 from latentsmith.files.errors import BadInput
@@ -73,7 +75,7 @@ def rgb_of(image: Image.Image, data: bytes | memoryview) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any loaded Pillow image as upright 8-bit sRGB; BadSample for float pixels, which have no agreed range."""
-    profile, orientation = image.info.get("icc_profile"), _orientation(image)
+    profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.mode == "F":
         raise BadSample(
             "unsupported pixels", "32-bit float pixels have no agreed range; save the picture as 8 or 16 bits"
@@ -96,7 +98,7 @@ def is_plain(image: Image.Image) -> bool:
         image.mode in ("RGB", "L")
         and not image.has_transparency_data
         and getattr(image, "n_frames", 1) == 1
-        and _orientation(image) not in UPRIGHT
+        and orientation_of(image) not in UPRIGHT
         and (not profile or _is_srgb(profile))
     )
 
@@ -118,7 +120,8 @@ def _is_cut_short(data: bytes | memoryview) -> bool:
     return head[:4] == b"RIFF" and head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 > len(data)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a garbled EXIF block says nothing about the pixels
@@ -158,11 +161,16 @@ class Transforms:
 
     resize_smallest_side: pixels of the shorter side afterwards (bicubic with antialias), the longer side in proportion.
     center_crop_h_w, random_crop_h_w: "height, width" or a pair. horizontal_flip: mirror half of the samples.
+    aspect_buckets, in place of those: the middle of the picture in the nearest of several sizes (`buckets.Buckets`, a
+    mapping of its resolution, step and max_aspect).
     An unknown key or a wrong value raises BadInput.
     """
 
     def __init__(self, **augmentations: Any):
         self._steps = [(key, _checked(key, value)) for key, value in augmentations.items()]
+        keys = [key for key, _ in self._steps]
+        if self.buckets and set(keys) - {"aspect_buckets", "horizontal_flip"}:
+            raise BadInput("augmentations: aspect_buckets resizes and crops; leave out the other sizes")
         side, size = self.smallest_side, self.size
         if side and size and min(size) > side:
             raise BadInput(f"augmentations: a crop of {size[0]}x{size[1]} does not fit in resize_smallest_side={side}")
@@ -170,6 +178,8 @@ class Transforms:
     @property
     def smallest_side(self) -> int | None:
         """The shorter side that decoding has to keep: that of a resize which comes first."""
+        if self.buckets:  # a picture's own bucket asks for no more than this
+            return self.buckets.resolution + self.buckets.step
         return self._steps[0][1] if self._steps and self._steps[0][0] == "resize_smallest_side" else None
 
     @property
@@ -177,6 +187,11 @@ class Transforms:
         """(height, width) of every result, None if pictures keep their own."""
         crops = [value for key, value in self._steps if key.endswith("crop_h_w")]
         return crops[-1] if crops and not self._resizes_last() else None
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """The sizes of the results, where they have several."""
+        return next((value for key, value in self._steps if key == "aspect_buckets"), None)
 
     @property
     def is_random(self) -> bool:
@@ -196,13 +211,22 @@ class Transforms:
 
     def describe(self) -> list[list[Any]]:
         """The steps in order, for a fingerprint: `[["resize_smallest_side", 512], ["center_crop_h_w", [512, 512]]]`."""
-        return [[key, list(value) if isinstance(value, tuple) else value] for key, value in self._steps if value]
+        return [[key, _plain(value)] for key, value in self._steps if value]
+
+    def unflipped(self) -> "Transforms":
+        """The same without mirroring."""
+        return Transforms(**{key: _plain(value) for key, value in self._steps if key != "horizontal_flip"})
 
     def _resizes_last(self) -> bool:
         keys = [key for key, _ in self._steps if key != "horizontal_flip"]
         return bool(keys) and keys[-1] == "resize_smallest_side"
 
 
+WANTED = {
+    "horizontal_flip": "true or false",
+    "resize_smallest_side": "a number of pixels",
+    "aspect_buckets": "a resolution, and perhaps step and max_aspect,",
+}
 Draw = Callable[[int], int]  # bound -> an integer in 0..bound-1
 
 
@@ -229,11 +253,20 @@ def _flip(image: Image.Image, enabled: bool, draw: Draw) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if enabled and draw(2) else image
 
 
+def _to_bucket(image: Image.Image, buckets: Buckets, draw: Draw) -> Image.Image:
+    height, width = buckets.sizes[buckets.number_of(image.height, image.width)]
+    scale = min(image.width / width, image.height / height)
+    left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    return image.resize((width, height), Image.Resampling.BICUBIC, box)
+
+
 APPLY: dict[str, Callable[[Image.Image, Any, Draw], Image.Image]] = {
     "resize_smallest_side": _resize_smallest_side,
     "center_crop_h_w": _center_crop,
     "random_crop_h_w": _random_crop,
     "horizontal_flip": _flip,
+    "aspect_buckets": _to_bucket,
 }
 
 
@@ -260,15 +293,21 @@ def _checked(key: str, value: Any) -> Any:
     try:
         if key == "horizontal_flip":
             return _boolean(value)
+        if key == "aspect_buckets":
+            return Buckets(**value)
         numbers = _integers(value)
         if min(numbers) < 1 or len(numbers) != (1 if key == "resize_smallest_side" else 2):
             raise ValueError
         return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
     except (TypeError, ValueError):
-        wanted = {"horizontal_flip": "true or false", "resize_smallest_side": "a number of pixels"}.get(
-            key, '"height, width"'
-        )
+        wanted = WANTED.get(key, '"height, width"')
         raise BadInput(f"augmentations.{key}={value!r}: {wanted} is wanted") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Buckets):
+        return asdict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _boolean(value: Any) -> bool:

@@ -27,18 +27,21 @@ def index_at(seed, position, length):
     """
     if length < 1:
         raise ValueError(f"a set of {length} samples has no order")
+    if np.ndim(position) == 0:
+        epoch, place = divmod(int(position), length)
+        return _permuted_one(place, length, _word(seed, epoch))
     positions = np.asarray(position, dtype=np.int64)
     epochs, places = np.divmod(positions.reshape(-1), length)
     indices = np.empty(places.shape, dtype=np.int64)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
         indices[chosen] = permuted(places[chosen], length, _word(seed, int(epoch)))
-    return int(indices[0]) if np.ndim(position) == 0 else indices.reshape(positions.shape)
+    return indices.reshape(positions.shape)
 
 
 def permuted(places: np.ndarray, length: int, key: int) -> np.ndarray:
     """Where the bijection named by `key` sends each of `places`, all within 0..length-1."""
-    half_bits = (max(MIN_BITS, (length - 1).bit_length()) + 1) // 2
+    half_bits = _half_bits(length)
     keys = _round_keys(key)
     values = _feistel(places.astype(np.uint64), half_bits, keys)
     while (outside := values >= length).any():
@@ -54,6 +57,24 @@ def sample_seed(seed: int, position: int, stream: int = 0) -> int:
 def integer_below(bound: int, seed: int, stream: int = 0) -> int:
     """An integer in 0..bound-1, uniform (to bound / 2**64), from a 64-bit seed; `stream` as in `sample_seed`."""
     return (_word(seed, stream) * bound) >> 64
+
+
+def _permuted_one(place: int, length: int, key: int) -> int:
+    """`permuted` of one place: in Python's integers 20 times as fast as in arrays of one."""
+    half_bits, keys = _half_bits(length), _round_keys(key)
+    mask, kept = (1 << half_bits) - 1, 64 - half_bits
+    value = place
+    while True:
+        left, right = value >> half_bits, value & mask
+        for one in keys:
+            left, right = right, left ^ (_mix_int(right ^ one) >> kept)
+        value = (left << half_bits) | right
+        if value < length:
+            return value
+
+
+def _half_bits(length: int) -> int:
+    return (max(MIN_BITS, (length - 1).bit_length()) + 1) // 2
 
 
 @lru_cache(maxsize=64)

@@ -132,6 +132,11 @@ class ShardSet(Sequence):
         self.counts = [record.samples if record else len(self.shard(i)) for i, record in enumerate(self.records)]
         self._ends = list(accumulate(self.counts))
 
+    @property
+    def files(self) -> list[tuple[Path, ShardRecord | None]]:
+        """Each tar, with what set.json says of it."""
+        return list(zip(self.paths, self.records, strict=True))
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -171,11 +176,15 @@ class ShardSet(Sequence):
 class ShardWriter:
     """Writes samples into `folder/shard-000000.tar`, ..., each renamed into place, with its index, once it is full.
 
-    start: number of the first shard. Use as a context manager: an error discards the shard in hand, a clean end
+    start: number of the first shard. shared: extensions whose equal members of a shard are written once; the index
+    points all samples to the first. Use as a context manager: an error discards the shard in hand, a clean end
     finishes it. `finished` has a record of each shard completed by this writer.
     """
 
-    def __init__(self, folder: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0):
+    def __init__(
+        self, folder: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0, shared: Sequence[str] = ()
+    ):
+        self.shared = frozenset(shared)
         self.folder = Path(folder)
         self.samples_per_shard = samples_per_shard
         self.number = start
@@ -186,7 +195,7 @@ class ShardWriter:
         """Append one sample, its key without a dot; returns whether that completed a shard."""
         assert members and "." not in key and SAMPLE_NAME.fullmatch(f"{key}.x"), key
         if self._tar is None:
-            self._tar = _OpenTar(self.folder / shard_name(self.number))
+            self._tar = _OpenTar(self.folder / shard_name(self.number), self.shared)
         self._tar.add(key, members)
         if full := len(self._tar.rows) >= self.samples_per_shard:
             self.finish_shard()
@@ -214,9 +223,10 @@ class ShardWriter:
 class _OpenTar:
     """A tar being written aside, and the rows of its index."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, shared: frozenset[str]):
+        self.path, self.shared = path, shared
         self.rows: list[Row] = []
+        self._written: dict[bytes, tuple[int, int]] = {}  # shared members by their digest
         self._context = atomic_open(path)
         self._file = _HashedFile(self._context.__enter__())
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w")  # type: ignore[arg-type]
@@ -224,10 +234,16 @@ class _OpenTar:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         spans = {}
         for extension, data in members.items():
+            digest = hashlib.blake2b(data).digest() if extension in self.shared else None
+            if digest in self._written:
+                spans[extension] = self._written[digest]
+                continue
             header = tarfile.TarInfo(f"{key}.{extension}")  # no times, no owner: equal samples, equal shards
             header.size = len(data)
             self._tar.addfile(header, BytesIO(data))
             spans[extension] = (self._tar.offset - padded(len(data)), len(data))
+            if digest is not None:
+                self._written[digest] = spans[extension]
         self.rows.append((key, spans))
 
     def finish(self) -> ShardRecord:

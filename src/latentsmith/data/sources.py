@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from latentsmith.data.errors import BadSample
+from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, parquet_files, picture_of
 from latentsmith.data.shards import SET_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_file
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
-CAPTION_EXTENSIONS = ("txt", "caption")
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")

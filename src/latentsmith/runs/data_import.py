@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from latentsmith.data import scenes
-from latentsmith.data.cache import caption_of
 from latentsmith.data.filters import Filters
 from latentsmith.data.importing import ImportReport, import_dataset
+from latentsmith.data.members import caption_of
 from latentsmith.data.shards import ShardSet
 from latentsmith.inference.tokenizer import train_vocabulary as learn_vocabulary
 

@@ -15,6 +15,7 @@ from latentsmith.models import UNetModel
 from latentsmith.training.checkpoint import MOMENTS, read_state
 
 from . import pieces, sets
+from .amounts import BYTES, OPERATIONS, scaled
 from .folder import checkpoint_to_resume, run_folder
 from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
 
@@ -24,8 +25,6 @@ HALVES = {
     "16-mixed": torch.float16,
     "16-true": torch.float16,
 }
-BYTES = ("B", "KiB", "MiB", "GiB")
-OPERATIONS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, key, value
@@ -49,17 +48,16 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
     frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
     samples = sets.open_set(config, frozen, words)
-    steps = pieces.step_limit(config, len(samples.shards), batch)
+    steps = pieces.step_limit(config, samples.count, batch)
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
         sets.open_set(config, frozen, words, "validation")
-    pieces.mixture(config)
     pieces.optimisation(config, batch, steps)
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
         _ = SamplingOptions(1, 1, wanted.steps, wanted.guidance_scale, wanted.sampler).sampler_name
     return [
         *header(networks, trained),
-        f"{sets.summary(samples)}; {steps:,} steps of {batch}: {steps * batch / len(samples.shards):.1f} epochs",
+        *sets.preflight(samples, words, steps, batch),
         *cost(config, networks, trained, samples.latent_shape, batch, processes),
     ]
 
@@ -73,15 +71,6 @@ def check_folder(config: DictConfig) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(f"{folder}: cannot be made in {existing}; give another exp_manager.exp_dir")
-
-
-def scaled(number: float, units: tuple[str, ...], step: int) -> str:
-    """A number in the largest unit that leaves at least 1 of it."""
-    for unit in units[:-1]:
-        if number < step:
-            return f"{number:.3g} {unit}"
-        number /= step
-    return f"{number:,.1f} {units[-1]}"
 
 
 def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:

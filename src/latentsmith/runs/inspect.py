@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from latentsmith.checkpoints import Checkpoint, Description, architecture, describe, open_checkpoint
 from latentsmith.checkpoints.spec import SPEC_KEY
-from latentsmith.data.cache import CACHE_FILE, LatentCache, caption_of
+from latentsmith.data.cache import CACHE_FILE, LatentCache
 from latentsmith.data.importing import REPORT_FILE, read_report
+from latentsmith.data.members import caption_of
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, ShardSet, read_set_file
 from latentsmith.files.archives import is_archive, safe_members
 from latentsmith.files.errors import BadInput

@@ -4,13 +4,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from latentsmith.data.images import Transforms
 from latentsmith.data.mixture import Mixture
@@ -111,26 +111,43 @@ def transforms(config: DictConfig, data: str = "train") -> Transforms:
     BadInput if they do not make pictures of one size.
     """
     augmentations = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
-    made = Transforms(**{key: value for key, value in (augmentations or {}).items() if value is not None})
-    if made.size is None:
+    stated: Any = OmegaConf.to_container(augmentations) if augmentations else {}
+    made = Transforms(**{key: value for key, value in stated.items() if value is not None})
+    if made.size is None and made.buckets is None:
         raise BadInput(
-            "model.data.train.augmentations needs center_crop_h_w or random_crop_h_w: batches are of one size"
+            "model.data.train.augmentations needs center_crop_h_w, random_crop_h_w or aspect_buckets: batches are of "
+            "one size"
         )
     return made
 
 
+def picture_size(made: Transforms) -> tuple[int, int]:
+    """(height, width) of the pictures, of the squarest where they have several."""
+    return made.size or square_of(made.buckets.sizes if made.buckets else [])
+
+
+def square_of(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The squarest of several sizes (height, width)."""
+    height, width = min(sizes, key=lambda size: max(size) / min(size))
+    return height, width
+
+
+def factor(config: DictConfig) -> int:
+    """Pixels of a picture's side for each of its latents'."""
+    return 2 ** (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
+
+
 def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, int]:
     """(channels, height, width) of the latents of pictures of `size` (height, width)."""
-    vae = config.model.first_stage_config
-    factor = 2 ** (len(vae.ddconfig.ch_mult) - 1)
-    if size[0] % factor or size[1] % factor:
-        raise BadInput(f"pictures of {size[0]}x{size[1]} do not divide by {factor}, the downsampling of the VAE")
-    return vae.embed_dim, size[0] // factor, size[1] // factor
+    by = factor(config)
+    if size[0] % by or size[1] % by:
+        raise BadInput(f"pictures of {size[0]}x{size[1]} do not divide by {by}, the downsampling of the VAE")
+    return config.model.first_stage_config.embed_dim, size[0] // by, size[1] // by
 
 
 def read_images(samples: ShardSet, made: Transforms, seed: int) -> Callable[[int, int], dict[str, Any]]:
     """A reader of (index, position): `images` (3, height, width) in [-1, 1], `captions`, `keys`."""
-    from latentsmith.data.cache import caption_of, image_member
+    from latentsmith.data.members import caption_of, image_member
     from latentsmith.data.order import sample_seed
     from latentsmith.training.draws import CROPS
 

@@ -1,5 +1,6 @@
 """`latentsmith precache`: run the frozen encoders over a set once."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from omegaconf import DictConfig
 
 from latentsmith import __version__
-from latentsmith.data.cache import Encoders, LatentCache, write_cache
+from latentsmith.data.cache import LatentCache
+from latentsmith.data.caching import CacheOptions, Encoders, write_cache
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.pipeline import pick_device
 from latentsmith.inference.tokenizer import Tokenizer
@@ -44,20 +46,28 @@ def precache(config: DictConfig, out: Path | str) -> Path:
         if part in wanted and not weights_of(config, part):
             raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")
     source, transforms = pieces.shard_set(config), pieces.transforms(config)
-    assert transforms.size is not None
-    pieces.latent_shape(config, transforms.size)
+    for size in transforms.buckets.sizes if transforms.buckets else [pieces.picture_size(transforms)]:
+        pieces.latent_shape(config, size)
+    kept = config.model.data.cache
+    options = CacheOptions(kept.latents, kept.crops, kept.flipped, kept.share_captions)
     rank, processes = process_of()
+    cut: Counter[str] = Counter()
     with progress("caching", "samples") as tell:
         cache = write_cache(
             source,
             out,
             transforms,
-            encoders(config, wanted),
+            encoders(config, wanted, cut),
+            options=options,
             batch_size=config.model.micro_batch_size,
             seed=config.model.seed,
             rank=rank,
             processes=processes,
             progress=tell,
+        )
+    if cut.total():
+        print(
+            f"{cut.total():,} captions have more than {config.model.cond_stage_config.max_length} tokens and were cut"
         )
     if cache is not None:
         print_summary(cache)
@@ -72,8 +82,11 @@ def wanted_encodings(config: DictConfig) -> set[str]:
     return {part for part, key in keys.items() if is_encoded(key)} or set(keys)
 
 
-def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
-    """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them."""
+def encoders(config: DictConfig, wanted: set[str], cut: Counter[str]) -> Encoders:
+    """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them.
+
+    cut: counts the captions that are longer than the text encoder reads.
+    """
     device = own_device(pick_device(config.trainer.accelerator.replace("gpu", "cuda")))
     half = HALVES.get(config.trainer.precision) if device != "cpu" else None
     networks: dict[str, Any] = {part: build_network(config, part).to(device).eval() for part in wanted}
@@ -87,7 +100,7 @@ def encoders(config: DictConfig, wanted: set[str]) -> Encoders:
         fingerprints |= {"layer": layer_of(config), "tokenizer": words.fingerprint()}
     return Encoders(
         images=image_encoder(networks["vae"], device, half) if "vae" in wanted else None,
-        captions=caption_encoder(networks["text_encoder"], words, device, half) if words else None,
+        captions=caption_encoder(networks["text_encoder"], words, device, half, cut) if words else None,
         fingerprints=fingerprints,
         versions={"latentsmith": __version__, "torch": torch.__version__},
     )
@@ -107,14 +120,16 @@ def image_encoder(
 
 
 def caption_encoder(
-    text_encoder: ClipTextEncoder, words: Tokenizer, device: str, half: torch.dtype | None = None
+    text_encoder: ClipTextEncoder, words: Tokenizer, device: str, half: torch.dtype | None, cut: Counter[str]
 ) -> Callable[[list[str]], np.ndarray]:
     """Captions to text embeddings (batch, length, width), an array."""
 
     @torch.no_grad()
     def encode(captions: list[str]) -> np.ndarray:
+        token_ids, ends = words(captions, return_cut=True)
+        cut["captions"] += sum(map(bool, ends))
         with autocast(device, half):
-            return text_encoder(words(captions).to(device)).float().cpu().numpy()
+            return text_encoder(token_ids.to(device)).float().cpu().numpy()
 
     return encode
 
@@ -126,4 +141,5 @@ def autocast(device: str, half: torch.dtype | None) -> torch.autocast:
 
 def print_summary(cache: LatentCache) -> None:
     shapes = ", ".join(f"{name} {tuple(member['shape'])}" for name, member in cache.info["members"].items())
-    print(f"{cache.folder}: {len(cache):,} samples, {shapes}")
+    several = f", {cache.variants} encodings of each picture" if cache.variants > 1 else ""
+    print(f"{cache.folder}: {len(cache):,} samples, {shapes}{several}")

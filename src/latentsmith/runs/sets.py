@@ -1,38 +1,55 @@
 """What training reads: pictures or cached moments, captions or cached embeddings."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, caption_of, image_member
+from latentsmith.data.buckets import LEFT_OUT, BucketOrder, listing
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.images import Transforms
-from latentsmith.data.order import sample_seed
+from latentsmith.data.members import caption_of, image_member
+from latentsmith.data.mixture import Mixture
+from latentsmith.data.order import integer_below, sample_seed
+from latentsmith.data.picture_sizes import picture_sizes
 from latentsmith.data.shards import ShardSet
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.training.draws import CROPS
 
 from . import pieces
+from .amounts import BYTES, scaled
 from .networks import fingerprint, is_encoded, layer_of
+from .progress import progress
 from .synthetic import Synthetic, synthetic_set
 
+LOOKED_AT = 1000  # captions whose lengths are counted before training
 Reader = Callable[[int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The samples of a run. cache: None where nothing is encoded. size: (height, width) in latents, of one sample."""
+    """The samples of a run. cache: None where nothing is encoded. latent_shape: (channels, height, width) of a sample,
+    or of a square one where there are buckets of other sizes, in pixels `sizes`. order: which sample comes when, where
+    it is not a shuffle of all."""
 
     shards: ShardSet | Synthetic
     cache: LatentCache | None
     transforms: Transforms | None
     latent_shape: tuple[int, int, int]
+    sizes: Sequence[tuple[int, int]] = ()
+    order: BucketOrder | Mixture | None = None
+
+    @property
+    def count(self) -> int:
+        """Samples that training draws from."""
+        return len(self.order) if isinstance(self.order, BucketOrder) else len(self.shards)
 
 
 def open_set(
@@ -72,11 +89,44 @@ def readable(
     """The set, with the transforms of its pictures if it has some, and the size of its latents."""
     if encoded[IMAGE_KEY]:
         assert cache is not None
-        moments = cache.info["members"][IMAGE_KEY]["shape"]
-        return TrainingSet(shards, cache, None, (moments[0] // 2, moments[1], moments[2]))
-    made = pieces.transforms(config, data)
-    assert made.size is not None
-    return TrainingSet(shards, cache, made, pieces.latent_shape(config, made.size))
+        found, transforms = cache.buckets(), None
+        numbers, sizes = found or (None, [])
+        shape = tuple(cache.info["members"][IMAGE_KEY]["shape"][1:])
+        if found is None and None in shape:
+            raise BadInput(f"{cache.folder}: pictures of several sizes, and no buckets of them; precache again")
+        size = pieces.square_of(sizes) if found else tuple(side * pieces.factor(config) for side in shape)
+    else:
+        transforms = pieces.transforms(config, data)
+        sizes = list(transforms.buckets.sizes) if transforms.buckets else []
+        size = transforms.size or pieces.square_of(sizes)
+        numbers = transforms.buckets.numbers_of(heights_and_widths(shards)) if transforms.buckets else None
+    latents = pieces.latent_shape(config, size)
+    for one in sizes:
+        pieces.latent_shape(config, one)
+    order = order_of(config, shards, numbers) if data == "train" else None
+    return TrainingSet(shards, cache, transforms, latents, sizes, order)
+
+
+def order_of(config: DictConfig, shards: ShardSet, numbers: np.ndarray | None) -> BucketOrder | Mixture | None:
+    """Which sample comes when: by buckets (their `numbers`), without what filterings leave out, or mixed by weights."""
+    model, wanted = config.model, config.model.data.train.get("filterings", {}).get("resolution", {}).get("value")
+    if wanted is not None:
+        sizes = heights_and_widths(shards)
+        smaller = model.data.train.filterings.resolution.get("method") == "smaller"
+        kept = (sizes <= wanted).all(1) if smaller else (sizes >= wanted).all(1)
+        numbers = np.where(kept, np.uint8(0) if numbers is None else numbers, np.uint8(LEFT_OUT))
+        print(f"filterings: {int(kept.sum()):,} of {len(kept):,} samples are taken")
+    mixed = pieces.mixture(config)
+    if numbers is None or mixed is not None:
+        if numbers is not None:
+            raise BadInput("model.data.train.weights: sets are not mixed where buckets or filterings choose samples")
+        return mixed
+    return BucketOrder(numbers, model.seed, pieces.global_batch(config, pieces.process_count(config)))
+
+
+def heights_and_widths(shards: ShardSet) -> np.ndarray:
+    with progress("reading sizes", "pictures") as tell:
+        return picture_sizes(shards, tell)
 
 
 def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, bool], data: str) -> TrainingSet:
@@ -146,18 +196,22 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
     words: the tokenizer, None where the captions' embeddings are cached.
     """
 
-    shards = samples.shards
+    shards, cache = samples.shards, samples.cache
     if isinstance(shards, Synthetic):
         return lambda index, position: shards.read(index, words)
+    latents = "vae_latents" if cache and cache.holds_means else "moments"
+    channels, several = samples.latent_shape[0], bool(samples.sizes)
+    factor = max(map(max, samples.sizes)) // max(samples.latent_shape[1:]) if several else 1
 
     def read(index: int, position: int) -> dict[str, Any]:
         number, inside = shards.locate(index)
         shard = shards.shard(number)
         sample = shard[inside]
         record: dict[str, Any] = {"keys": sample.key}
-        encoded = samples.cache[index] if samples.cache else {}
+        variant = integer_below(cache.variants, sample_seed(seed, position, CROPS)) if cache else 0
+        encoded = cache.encodings(shard, sample, variant) if cache else {}
         if samples.transforms is None:
-            record["moments"] = torch.from_numpy(encoded[IMAGE_KEY].copy())
+            record[latents] = torch.from_numpy(encoded[IMAGE_KEY].copy())
         else:
             data = image_member(sample)[1]
             record["images"] = torch.from_numpy(samples.transforms.decode(data, sample_seed(seed, position, CROPS)))
@@ -165,9 +219,38 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
             record["context"] = torch.from_numpy(encoded[CAPTION_KEY].copy())
         else:
             record["token_ids"] = words([caption_of(shard, sample)])[0]
+        if several:
+            record["latent_shape"] = latent_shape_of(record, channels, factor)
         return record
 
     return read
+
+
+def preflight(samples: TrainingSet, words: Tokenizer | None, steps: int, batch: int) -> list[str]:
+    """What there is to know of a set before its training, in lines. words: where captions are read as text."""
+    lines = [f"{summary(samples)}; {steps:,} steps of {batch}: {steps * batch / samples.count:.1f} epochs"]
+    if samples.sizes and isinstance(samples.order, BucketOrder):
+        lines += listing(samples.sizes, samples.order.counts, batch)
+    if words is not None and not isinstance(samples.shards, Synthetic):
+        lines += long_captions(samples.shards, words)
+    return lines
+
+
+def long_captions(shards: ShardSet, words: Tokenizer) -> list[str]:
+    """A line on captions that the text encoder will not see to their ends, judged by some of them; none if all fit."""
+    looked_at = min(LOOKED_AT, len(shards))
+    long = 0
+    for number in range(looked_at):
+        shard, inside = shards.locate(number * len(shards) // looked_at)
+        long += bool(words([caption_of(shards.shard(shard), shards.shard(shard)[inside])], return_cut=True)[1][0])
+    share = f"{long:,} of {looked_at:,} captions" + (" looked at" if looked_at < len(shards) else "")
+    return [f"{share} have more than {words.max_length} tokens: their ends are not seen"] if long else []
+
+
+def latent_shape_of(record: Mapping[str, Any], channels: int, factor: int) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of a sample."""
+    height, width = next(record[name] for name in ("moments", "vae_latents", "images") if name in record).shape[1:]
+    return (channels, height // factor, width // factor) if "images" in record else (channels, height, width)
 
 
 def summary(samples: TrainingSet) -> str:
@@ -175,4 +258,8 @@ def summary(samples: TrainingSet) -> str:
     if isinstance(samples.shards, Synthetic):
         return f"{len(samples.shards):,} samples of noise, latents {json.dumps(samples.latent_shape)}"
     kind = f"cached latents {json.dumps(samples.latent_shape)}" if samples.transforms is None else "pictures"
-    return f"{len(samples.shards):,} samples in {len(samples.shards.paths)} shards, {kind}"
+    if samples.sizes:
+        kind = f"{kind.partition(' [')[0]} of several sizes"
+    bytes_on_disk = sum(record.bytes if record else path.stat().st_size for path, record in samples.shards.files)
+    size = scaled(bytes_on_disk, BYTES, 1024)
+    return f"{samples.count:,} samples in {len(samples.shards.paths)} shards ({size}), {kind}"

@@ -23,7 +23,6 @@ class Synthetic:
     image_size: tuple[int, int]
     text_shape: tuple[int, int]
     encoded: Mapping[str, bool]
-    paths: tuple[()] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -47,10 +46,8 @@ class Synthetic:
 def synthetic_set(config: DictConfig, encoded: Mapping[str, bool]) -> Synthetic:
     """The random set that a config asks for, of the size of its crops, or of model.image_size latents without any."""
     model, text = config.model, config.model.cond_stage_config
-    factor = 2 ** (len(model.first_stage_config.ddconfig.ch_mult) - 1)
-    side = factor * int(model.get("image_size") or 64)
-    size = pieces.transforms(config).size if model.data.train.augmentations else (side, side)
-    assert size is not None
+    side = pieces.factor(config) * int(model.get("image_size") or 64)
+    size = pieces.picture_size(pieces.transforms(config)) if model.data.train.augmentations else (side, side)
     shape = pieces.latent_shape(config, size)
     embedding = (text.pad_to or text.max_length, model.unet_config.context_dim or 1)
     return Synthetic(model.data.synthetic_data_length, shape, size, embedding, encoded)

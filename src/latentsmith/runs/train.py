@@ -67,9 +67,8 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
 def head_of(config: DictConfig, ready: "Ready") -> list[str]:
     """What is trained, on what, at what cost, in lines."""
     batch, trained = ready.module.optimisation.global_batch, ready.module.trained
-    epochs = ready.max_steps * batch / len(ready.set.shards)
-    lines = header(ready.networks, trained)
-    lines.append(f"{sets.summary(ready.set)}; {ready.max_steps:,} steps of {batch}: {epochs:.1f} epochs")
+    words = None if is_encoded(config.model.cond_stage_key) else ready.words
+    lines = [*header(ready.networks, trained), *sets.preflight(ready.set, words, ready.max_steps, batch)]
     if ready.held_out is not None:
         lines.append(f"{ready.held_out.draw.count:,} samples held out for validation")
     return [*lines, memory(config, ready.networks, trained)]
@@ -100,7 +99,7 @@ def prepared(config: DictConfig) -> Ready:
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = sets.open_set(config, networks, words)
-    max_steps = pieces.step_limit(config, len(samples.shards), batch)
+    max_steps = pieces.step_limit(config, samples.count, batch)
     optimisation = pieces.optimisation(config, batch, max_steps)
     raw_captions = not is_encoded(model.cond_stage_key)
     read = sets.reader(samples, model.seed, words if raw_captions else None)
@@ -110,7 +109,7 @@ def prepared(config: DictConfig) -> Ready:
     empty = empty_prompt(samples, words, raw_captions)
     arranged(networks, model.channels_last, model.inductor)
     module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
-    run = RunSamples(read, draws(config, samples), len(samples.shards), model.seed, pieces.mixture(config))
+    run = RunSamples(read, draws(config, samples), samples.count, model.seed, samples.order)
     held = held_out(config, networks, words, samples)
     return Ready(networks, words, samples, held, run, module, spec, max_steps)
 
@@ -135,7 +134,7 @@ def held_out(
     count = max(1, min(length, int(wanted)))
     read = sets.reader(samples, VALIDATION, words if not is_encoded(model.cond_stage_key) else None)
     draw = ValidationDraws(samples.latent_shape, pieces.noise_schedule(config), count)
-    return HeldOut(read, draw, length, model.micro_batch_size)
+    return HeldOut(read, draw, length, 1 if samples.sizes else model.micro_batch_size)
 
 
 def validation(config: DictConfig, ready: Ready, folder: Path) -> list[Validation]:
@@ -143,7 +142,7 @@ def validation(config: DictConfig, ready: Ready, folder: Path) -> list[Validatio
         return []
     every = config.trainer.val_check_interval
     if isinstance(every, float):
-        every = every * len(ready.set.shards) / ready.module.optimisation.global_batch
+        every = every * ready.set.count / ready.module.optimisation.global_batch
     return [Validation(ready.held_out, folder, max(1, round(every)), ready.max_steps)]
 
 
@@ -243,9 +242,13 @@ def measured_scale(
         drawn = []
         for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
             record = read(index, index)
+            if "vae_latents" in record:
+                drawn.append(record["vae_latents"].float().flatten())
+                continue
             moments = record["moments"].float()[None] if "moments" in record else vae.encode(record["images"][None])
-            noise = torch.randn(1, *samples.latent_shape, generator=generator_at(seed, index))
-            drawn.append(AutoencoderKL.sample(moments, noise))
+            shape = record.get("latent_shape", samples.latent_shape)
+            noise = torch.randn(1, *shape, generator=generator_at(seed, index))
+            drawn.append(AutoencoderKL.sample(moments, noise).flatten())
         return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
 
     return measure

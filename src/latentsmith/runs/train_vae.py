@@ -35,7 +35,8 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
             f"first_stage_config.lossconfig is torch.nn.Identity, which trains nothing; set _target_: {target}"
         )
     samples, transforms = pieces.shard_set(config), pieces.transforms(config)
-    assert transforms.size is not None
+    if transforms.size is None:
+        raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
     batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
     max_steps = pieces.step_limit(config, len(samples), batch)
     with torch.device("meta") if dry_run else nullcontext():

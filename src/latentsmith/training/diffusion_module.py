@@ -86,7 +86,10 @@ class DiffusionTraining(TrainingModule):
 
     @torch.no_grad()
     def latents(self, batch: Mapping[str, Any]) -> Tensor:
-        """Scaled latents (batch, channels, height / f, width / f), drawn from the moments of the pictures."""
+        """Scaled latents (batch, channels, height / f, width / f), drawn from the moments of the pictures, unless the
+        batch has its `vae_latents`."""
+        if "vae_latents" in batch:
+            return to_latents(batch["vae_latents"].float(), self.objective.scale_factor)
         moments = batch["moments"].float() if "moments" in batch else self.parts["vae"].encode(batch["images"])  # type: ignore[operator]
         vae_latents = AutoencoderKL.sample(moments.float(), batch["posterior_noise"])
         return to_latents(vae_latents, self.objective.scale_factor)

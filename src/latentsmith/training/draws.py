@@ -9,6 +9,7 @@ from latentsmith.data.order import index_at, sample_seed
 from latentsmith.diffusion import NoiseSchedule
 
 DRAWS, CROPS, DROPOUT = 1, 2, 3  # streams of one position's seed: what is added to its sample; transforms; dropout
+Shape = tuple[int, int, int]
 VALIDATION = 20230501  # the seed of every validation loss, so that runs can be compared
 
 
@@ -31,10 +32,12 @@ class DiffusionDraws:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
 
-    def __call__(self, position: int) -> dict[str, Tensor]:
-        """Draws for the sample at `position`, without a batch axis: `noise` and `posterior_noise` of latent_shape,
-        `timesteps` with its `signal` and `noise_level`, the flags `empty_caption` and `zero_embedding`, and, with
-        input_perturbation, the `input_noise` that the U-Net sees in place of the noise it is to find."""
+    def __call__(self, position: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        """Draws for the sample at `position`, without a batch axis: `noise` and `posterior_noise` of latent_shape (the
+        sample's own, where it has one), `timesteps` with its `signal` and `noise_level`, the flags `empty_caption` and
+        `zero_embedding`, and, with input_perturbation, the `input_noise` that the U-Net sees in place of the noise it
+        is to find."""
+        shape = latent_shape or self.latent_shape
         generator = generator_at(self.seed, position)
         chances = torch.rand(2, generator=generator)
         timesteps = torch.randint(self.schedule.timesteps, (), generator=generator)
@@ -43,16 +46,16 @@ class DiffusionDraws:
             "timesteps": timesteps,
             "signal": signal,
             "noise_level": noise_level,
-            "noise": torch.randn(self.latent_shape, generator=generator),
-            "posterior_noise": torch.randn(self.latent_shape, generator=generator),
+            "noise": torch.randn(shape, generator=generator),
+            "posterior_noise": torch.randn(shape, generator=generator),
             "empty_caption": chances[0] < self.caption_dropout_rate,
             "zero_embedding": chances[1] < self.text_embedding_dropout_rate,
         }
-        # After those that every run draws, so that an option changes nothing but what it adds.
-        offset = torch.randn(self.latent_shape[0], 1, 1, generator=generator)
-        perturbation = torch.randn(self.latent_shape, generator=generator)
-        drawn["noise"] = drawn["noise"] + self.offset_noise * offset
+        if self.offset_noise or self.input_perturbation:  # drawn last, so that an option changes only what it adds
+            offset = torch.randn(shape[0], 1, 1, generator=generator)
+            drawn["noise"] = drawn["noise"] + self.offset_noise * offset
         if self.input_perturbation:
+            perturbation = torch.randn(shape, generator=generator)
             drawn["input_noise"] = drawn["noise"] + self.input_perturbation * perturbation
         return drawn
 
@@ -69,10 +72,10 @@ class ValidationDraws:
     schedule: NoiseSchedule
     count: int
 
-    def __call__(self, number: int) -> dict[str, Tensor]:
+    def __call__(self, number: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
         stratum = index_at(VALIDATION, number, self.count)
         timesteps = torch.tensor((2 * stratum + 1) * self.schedule.timesteps // (2 * self.count))
-        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(number)
+        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(number, latent_shape)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
         return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
 
@@ -84,9 +87,9 @@ class PosteriorDraws:
     seed: int
     latent_shape: tuple[int, int, int]
 
-    def __call__(self, position: int) -> dict[str, Tensor]:
+    def __call__(self, position: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
         generator = generator_at(self.seed, position)
-        return {"posterior_noise": torch.randn(self.latent_shape, generator=generator)}
+        return {"posterior_noise": torch.randn(latent_shape or self.latent_shape, generator=generator)}
 
 
 def generator_at(seed: int, position: int) -> torch.Generator:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from latentsmith.data.order import index_at, sample_seed
 
-from .draws import DROPOUT
+from .draws import DROPOUT, Shape
 
 Record = dict[str, Any]
 
@@ -20,13 +20,14 @@ class RunSamples(Dataset):
     """The run as a sequence: position -> what `read` makes of the sample there, what `draw` adds, `dropout_seed` and
     `positions`, the position itself.
 
-    read(index, position): tensors and text of one sample of the set, whose crops may depend on the position.
+    read(index, position): tensors and text of one sample of the set, whose crops may depend on the position; its
+    `latent_shape`, where samples have several, goes to `draw(position, latent_shape)`.
     length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch. order:
     another rule, position -> index.
     """
 
     read: Callable[[int, int], Record]
-    draw: Callable[[int], Mapping[str, torch.Tensor]]
+    draw: Callable[[int, Shape | None], Mapping[str, torch.Tensor]]
     length: int
     seed: int
     order: Callable[[int], int] | None = None
@@ -34,9 +35,10 @@ class RunSamples(Dataset):
     def __getitem__(self, position: int) -> Record:
         index = self.order(position) if self.order else index_at(self.seed, position, self.length)
         dropout_seed = sample_seed(self.seed, position, DROPOUT)
+        record = self.read(index, position)
         return {
-            **self.read(index, position),
-            **self.draw(position),
+            **record,
+            **self.draw(position, record.pop("latent_shape", None)),
             "dropout_seed": dropout_seed,
             "positions": position,
         }

@@ -29,7 +29,8 @@ class HeldOut:
 
     def __getitem__(self, number: int) -> Record:
         index = number * self.length // self.draw.count
-        return {**self.read(index, number), **self.draw(number)}
+        record = self.read(index, number)
+        return {**record, **self.draw(number, record.pop("latent_shape", None))}
 
 
 class Validation(StepCallback):

@@ -1,0 +1,139 @@
+"""Aspect-ratio buckets: pictures keep their shape, nearly, and each optimizer step is of one size.
+
+Which samples a step has is a pure function of (seed, step), like `order`: nothing is stored but one byte a sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from latentsmith.data.order import index_at
+from latentsmith.files.errors import BadInput
+
+LEFT_OUT = 255  # the bucket of samples that a run passes over
+BLOCK = 4096  # samples whose buckets are looked through for one of them
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Sizes (height, width) of about `resolution` squared pixels, sides multiples of `step`, and no side more than
+    `max_aspect` times the other. BadInput for numbers that leave no size, or more than 254 of them."""
+
+    resolution: int
+    step: int = 64
+    max_aspect: float = 2.0
+
+    def __post_init__(self) -> None:
+        what = f"aspect_buckets of resolution {self.resolution}, step {self.step}, max_aspect {self.max_aspect}"
+        if not self.sizes:
+            raise BadInput(f"{what}: there is no such size; resolution is at least one step, max_aspect at least 1")
+        if len(self.sizes) > LEFT_OUT:
+            raise BadInput(f"{what}: {len(self.sizes)} sizes, more than {LEFT_OUT}; take a larger step")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) by number, from the widest to the tallest: for every width the greatest height that fits."""
+        return _sizes(self.resolution, self.step, self.max_aspect)
+
+    def number_of(self, height: int, width: int) -> int:
+        """The bucket whose aspect is nearest to that of a picture, in proportion."""
+        return int(self.numbers_of(np.array([[height, width]]))[0])
+
+    def numbers_of(self, sizes: np.ndarray) -> np.ndarray:
+        """(samples,) uint8, the same of the rows of `sizes`, (samples, 2)."""
+        aspects = np.log([height / width for height, width in self.sizes])
+        borders = (aspects[:-1] + aspects[1:]) / 2
+        return np.searchsorted(borders, np.log(sizes[:, 0] / sizes[:, 1])).astype(np.uint8)
+
+
+@lru_cache
+def _sizes(resolution: int, step: int, max_aspect: float) -> tuple[tuple[int, int], ...]:
+    if step < 1 or max_aspect < 1 or resolution < step:
+        return ()
+    found = set()
+    for one in range(step, int(resolution * max_aspect) + step, step):
+        other = resolution * resolution // one // step * step
+        if other and max(one, other) <= max_aspect * min(one, other):
+            found |= {(one, other), (other, one)}
+    return tuple(sorted(found, key=lambda size: (size[0] / size[1], size[0])))
+
+
+class BucketOrder:
+    """position -> index of a sample, with every `batch` positions from one bucket.
+
+    numbers: (samples,) uint8, the bucket of each sample, LEFT_OUT for none. Within its own positions each bucket is a
+    keyed bijection, epoch by epoch, as if it were alone. Over an epoch of the run each has as many steps as its samples
+    fill; what they do not fill is owed to its next epoch, so that none is dropped and none is drawn more often. Nothing
+    per sample but its number is held. BadInput if every sample is left out.
+    """
+
+    def __init__(self, numbers: np.ndarray, seed: int, batch: int):
+        self.numbers, self.seed, self.batch = numbers, seed, batch
+        self.tallies = _tallies(numbers)  # (buckets, blocks + 1), samples of each bucket before each block
+        self.counts = self.tallies[:, -1].tolist()
+        self._latest = (-1, 0, 0)  # a step, its bucket and number: the positions of one step come together
+        if not sum(self.counts):
+            raise BadInput("no sample is left: model.data.train.filterings leaves all of them out")
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __call__(self, position: int) -> int:
+        step, place = divmod(position, self.batch)
+        if self._latest[0] != step:
+            self._latest = (step, *self.step_of(step))
+        _, bucket, number = self._latest
+        within = index_at(self.seed + 7919 * (bucket + 1), number * self.batch + place, self.counts[bucket])
+        return self.member(bucket, within)
+
+    def step_of(self, step: int) -> tuple[int, int]:
+        """The bucket of an optimizer step of the run, and which of the bucket's own steps it is."""
+        epoch = self._epoch_of(step)
+        before, after = self._steps_by(epoch), self._steps_by(epoch + 1)
+        length, first = sum(after) - sum(before), sum(before)
+        place = index_at(self.seed ^ 0xB0C4, epoch * length + step - first, length)
+        for bucket, (done, until) in enumerate(zip(before, after, strict=True)):
+            if place < until - done:
+                return bucket, done + place
+            place -= until - done
+        raise AssertionError(step)
+
+    def member(self, bucket: int, number: int) -> int:
+        """The index of the `number`-th sample of a bucket."""
+        tally = self.tallies[bucket]
+        block = int(np.searchsorted(tally, number, side="right")) - 1
+        inside = np.flatnonzero(self.numbers[block * BLOCK : (block + 1) * BLOCK] == bucket)
+        return block * BLOCK + int(inside[number - int(tally[block])])
+
+    def _steps_by(self, epoch: int) -> list[int]:
+        """Whole steps that each bucket fills in so many epochs."""
+        return [epoch * count // self.batch for count in self.counts]
+
+    def _epoch_of(self, step: int) -> int:
+        """The epoch that step lies in: the last before which no more than `step` steps are done."""
+        low = step * self.batch // len(self)
+        high = (step + len(self.counts) + 1) * self.batch // len(self) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sum(self._steps_by(middle)) <= step else (low, middle)
+        return low
+
+
+def _tallies(numbers: np.ndarray) -> np.ndarray:
+    kept = int(numbers[numbers != LEFT_OUT].max(initial=0)) + 1
+    blocks = [numbers[at : at + BLOCK] for at in range(0, len(numbers), BLOCK)]
+    rows = [np.bincount(block, minlength=LEFT_OUT + 1)[:kept] for block in blocks]
+    tallies = np.concatenate([np.zeros((1, kept), np.int64), np.cumsum(rows, axis=0, dtype=np.int64)])
+    return np.ascontiguousarray(tallies.T)
+
+
+def listing(sizes: Sequence[tuple[int, int]], counts: Sequence[int], batch: int) -> list[str]:
+    """A line on the buckets that have samples, and one on those too small for a step of `batch`."""
+    filled = [(size, count) for size, count in zip(sizes, counts, strict=False) if count]
+    named = ", ".join(f"{height}x{width}: {count:,}" for (height, width), count in filled)
+    lines = [f"{len(filled)} aspect buckets (height x width: samples): {named}"]
+    if small := [f"{height}x{width}" for (height, width), count in filled if count < batch]:
+        lines.append(f"buckets with fewer samples than a step of {batch}, which repeats them: {', '.join(small)}")
+    return lines

@@ -1,0 +1,146 @@
+"""Aspect buckets: sizes, the nearest of them, and an order that drops and repeats nothing."""
+
+from collections import Counter
+from math import log
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, listing
+from latentsmith.data.images import Transforms
+from latentsmith.data.picture_sizes import picture_sizes, sizes_path
+from latentsmith.data.shards import ShardSet, ShardWriter
+from latentsmith.files.errors import BadInput
+
+COUNTS = (37, 500, 3, 64, 396)  # of samples, by bucket: one smaller than a step of 8
+
+
+@pytest.fixture
+def numbers():
+    """The buckets of 1,000 samples, shuffled."""
+    return np.random.default_rng(1).permutation(np.repeat(np.arange(5, dtype=np.uint8), COUNTS))
+
+
+@pytest.mark.parametrize(("resolution", "step", "aspect"), [(512, 64, 2.0), (768, 64, 2.5), (64, 8, 3.0), (512, 8, 1)])
+def test_sizes_are_all_that_there_are(resolution, step, aspect):
+    sides = range(step, 4 * resolution, step)
+    fits = {
+        (a, b)
+        for a in sides
+        for b in sides
+        if a * b <= resolution**2 < a * (b + step) and max(a, b) <= aspect * min(a, b)
+    }
+    assert set(Buckets(resolution, step, aspect).sizes) == fits | {(b, a) for a, b in fits}
+
+
+@pytest.mark.parametrize(("given", "message"), [((63, 64), "no such size"), ((512, 1, 9.0), "take a larger step")])
+def test_sizes_that_are_none_or_too_many(given, message):
+    with pytest.raises(BadInput, match=message):
+        Buckets(*given)
+
+
+def test_the_nearest_aspect():
+    buckets = Buckets(512, 64, 2.5)
+    pictures = np.random.default_rng(0).integers(1, 3000, (500, 2))
+    for (height, width), number in zip(pictures, buckets.numbers_of(pictures), strict=True):
+        distances = [abs(log(h / w) - log(height / width)) for h, w in buckets.sizes]
+        assert distances[number] == min(distances)
+        assert buckets.number_of(height, width) == number
+
+
+def test_the_middle_of_the_picture_fills_its_bucket():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 240, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    made = Transforms(aspect_buckets={"resolution": 64, "step": 16, "max_aspect": 2})
+    height, width = made.buckets.sizes[0]
+    assert (height, width) == (48, 80) and made.size is None
+    middle = image.crop((45, 0, 195, 90)).resize((80, 48), Image.Resampling.BICUBIC)
+    wanted = np.asarray(middle, np.float32).transpose(2, 0, 1) / 127.5 - 1
+    assert np.abs(made(image) - wanted)[:, :, 2:-2].max() < 1e-6  # at the cut, the filter sees beyond it
+
+
+@pytest.mark.parametrize("other", ["resize_smallest_side", "center_crop_h_w", "random_crop_h_w"])
+def test_no_other_size_beside_buckets(other):
+    with pytest.raises(BadInput, match="aspect_buckets resizes and crops"):
+        Transforms(**{"aspect_buckets": {"resolution": 64}, other: "32" if "side" in other else "32, 32"})
+
+
+@pytest.mark.parametrize("batch", [1, 8, 50])
+def test_every_step_is_of_one_bucket_and_every_sample_comes_once_an_epoch(numbers, batch):
+    order = BucketOrder(numbers, 5, batch)
+    drawn = [order(position) for position in range(sum(6 * count // batch * batch for count in COUNTS))]
+    steps = [numbers[drawn[at : at + batch]] for at in range(0, len(drawn), batch)]
+    assert all(len(set(step)) == 1 for step in steps)
+    times = Counter(drawn)
+    for bucket, count in enumerate(COUNTS):
+        seen = [times[int(index)] for index in np.flatnonzero(numbers == bucket)]
+        assert max(seen) - min(seen) <= 1  # within its own epochs
+        assert abs(sum(seen) - 6 * count) <= 2 * batch  # a share of the run in proportion, but for what a step holds
+
+
+def test_nothing_but_the_position_matters(numbers):
+    order = BucketOrder(numbers, 5, 8)
+    drawn = [order(position) for position in range(4000)]
+    again = BucketOrder(numbers, 5, 8)
+    for position in np.random.default_rng(2).permutation(4000)[:500].tolist():
+        assert again(position) == drawn[position]
+    other = BucketOrder(numbers, 6, 8)
+    assert [other(position) for position in range(100)] != drawn[:100]
+    firsts = [[numbers[drawn[at]] for at in range(start, start + 1000, 8)] for start in (0, 1000, 2000)]
+    assert firsts[0] != firsts[1] != firsts[2]  # the buckets, too, come in another order
+
+
+def test_samples_left_out_never_come(numbers):
+    kept = np.where(np.arange(1000) % 3 == 0, numbers, LEFT_OUT).astype(np.uint8)
+    order = BucketOrder(kept, 5, 8)
+    assert len(order) == 334
+    assert {order(position) for position in range(3000)} == set(range(0, 1000, 3))
+    with pytest.raises(BadInput, match="filterings leaves all of them out"):
+        BucketOrder(np.full(10, LEFT_OUT, np.uint8), 5, 8)
+
+
+def test_a_set_of_several_blocks():
+    numbers = np.random.default_rng(3).integers(0, 4, 3 * BLOCK + 11, dtype=np.uint8)
+    order = BucketOrder(numbers, 1, 4)
+    for bucket in range(4):
+        members = np.flatnonzero(numbers == bucket)
+        for number in (0, 1, len(members) // 2, len(members) - 1):
+            assert order.member(bucket, number) == members[number]
+
+
+def test_listing_names_what_is_small(numbers):
+    order = BucketOrder(numbers, 5, 8)
+    lines = listing([(i, i) for i in range(1, 6)], order.counts, 8)
+    assert lines[0].startswith("5 aspect buckets") and "2x2: 500" in lines[0]
+    assert lines[1].endswith("repeats them: 3x3")
+
+
+def test_sizes_of_pictures_are_read_once(tmp_path, png, monkeypatch):
+    turned = Image.new("RGB", (40, 30))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    with ShardWriter(tmp_path, 2) as writer:
+        writer.write("a", {"png": png((40, 30)), "txt": b"x"})
+        writer.write("b", {"jpg": (tmp_path / "turned.jpg").read_bytes(), "txt": b"x"})
+        writer.write("c", {"png": png((7, 9)), "txt": b"x"})
+    wanted = [[30, 40], [40, 30], [9, 7]]
+    assert picture_sizes(ShardSet(tmp_path)).tolist() == wanted
+    with monkeypatch.context() as patched:
+        patched.setattr("PIL.Image.open", None)
+        assert picture_sizes(ShardSet(tmp_path)).tolist() == wanted
+    first = ShardSet(tmp_path).paths[0]
+    first.with_suffix(".index.npy").unlink()
+    first.unlink()
+    with ShardWriter(tmp_path) as writer:  # another tar in its place, and of as many samples
+        for key in "ab":
+            writer.write(key, {"png": png((8, 8)), "txt": b"another"})
+    assert sizes_path(first).exists() and picture_sizes(ShardSet(tmp_path)).tolist() == [[8, 8], [8, 8], [9, 7]]
+
+
+def test_a_sample_without_a_picture_is_named(tmp_path):
+    with ShardWriter(tmp_path) as writer:
+        writer.write("a", {"txt": b"x"})
+    with pytest.raises(BadInput, match="sample 'a': no picture"):
+        picture_sizes(ShardSet(tmp_path))

@@ -1,0 +1,133 @@
+"""Training on pictures of several shapes, through the command line."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentsmith.data.cache import LatentCache
+from latentsmith.training.checkpoint import read_state
+from latentsmith.training.log import read_rows
+
+from .conftest import TEXT, VAE
+
+SHAPES = ((40, 40), (60, 30), (30, 60), (40, 44), (64, 36))  # width, height
+WAYS = "model.data.train.augmentations"
+NO_CROP = (f"{WAYS}.resize_smallest_side=null", f"{WAYS}.center_crop_h_w=null")
+BUCKETS = (*NO_CROP, f"{WAYS}.aspect_buckets={{resolution: 16, step: 4}}")
+STEPS = ("trainer.max_steps=8", "model.micro_batch_size=2")
+ENCODED = ("model.first_stage_key=image_encoded", "model.cond_stage_key=captions_encoded")
+
+
+@pytest.fixture(scope="module")
+def pictures(world, tmp_path_factory):
+    """20 pictures of five shapes, imported; and their cache, made with shards' batches sorted by bucket."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "source").mkdir()
+    for number in range(20):
+        width, height = SHAPES[number % len(SHAPES)]
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "source" / f"{number:02}.png")
+        (folder / "source" / f"{number:02}.txt").write_text(f"a small red circle {number}")
+    assert world.call("data", "import", folder / "source", folder / "shards", "--samples-per-shard", 8) == 0
+    data = f"model.data.train.dataset_path={folder / 'shards'}"
+    config = ("--config", "ROOT/tiny.yaml", "--out", folder / "cache", data, *BUCKETS, VAE, TEXT)
+    assert world.call("precache", *config) == 0
+    return folder
+
+
+def run(world, pictures, name, *options):
+    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+    return world.train("pictures", name, data, *BUCKETS, *STEPS, *options)
+
+
+def cached(world, pictures, name, *options):
+    data = f"model.data.train.dataset_path={pictures / 'cache'}"
+    return world.train("cached", name, data, *BUCKETS, *STEPS, *options)
+
+
+def test_the_cache_keeps_every_picture_in_its_bucket(pictures):
+    cache = LatentCache(pictures / "cache")
+    numbers, sizes = cache.buckets()
+    assert cache.info["members"]["image_encoded"]["shape"] == [8, None, None] and len(set(numbers)) > 2
+    for index, number in enumerate(numbers):
+        height, width = sizes[number]
+        assert cache[index]["image_encoded"].shape == (8, height // 2, width // 2)
+
+
+def test_cache_and_pictures_give_the_same_losses(world, pictures, capsys):
+    still = ("model.optim.lr=0", "model.unet_config.from_pretrained=ROOT/runs/text")
+    held_out = f"model.data.validation.dataset_path={pictures / 'shards'}"
+    from_pictures = run(world, pictures, "buckets-pictures", *still, held_out, "trainer.val_check_interval=4")
+    said = capsys.readouterr().out
+    assert "pictures of several sizes" in said and "aspect buckets (height x width: samples)" in said
+    from_cache = cached(world, pictures, "buckets-cached", *still)
+    assert world.losses(from_cache) == pytest.approx(world.losses(from_pictures), rel=2e-3)
+    assert len({row["val_loss"] for row in read_rows(from_pictures / "validation.csv")}) == 1
+
+
+def test_goes_on_bit_for_bit(world, pictures):
+    whole = cached(world, pictures, "buckets-whole")
+    halves = cached(world, pictures, "buckets-halves", "trainer.max_steps=3")
+    cached(world, pictures, "buckets-halves", "model.data.num_workers=2")
+    assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
+    assert read_state(world.newest(halves)) == read_state(world.newest(whole))
+    accumulated = ("model.micro_batch_size=1", "model.global_batch_size=2")
+    parts = cached(world, pictures, "buckets-parts", *accumulated)
+    assert world.losses(parts) == pytest.approx(world.losses(whole), rel=1e-5)
+
+
+def test_the_measured_scale_is_one_of_all_shapes(world, pictures):
+    runs = [
+        make(world, pictures, f"buckets-scale-{make.__name__}", "model.scale_factor=measured") for make in (run, cached)
+    ]
+    assert len(world.losses(runs[0])) == 8
+    assert world.losses(runs[1])[0] == pytest.approx(world.losses(runs[0])[0], rel=5e-3)
+
+
+def test_another_bucket_size_is_another_cache(world, pictures, capsys):
+    other = (*NO_CROP, f"{WAYS}.aspect_buckets={{resolution: 16, step: 8}}")
+    data = f"model.data.train.dataset_path={pictures / 'cache'}"
+    assert world.call(*world.command("cached", "buckets-other", data, *other)) == 2
+    assert "aspect_buckets" in capsys.readouterr().err
+
+
+def test_filterings_take_large_pictures(world, pictures, capsys):
+    for name, make in (("pictures", run), ("cached", cached)):
+        large = "model.data.train.filterings.resolution={method: larger, value: 40}"
+        made = make(world, pictures, f"large-{name}", large)
+        assert len(world.losses(made)) == 8
+        assert "filterings: 8 of 20 samples are taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((f"{WAYS}.aspect_buckets.step=3",), "do not divide by 2"),
+        ((f"{WAYS}.aspect_buckets.resolution=null",), "a resolution, and perhaps step"),
+        (("model.data.train.weights=[1]", "model.data.train.dataset_path=[SHARDS]"), "sets are not mixed"),
+        (("model.data.train.filterings.resolution.value=5000",), "leaves all of them out"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(world, pictures, capsys, options, message):
+    given = [option.replace("SHARDS", str(pictures / "shards")) for option in options]
+    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+    assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given)) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.strip().count("\n") == 0
+    assert not (world.root / "runs" / "bad-buckets").exists()
+
+
+def test_variants_and_means_train(world, tmp_path):
+    """A cache of two crops and their mirror images as means: training draws among four encodings of each picture."""
+    crops = f"{WAYS}.random_crop_h_w='12, 12'"
+    transforms = (f"{WAYS}.center_crop_h_w=null", crops, f"{WAYS}.horizontal_flip=true")
+    kept = "model.data.cache={latents: mean, crops: 2, flipped: true, share_captions: true}"
+    given = ("--config", "ROOT/tiny.yaml", "--out", tmp_path / "cache", *transforms, kept, VAE, TEXT)
+    assert world.call("precache", *given) == 0
+    cache = LatentCache(tmp_path / "cache")
+    assert cache.variants == 4 and cache[0]["image_encoded"].shape == (4, 6, 6)
+    data = f"model.data.train.dataset_path={tmp_path / 'cache'}"
+    whole = world.train("cached", "variants", data, *transforms)
+    world.train("cached", "variants-halves", data, *transforms, "trainer.max_steps=2")
+    halves = world.train("cached", "variants-halves", data, *transforms)
+    assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv") and len(world.losses(whole)) == 4
