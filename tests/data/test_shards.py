@@ -2,6 +2,8 @@ import io
 import os
 import pickle
 import tarfile
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,11 +202,26 @@ def test_patterns_and_lists(folder):
     assert expand_braces("a{08..10}{x,y}") == ["a08x", "a08y", "a09x", "a09y", "a10x", "a10y"]
 
 
-def test_missing_member_is_named(folder):
-    shard = ShardSet(folder).shard(0)
-    assert bytes(shard.member(3, "txt")) == b"caption 3"
-    with pytest.raises(BadInput, match=r"shard-000000\.tar: sample '000003' has no \.jpg member"):
-        shard.member(3, "jpg")
+def test_a_hundred_million_samples_cost_nothing_until_they_are_touched(tmp_path):
+    """10,000 shards of 10,000 samples, all hard links to one."""
+    samples, shards = 10_000, 10_000
+    with ShardWriter(tmp_path / "one", samples) as writer:
+        for number in range(samples):
+            writer.write(f"{number:09}", {"txt": f"{number}".encode()})
+    record, one = writer.finished[0], tmp_path / "one" / "shard-000000.tar"
+    (tmp_path / "set").mkdir()
+    for number in range(shards):
+        os.link(one, tmp_path / "set" / f"shard-{number:06}.tar")
+        os.link(one.with_suffix(".index.npy"), tmp_path / "set" / f"shard-{number:06}.index.npy")
+    write_set_file(tmp_path / "set", [replace(record, file=f"shard-{number:06}.tar") for number in range(shards)])
+    tracemalloc.start()
+    whole = ShardSet(tmp_path / "set")
+    assert len(whole) == 10**8 and not whole._open
+    assert [whole[index].text("txt") for index in (0, 54_321_987, 10**8 - 1)] == ["0", "1987", "9999"]
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 20 * 2**20  # of the shards' names and counts; nothing of the samples
+    assert len(pickle.dumps(whole)) < 4 * 2**20  # what a worker gets
 
 
 def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):

@@ -9,7 +9,10 @@ import typer
 
 app = typer.Typer(help="Make sets of captioned pictures.", no_args_is_help=True, rich_markup_mode=None)
 
-Source = Annotated[Path, typer.Argument(help="Folder of pictures with captions, a CSV, JSONL or parquet table, tars.")]
+Source = Annotated[
+    str,
+    typer.Argument(help="Folder of pictures with captions, a CSV, JSONL or parquet table, tars (also at s3://...)."),
+]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Another seed draws other scenes.")]

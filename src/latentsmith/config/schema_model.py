@@ -266,7 +266,7 @@ DATA = group(
     used("accept_unfingerprinted", flag(), False, "train on encodings of NeMo or MLPerf, which name no VAE or encoder"),
     *group(
         "train",
-        used("dataset_path", PATHS, None, "folder of shards or cache, tars, NeMo's wdinfo.pkl", also=["path"]),
+        used("dataset_path", PATHS, None, "shards or cache, tars, wdinfo.pkl; here or at s3://...", also=["path"]),
         used(
             "weights",
             nullable(list_of(number(0), least=1)),
@@ -284,6 +284,11 @@ DATA = group(
         no_effect("data_path", PATHS, None, "NeMo's switch for validation", "dataset_path alone decides"),
         *group("augmentations", *AUGMENTATIONS),
         refused("filterings", mapping(), {}, "leave pictures out by size", "a validation takes its whole set"),
+    ),
+    *group(  # sets at an address such as s3://bucket/folder
+        "remote",
+        used("cache_dir", nullable(text()), None, "copies of remote shards; null: in the user's cache folder"),
+        used("cache_gib", number(0), 50.0, "their size at most; a set that is larger is read in ranges of bytes"),
     ),
     *group(  # what precache makes; training reads of the cache itself what it holds
         "cache",

@@ -21,6 +21,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
+from latentsmith.data.remote import LocalCopies, Ranges, fetched, is_remote, tars_of
 from latentsmith.data.tar_index import (
     SAMPLE_NAME,
     Row,
@@ -70,7 +71,7 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.bytes = _map_file(self.path)
+        self.bytes: mmap.mmap | Ranges = fetched(self.path) or _map_file(self.path)
         self.index = self._open_index()
         self.extensions = tuple(name[1:] for name in (self.index.dtype.names or ())[1:])
 
@@ -78,7 +79,7 @@ class Shard:
         stored = index_path(self.path)
         index = load_index(stored, self.bytes)  # type: ignore[arg-type]
         if index is None:
-            index = build_index(self.path)
+            index = build_index(self.path, self.bytes.opened() if isinstance(self.bytes, Ranges) else None)
             with suppress(OSError):  # in a read-only folder the index lives in memory, and is built again next time
                 save_index(stored, index)
         return index
@@ -88,25 +89,13 @@ class Shard:
 
     def __getitem__(self, number: int) -> Sample:
         key, *spans = self.index[number].tolist()
-        view = memoryview(self.bytes)
-        members = {
-            name: view[offset : offset + size]
-            for name, (offset, size) in zip(self.extensions, map(tuple, spans), strict=True)
-            if offset
-        }
+        held = {name: span for name, span in zip(self.extensions, spans, strict=True) if span[0]}
+        if isinstance(self.bytes, Ranges):
+            members = _read_parts(self.bytes, held)
+        else:
+            view = memoryview(self.bytes)
+            members = {name: view[offset : offset + size] for name, (offset, size) in held.items()}
         return Sample(key.decode("utf-8", "surrogateescape"), members)
-
-    def span(self, number: int, extension: str) -> tuple[int, int]:
-        """Offset and size of one member; BadInput, naming tar and key, if the sample has none of that extension."""
-        offset, size = self.index[f".{extension}"][number].tolist() if extension in self.extensions else (0, 0)
-        if not offset:
-            raise BadInput(f"{self.path}: sample {self.key(number)!r} has no .{extension} member")
-        return offset, size
-
-    def member(self, number: int, extension: str) -> memoryview:
-        """The bytes of one member; BadInput as `span`."""
-        offset, size = self.span(number, extension)
-        return memoryview(self.bytes)[offset : offset + size]
 
     def key(self, number: int) -> str:
         return self.index["key"][number].decode("utf-8", "surrogateescape")
@@ -116,12 +105,13 @@ class ShardSet(Sequence):
     """A random-access sequence of samples over tar shards.
 
     source: a finished folder, a folder of WebDataset tars, one tar, a pattern such as `shard-{000..010}.tar` or
-    `shard-*.tar`, or a list of these. BadInput if there is none, the folder is unfinished, or a tar is damaged.
+    `shard-*.tar`, or a list of these, here or at any address that fsspec opens; copies: where what comes from afar is
+    kept. BadInput if there is none, the folder is unfinished, or a tar is damaged.
     Nothing per sample is held in memory; at most OPEN_SHARDS shards are mapped at once. Can be pickled to workers.
     """
 
-    def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike]):
-        shards = _find_shards(source)
+    def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike], copies: LocalCopies | None = None):
+        shards = _find_shards(source, copies or LocalCopies.default())
         if not shards:
             raise BadInput(
                 f"{source}: no .tar shards here; `latentsmith data import` makes them of images and captions"
@@ -133,9 +123,9 @@ class ShardSet(Sequence):
         self._ends = list(accumulate(self.counts))
 
     @property
-    def files(self) -> list[tuple[Path, ShardRecord | None]]:
-        """Each tar, with what set.json says of it."""
-        return list(zip(self.paths, self.records, strict=True))
+    def bytes(self) -> int:
+        """The size of all tars."""
+        return sum(record.bytes if record else len(self.shard(i).bytes) for i, record in enumerate(self.records))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -324,10 +314,22 @@ def _map_file(path: Path) -> mmap.mmap:
         raise BadInput(f"{path}: {error.strerror}; has the shard been moved or deleted?") from None
 
 
-def _find_shards(source) -> list[tuple[Path, ShardRecord | None]]:
+def _read_parts(source: Ranges, held: Mapping[str, Sequence[int]]) -> dict[str, memoryview]:
+    """The members of a sample from afar: in one request if they lie together, as they do unless some are shared."""
+    first = min(offset for offset, _ in held.values())
+    last = max(offset + size for offset, size in held.values())
+    if last - first > 2 * sum(size for _, size in held.values()) + 64 * 1024:
+        return {name: memoryview(source[offset : offset + size]) for name, (offset, size) in held.items()}
+    view = memoryview(source[first:last])
+    return {name: view[offset - first : offset - first + size] for name, (offset, size) in held.items()}
+
+
+def _find_shards(source, copies: LocalCopies) -> list[tuple[Path, ShardRecord | None]]:
     """The shards that `source` means, each with its record where a set.json has one."""
     if not isinstance(source, str | os.PathLike):
-        return [shard for part in source for shard in _find_shards(part)]
+        return [shard for part in source for shard in _find_shards(part, copies)]
+    if is_remote(source):
+        return [shard for url in expand_braces(str(source)) for shard in _folder_shards(copies.stand_in(url))]
     path = Path(source)
     if path.is_dir():
         return _folder_shards(path)
@@ -344,7 +346,7 @@ def _folder_shards(folder: Path) -> list[tuple[Path, ShardRecord | None]]:
         raise BadInput(f"{folder}: unfinished; run the command that filled it again, and it goes on where it stopped")
     if (folder / SET_FILE).exists():
         return [(folder / record.file, record) for record in read_set_file(folder)]
-    return [(tar, None) for tar in sorted(folder.glob("*.tar"))]
+    return [(tar, None) for tar in tars_of(folder) or sorted(folder.glob("*.tar"))]
 
 
 def _glob(pattern: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from latentsmith.data.errors import BadSample
 from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, parquet_files, picture_of
+from latentsmith.data.remote import is_remote
 from latentsmith.data.shards import SET_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
@@ -53,7 +54,9 @@ class Source(Protocol):
 def open_source(path: str | os.PathLike) -> Source:
     """The source at `path`: a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a
     .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of tars, or NeMo's wdinfo.pkl beside them.
-    BadInput if it is none of these or has nothing in it."""
+    BadInput if it is none of these or has nothing in it. Of an address that fsspec opens: tars."""
+    if is_remote(path):
+        return TarSource(str(path))
     path = Path(path)
     if path.is_dir():
         tables = [path / name for name in TABLES if (path / name).exists()]
@@ -192,7 +195,7 @@ class ParquetSource:
 class TarSource:
     """WebDataset tars: in each sample an image, and a caption as .txt, .caption or an entry of the .json."""
 
-    def __init__(self, tars: Path | list[Path]):
+    def __init__(self, tars: str | Path | list[Path]):
         self.shards = ShardSet(tars)
         if not len(self.shards):
             raise BadInput(f"{tars}: the tars hold no samples")

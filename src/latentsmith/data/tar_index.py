@@ -4,10 +4,13 @@ A structured array: the field `key`, and for each extension in the tar the field
 bytes, offset 0 where a sample has no such member. It lies beside the tar as `.index.npy` and is read as a memory map.
 """
 
+import os
 import re
 import tarfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -27,10 +30,11 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.npy")
 
 
-def build_index(path: Path) -> np.ndarray:
-    """The index of a tar, one row per run of members with one key; BadInput naming the byte if the tar is damaged."""
+def build_index(path: Path, opened: AbstractContextManager[IO[bytes]] | None = None) -> np.ndarray:
+    """The index of the tar at `path`, or `opened` in its place, a row per run of members with one key; BadInput, naming
+    the byte, if the tar is damaged."""
     rows: list[Row] = []
-    for name, offset, size in _members(path):
+    for name, offset, size in _members(path, opened):
         match = SAMPLE_NAME.fullmatch(name)
         if not match:
             continue  # WebDataset passes over names without an extension as well
@@ -76,10 +80,11 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _members(path: Path) -> list[tuple[str, int, int]]:
+def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> list[tuple[str, int, int]]:
     """(name, offset, size) of each regular file in a tar, which must be whole to its end-of-archive mark."""
-    total = path.stat().st_size
-    with open(path, "rb") as file:
+    with opened or open(path, "rb") as file:
+        total = file.seek(0, os.SEEK_END)
+        file.seek(0)
         try:
             with tarfile.TarFile(fileobj=file) as tar:
                 members = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]

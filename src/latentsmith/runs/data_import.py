@@ -14,7 +14,7 @@ from .progress import progress
 
 
 def import_data(
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     samples_per_shard: int = 1000,

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from latentsmith.data.images import Transforms
 from latentsmith.data.mixture import Mixture
+from latentsmith.data.remote import LocalCopies, is_remote
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
@@ -66,9 +67,22 @@ def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
         raise BadInput(
             f"model.data.{data}.dataset_path is not set; give the folder that `latentsmith data import` made"
         )
+    return ShardSet([tar for one in listed(path) for tar in located(config, one)], local_copies(config))
+
+
+def located(config: DictConfig, path: str) -> list[str]:
+    """The tars or folder that a dataset_path means, a relative one from model.data.webdataset.local_root_path."""
     root = config.model.data.webdataset.local_root_path or ""
-    tars = [tar for one in listed(path) for tar in (read_wdinfo(Path(one)) if one.endswith(".pkl") else [one])]
-    return ShardSet([os.path.join(root, tar) for tar in tars])
+    return [
+        one if is_remote(one) else os.path.join(root, one)
+        for one in (read_wdinfo(Path(path)) if path.endswith(".pkl") else [path])
+    ]
+
+
+def local_copies(config: DictConfig) -> LocalCopies:
+    """Where copies of what is far away lie, and how much of it."""
+    remote, default = config.model.data.remote, LocalCopies.default()
+    return LocalCopies(Path(remote.cache_dir) if remote.cache_dir else default.folder, int(remote.cache_gib * 2**30))
 
 
 def mixture(config: DictConfig) -> Mixture | None:
@@ -80,11 +94,8 @@ def mixture(config: DictConfig) -> Mixture | None:
         raise BadInput(
             "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
         )
-    root = config.model.data.webdataset.local_root_path or ""
-    lengths = []
-    for one in listed(train.dataset_path):
-        tars = read_wdinfo(Path(one)) if one.endswith(".pkl") else [one]
-        lengths.append(len(ShardSet([os.path.join(root, tar) for tar in tars])))
+    copies = local_copies(config)
+    lengths = [len(ShardSet(located(config, one), copies)) for one in listed(train.dataset_path)]
     try:
         return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
     except BadInput as error:

@@ -260,6 +260,5 @@ def summary(samples: TrainingSet) -> str:
     kind = f"cached latents {json.dumps(samples.latent_shape)}" if samples.transforms is None else "pictures"
     if samples.sizes:
         kind = f"{kind.partition(' [')[0]} of several sizes"
-    bytes_on_disk = sum(record.bytes if record else path.stat().st_size for path, record in samples.shards.files)
-    size = scaled(bytes_on_disk, BYTES, 1024)
+    size = scaled(samples.shards.bytes, BYTES, 1024)
     return f"{samples.count:,} samples in {len(samples.shards.paths)} shards ({size}), {kind}"

@@ -1,0 +1,157 @@
+"""Sets behind fsspec: the same samples as here, whole or in ranges, with no more on this disk than allowed."""
+
+import fsspec
+import pytest
+
+from latentsmith.data import remote
+from latentsmith.data.remote import LocalCopies, Ranges, read_about
+from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.sources import open_source
+from latentsmith.files.errors import BadInput
+
+
+@pytest.fixture
+def memory():
+    """The file system of memory://, emptied afterwards."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture
+def folder(tmp_path, memory, png):
+    """30 samples in three shards, here and at memory://bucket/set."""
+    path = tmp_path / "set"
+    with ShardWriter(path, samples_per_shard=10) as writer:
+        for number in range(30):
+            writer.write(f"{number:06}", {"png": png(seed=number), "txt": f"caption {number}".encode()})
+    write_set_file(path, writer.finished)
+    memory.put(str(path), "/bucket/set", recursive=True)
+    return path
+
+
+def contents(shards):
+    return [(sample.key, {name: bytes(data) for name, data in sample.members.items()}) for sample in shards]
+
+
+def opened(url, tmp_path, limit=2**30):
+    return ShardSet(url, LocalCopies(tmp_path / "copies", limit))
+
+
+def test_a_set_that_fits_comes_whole_when_it_is_touched(folder, tmp_path):
+    shards = opened("memory://bucket/set", tmp_path)
+    assert len(shards) == 30 and not list(tmp_path.glob("copies/*/*.tar"))
+    assert shards[15].text("txt") == "caption 15"
+    assert [path.name for path in tmp_path.glob("copies/*/*.tar")] == ["shard-000001.tar"]
+    assert contents(shards) == contents(ShardSet(folder)) and shards.fingerprint() == ShardSet(folder).fingerprint()
+    assert not isinstance(shards.shard(0).bytes, Ranges)
+
+
+def test_a_set_that_is_too_large_is_read_in_ranges(folder, tmp_path, monkeypatch):
+    shards = opened("memory://bucket/set", tmp_path, limit=1000)
+    assert contents(shards) == contents(ShardSet(folder))
+    assert isinstance(shards.shard(0).bytes, Ranges) and not list(tmp_path.glob("copies/*/*.tar"))
+    asked = []
+    read = Ranges.__getitem__
+    monkeypatch.setattr(Ranges, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
+    assert shards[17].text("txt") == "caption 17"
+    assert len(asked) == 1 and asked[0].stop - asked[0].start < 10_000  # one request, of this sample alone
+
+
+@pytest.mark.parametrize("limit", [2**30, 1000], ids=["whole", "ranges"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_plain_tars_and_patterns(folder, memory, tmp_path, limit, indexed):
+    memory.rm("/bucket/set/set.json")
+    if not indexed:
+        for number in range(3):
+            memory.rm(f"/bucket/set/shard-00000{number}.index.npy")
+    whole = contents(ShardSet(folder))
+    assert contents(opened("memory://bucket/set", tmp_path, limit)) == whole
+    assert contents(opened("memory://bucket/set/shard-*.tar", tmp_path, limit)) == whole
+    assert contents(opened("memory://bucket/set/shard-{000000..000001}.tar", tmp_path, limit)) == whole[:20]
+    assert contents(opened("memory://bucket/set/shard-000002.tar", tmp_path, limit)) == whole[20:]
+
+
+def test_members_far_apart_are_asked_for_alone(tmp_path, memory):
+    with ShardWriter(tmp_path / "set", shared=("npy",)) as writer:
+        for number in range(3):
+            filling = bytes(200_000) if number == 1 else b"x"
+            writer.write(f"{number}", {"npy": b"the same", "txt": f"{number}".encode(), "bin": filling})
+    write_set_file(tmp_path / "set", writer.finished)
+    memory.put(str(tmp_path / "set"), "/bucket/shared", recursive=True)
+    shards = opened("memory://bucket/shared", tmp_path, limit=0)
+    assert contents(shards) == contents(ShardSet(tmp_path / "set"))
+
+
+def test_the_least_recently_touched_gives_way(folder, memory, tmp_path):
+    memory.put(str(folder), "/bucket/other", recursive=True)
+    size = ShardSet(folder).bytes
+    first, second = opened("memory://bucket/set", tmp_path, size), opened("memory://bucket/other", tmp_path, size)
+    whole = contents(ShardSet(folder))
+    assert contents(first) == whole
+    assert contents(second) == whole
+    held = sum(path.stat().st_size for path in tmp_path.glob("copies/*/*.tar"))
+    assert held <= size
+    assert contents(first) == whole  # what was mapped stays; what is opened anew comes again
+    assert contents(opened("memory://bucket/set", tmp_path, size)) == whole
+    assert sum(path.stat().st_size for path in tmp_path.glob("copies/*/*.tar")) <= size
+
+
+def test_a_set_that_has_changed_is_not_taken_for_its_copy(folder, memory, tmp_path):
+    before = contents(opened("memory://bucket/set", tmp_path))
+    with ShardWriter(tmp_path / "new", samples_per_shard=10) as writer:
+        writer.write("000000", {"txt": b"another"})
+    write_set_file(tmp_path / "new", writer.finished)
+    memory.rm("/bucket/set", recursive=True)
+    memory.put(str(tmp_path / "new"), "/bucket/set", recursive=True)
+    after = contents(opened("memory://bucket/set", tmp_path))
+    assert len(before) == 30 and after == [("000000", {"txt": b"another"})]
+
+
+def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
+    data = memory.cat_file("/bucket/set/shard-000001.tar")
+    memory.pipe_file("/bucket/set/shard-000001.tar", data[:-10240])
+    with pytest.raises(BadInput, match=r"shard-000001\.tar"):
+        contents(opened("memory://bucket/set", tmp_path))
+
+
+def test_failures_of_the_network_are_asked_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    system, failures = fsspec.filesystem("memory"), [OSError("reset"), TimeoutError("slow")]
+    read = type(system).cat_file
+
+    def flaky(self, path, **options):
+        if path.endswith(".tar") and failures:
+            raise failures.pop()
+        return read(self, path, **options)
+
+    monkeypatch.setattr(type(system), "cat_file", flaky)
+    assert contents(opened("memory://bucket/set", tmp_path, limit=0)) == contents(ShardSet(folder))
+    assert not failures
+    failures += [OSError("reset")] * 10
+    with pytest.raises(BadInput, match=r"memory://bucket/set/shard-000000\.tar: cannot be read \(OSError: reset\)"):
+        _ = opened("memory://bucket/set", tmp_path, limit=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://bucket/nothing", "no set.json and no .tar"),
+        ("memory://bucket/nothing.tar", "cannot be read"),
+        ("memory://bucket/half", "unfinished"),
+        ("martian://bucket/set", "Protocol not known"),
+    ],
+)
+def test_what_is_not_there_is_one_line(folder, memory, tmp_path, url, message):
+    memory.pipe_file("/bucket/half/unfinished.json", b"{}")
+    with pytest.raises(BadInput, match=message) as caught:
+        opened(url, tmp_path)
+    assert url.split("/")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tars_are_imported_from_afar(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTSMITH_DATA_CACHE", str(tmp_path / "copies"))
+    items = list(open_source("memory://bucket/set").items())
+    assert len(items) == 30 and items[3].caption() == "caption 3"
+    assert read_about(next((tmp_path / "copies").iterdir()))["url"] == "memory://bucket/set"
