@@ -18,9 +18,8 @@ from latentsmith.data.cache import (
     LatentCache,
     variant_name,
 )
-from latentsmith.data.errors import BadSample
 from latentsmith.data.images import Transforms, decode_image
-from latentsmith.data.members import CAPTION_EXTENSIONS, caption_of, image_member, npy_bytes, to_float16
+from latentsmith.data.members import CAPTION_EXTENSIONS, caption_of, image_member, named, npy_bytes, to_float16
 from latentsmith.data.order import sample_seed
 from latentsmith.data.picture_sizes import sizes_of
 from latentsmith.data.shards import Sample, Shard, ShardRecord, ShardSet, ShardWriter
@@ -237,15 +236,14 @@ class _CacheWriter:
 
     def _pictures(self, shard: Shard, number: int, index: int) -> Iterator[np.ndarray]:
         """The variants of a sample's picture, transformed."""
-        try:
-            image = decode_image(image_member(shard[number])[1], smallest_side=self.transforms.smallest_side)
+        sample = shard[number]
+        with named(shard, sample):
+            image = decode_image(image_member(sample)[1], smallest_side=self.transforms.smallest_side)
             for crop in range(self.options.crops):
                 picture = self.transforms(image, sample_seed(self.seed, index, crop))
                 yield picture
                 if self.options.flipped:
                     yield picture[:, :, ::-1]
-        except BadSample as error:
-            raise BadInput(f"{shard.path}: sample {shard.key(number)!r}: {error}; import the set again") from None
 
     def _images_encoded(self, encode: EncodeImages, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Moments of each picture, or their means; a batch holds pictures of one size."""

@@ -1,5 +1,7 @@
 """The members of a sample: its picture, its caption, its arrays."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -21,6 +23,15 @@ def image_member(sample: Sample) -> tuple[str, memoryview]:
         if extension in sample.members:
             return extension, sample.members[extension]
     raise BadSample("missing image", f"members {', '.join(sample.members)}, none an image")
+
+
+@contextmanager
+def named(shard: Shard, sample: Sample) -> Iterator[None]:
+    """A BadSample of this sample as BadInput that names shard and key: it was good when it was imported."""
+    try:
+        yield
+    except BadSample as error:
+        raise BadInput(f"{shard.path}: sample {sample.key!r}: {error}; import the set again") from None
 
 
 def caption_of(shard: Shard, sample: Sample) -> str:

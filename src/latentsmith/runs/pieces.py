@@ -158,15 +158,17 @@ def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, i
 
 def read_images(samples: ShardSet, made: Transforms, seed: int) -> Callable[[int, int], dict[str, Any]]:
     """A reader of (index, position): `images` (3, height, width) in [-1, 1], `captions`, `keys`."""
-    from latentsmith.data.members import caption_of, image_member
+    from latentsmith.data.members import caption_of, image_member, named
     from latentsmith.data.order import sample_seed
     from latentsmith.training.draws import CROPS
 
     def read(index: int, position: int) -> dict[str, Any]:
         number, inside = samples.locate(index)
-        sample = samples.shard(number)[inside]
-        picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
-        caption = caption_of(samples.shard(number), sample)
+        shard = samples.shard(number)
+        sample = shard[inside]
+        with named(shard, sample):
+            picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
+        caption = caption_of(shard, sample)
         return {"images": torch.from_numpy(picture), "captions": caption, "keys": sample.key}
 
     return read

@@ -14,7 +14,7 @@ from latentsmith.data.buckets import LEFT_OUT, BucketOrder, listing
 from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.images import Transforms
-from latentsmith.data.members import caption_of, image_member
+from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
 from latentsmith.data.order import integer_below, sample_seed
 from latentsmith.data.picture_sizes import picture_sizes
@@ -213,8 +213,9 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
         if samples.transforms is None:
             record[latents] = torch.from_numpy(encoded[IMAGE_KEY].copy())
         else:
-            data = image_member(sample)[1]
-            record["images"] = torch.from_numpy(samples.transforms.decode(data, sample_seed(seed, position, CROPS)))
+            with named(shard, sample):
+                picture = samples.transforms.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
+            record["images"] = torch.from_numpy(picture)
         if words is None:
             record["context"] = torch.from_numpy(encoded[CAPTION_KEY].copy())
         else:
