@@ -12,12 +12,12 @@ import webdataset
 
 from latentsmith.data.cache import LatentCache
 from latentsmith.data.caching import CacheOptions, Encoders, write_cache
-from latentsmith.data.images import Transforms
 from latentsmith.data.importing import import_dataset
 from latentsmith.data.members import npy_bytes, parsed_header
 from latentsmith.data.order import sample_seed
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.tar_index import index_path, load_index
+from latentsmith.data.transforms import Transforms
 from latentsmith.data.work_folder import CLAIM_FILE, WorkFolder
 from latentsmith.files.errors import BadInput
 

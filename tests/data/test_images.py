@@ -8,7 +8,8 @@ from PIL import Image, ImageCms
 from torch.nn.functional import interpolate
 
 from latentsmith.data.errors import BadSample
-from latentsmith.data.images import Transforms, decode_image, is_plain, load_image
+from latentsmith.data.images import decode_image, is_plain, load_image
+from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 128), -1).astype(np.uint8)

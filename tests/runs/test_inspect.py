@@ -9,9 +9,9 @@ import torch
 from latentsmith.checkpoints import ModelSpec, export_ldm
 from latentsmith.cli import main
 from latentsmith.data.caching import Encoders, write_cache
-from latentsmith.data.images import Transforms
 from latentsmith.data.scenes import write_pictures
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.transforms import Transforms
 from latentsmith.files.hashing import hash_file
 from latentsmith.files.tensors import open_tensors, save_safetensors
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel

@@ -65,7 +65,10 @@ def test_the_logs(run):
 def test_the_head_and_the_line(world, capsys):
     world.train("cached", "headed", *SAMPLES)
     printed = capsys.readouterr()
-    assert "22 samples in 3 shards, cached latents" in printed.out and "memory of a process, about: " in printed.out
+    assert (
+        "22 samples in 3 shards (190 KiB), cached latents" in printed.out
+        and "memory of a process, about: " in printed.out
+    )
     assert re.search(r"step 4/4  loss [\d.]+  lr [\d.e-]+  [\d.]+ samples/s  data wait \d+%  0.0 min left", printed.err)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.data.members import array_of, caption_of
+from latentsmith.data.members import array_of, caption_of, read_array
 from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.data.work_folder import first_difference
 from latentsmith.files.errors import BadInput
@@ -88,8 +88,14 @@ class LatentCache:
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The encoded members of several samples, stacked: `(batch, ...)` float16 for each name. ValueError if the
         samples' shapes differ."""
-        samples = [self[index] for index in np.asarray(indices).tolist()]
-        return {name: np.stack([sample[name] for sample in samples]) for name in self.encoded}
+        places = [self.shards.locate(index) for index in np.asarray(indices).tolist()]
+        first = self[int(np.asarray(indices)[0])]
+        made = {name: np.empty((len(places), *array.shape), array.dtype) for name, array in first.items()}
+        for row, (number, inside) in enumerate(places):
+            shard = self.shards.shard(number)
+            for name, rows in made.items():
+                read_array(shard, inside, name, rows[row])
+        return made
 
     def caption(self, index: int) -> str:
         """The caption's text."""

@@ -18,11 +18,12 @@ from latentsmith.data.cache import (
     LatentCache,
     variant_name,
 )
-from latentsmith.data.images import Transforms, decode_image
+from latentsmith.data.images import decode_image
 from latentsmith.data.members import CAPTION_EXTENSIONS, caption_of, image_member, named, npy_bytes, to_float16
 from latentsmith.data.order import sample_seed
 from latentsmith.data.picture_sizes import sizes_of
 from latentsmith.data.shards import Sample, Shard, ShardRecord, ShardSet, ShardWriter
+from latentsmith.data.transforms import Transforms
 from latentsmith.data.work_folder import WorkFolder, full_disk_reported
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput

@@ -1,6 +1,6 @@
 """Tars of encodings that NeMo's and MLPerf's precaching made, without a word of what made them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,10 @@ class ForeignCache(LatentCache):
                 now = list(found[name].shape) if name in found else "none"
                 raise BadInput(f"{what}: {name} is {now}, but {member['shape']} in the first sample of the set")
         return found
+
+    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        samples = [self[index] for index in np.asarray(indices).tolist()]
+        return {name: np.stack([sample[name] for sample in samples]) for name in self.encoded}
 
 
 def _encodings(sample: Sample, what: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,8 @@
 """The members of a sample: its picture, its caption, its arrays."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -53,6 +54,24 @@ def array_of(shard: Shard, sample: Sample, name: str) -> np.ndarray:
         raise BadInput(f"{shard.path}: sample {sample.key!r} has no .{name}.npy member") from None
     except ValueError as error:
         raise BadInput(f"{shard.path}: {sample.key}.{name}.npy is not a plain array ({error})") from None
+
+
+def read_array(shard: Shard, number: int, name: str, out: np.ndarray) -> None:
+    """Read the member `NAME.npy` of sample `number` into `out`, contiguous, in one call: half the time of a copy from
+    the mapped file. ValueError if its shape or dtype are others; BadInput as `array_of`."""
+    offset, size = shard.span(number, f"{name}.npy")
+    head = bytearray(max(size - out.nbytes, 0))
+    if shard.file is not None and len(head) >= 10:
+        done = os.preadv(shard.file.fileno(), [head, out.view(np.uint8).data], offset)
+        with suppress(ValueError):
+            if done == size and parsed_header(bytes(head)) == (out.dtype, out.shape):
+                return
+    held = array_of(shard, shard[number], name)
+    if held.shape != out.shape:
+        raise ValueError(
+            f"{name} of sample {shard.key(number)!r} has not the same shape: {held.shape}, not {out.shape}"
+        )
+    out[...] = held
 
 
 def parsed_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:

@@ -38,7 +38,7 @@ from latentsmith.files.hashing import DIGEST_BYTES, fingerprint_text
 
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"
-OPEN_SHARDS = 256  # each holds two file descriptors, and 1,024 is the usual limit of a process
+OPEN_SHARDS = 200  # each holds three file descriptors, and 1,024 is the usual limit of a process
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,12 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self.bytes: mmap.mmap | Ranges = fetched(self.path) or _map_file(self.path)
+        self.file: IO[bytes] | None = None
+        self.bytes: mmap.mmap | Ranges
+        if afar := fetched(self.path):
+            self.bytes = afar
+        else:
+            self.file, self.bytes = _map_file(self.path)
         self.index = self._open_index()
         self.extensions = tuple(name[1:] for name in (self.index.dtype.names or ())[1:])
 
@@ -96,6 +101,11 @@ class Shard:
             view = memoryview(self.bytes)
             members = {name: view[offset : offset + size] for name, (offset, size) in held.items()}
         return Sample(key.decode("utf-8", "surrogateescape"), members)
+
+    def span(self, number: int, extension: str) -> tuple[int, int]:
+        """Offset and size of one member; (0, 0) if the sample has none of that extension."""
+        offset, size = self.index[f".{extension}"][number].tolist() if extension in self.extensions else (0, 0)
+        return offset, size
 
     def key(self, number: int) -> str:
         return self.index["key"][number].decode("utf-8", "surrogateescape")
@@ -304,10 +314,11 @@ def _checked(shard: Shard, record: ShardRecord | None) -> Shard:
     return shard
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[IO[bytes], mmap.mmap]:
+    """A tar as an open file and as mapped bytes."""
     try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        file = open(path, "rb", buffering=0)  # noqa: SIM115, closed when its shard goes
+        return file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
         raise BadInput(f"{path}: an empty file (0 bytes), not a tar; make it again") from None
     except OSError as error:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from latentsmith.config import load_config
 from latentsmith.data import scenes
-from latentsmith.data.images import Transforms
 from latentsmith.data.members import image_member
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.transforms import Transforms
 from latentsmith.evaluation.adherence import Adherence, SceneReader
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.inference import Pipeline

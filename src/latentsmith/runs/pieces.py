@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from latentsmith.data.images import Transforms
 from latentsmith.data.mixture import Mixture
 from latentsmith.data.remote import LocalCopies, is_remote
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.transforms import Transforms
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput

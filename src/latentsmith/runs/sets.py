@@ -13,12 +13,12 @@ from torch import nn
 from latentsmith.data.buckets import LEFT_OUT, BucketOrder, listing
 from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from latentsmith.data.foreign_cache import ForeignCache
-from latentsmith.data.images import Transforms
 from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
 from latentsmith.data.order import integer_below, sample_seed
 from latentsmith.data.picture_sizes import picture_sizes
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.training.draws import CROPS
