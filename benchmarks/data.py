@@ -115,7 +115,7 @@ def cache_rows(work: Path, samples: int, rounds: int) -> None:
     folder = work / f"cache-{samples}"
     cache, turn = make_cache(folder, samples), iter(range(10**6))
     tars = sorted(map(str, folder.glob("nemo-*.tar")))
-    buffer = bytearray(8 * 2**20)
+    buffer = bytearray(max(record.bytes for record in cache.shards.records))  # to memory, as the others do
 
     def ours() -> int:
         order = index_at(next(turn), np.arange(samples), samples)

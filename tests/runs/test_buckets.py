@@ -10,10 +10,10 @@ from latentsmith.training.log import read_rows
 
 from .conftest import TEXT, VAE
 
-SHAPES = ((40, 40), (60, 30), (30, 60), (40, 44), (64, 36))  # width, height
+SHAPES = ((40, 40), (60, 30), (30, 60), (40, 44), (90, 30))  # width, height
 WAYS = "model.data.train.augmentations"
 NO_CROP = (f"{WAYS}.resize_smallest_side=null", f"{WAYS}.center_crop_h_w=null")
-BUCKETS = (*NO_CROP, f"{WAYS}.aspect_buckets={{resolution: 16, step: 4}}")
+BUCKETS = (*NO_CROP, f"{WAYS}.aspect_buckets={{resolution: 16, step: 4, max_aspect: 4}}")
 STEPS = ("trainer.max_steps=8", "model.micro_batch_size=2")
 ENCODED = ("model.first_stage_key=image_encoded", "model.cond_stage_key=captions_encoded")
 

@@ -6,6 +6,7 @@ first two of Stable Diffusion's 1,000 timesteps would get no noise at all.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -95,9 +96,13 @@ class NoiseSchedule:
 
         Timesteps on the CPU cost no device synchronisation; the float64 arithmetic never leaves the CPU.
         """
-        kept = self.alphas_cumprod[timesteps.cpu()]
-        device = timesteps.device
-        return kept.sqrt().float().to(device), (1 - kept).sqrt().float().to(device)
+        signal, noise_level = self._signal_and_noise
+        device, timesteps = timesteps.device, timesteps.cpu()
+        return signal[timesteps].to(device), noise_level[timesteps].to(device)
+
+    @cached_property
+    def _signal_and_noise(self) -> tuple[Tensor, Tensor]:
+        return self.alphas_cumprod.sqrt().float(), (1 - self.alphas_cumprod).sqrt().float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """A draw from q(noisy | latents): sqrt(a) * latents + sqrt(1 - a) * noise, float32 or wider.

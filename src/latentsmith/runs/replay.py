@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from latentsmith.config import load_config
 from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in, fill
 from latentsmith.training.module import TrainingModule
@@ -45,9 +46,7 @@ def config_of(file: Path) -> DictConfig:
     path = file.parent.parent / "config.yaml"
     if not path.is_file():
         raise BadInput(f"{file}: does not lie in nonfinite/ of a run; there is no {path}")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
-    return config
+    return load_config(path)
 
 
 def read_description(file: Path) -> dict:

@@ -200,15 +200,16 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
     if isinstance(shards, Synthetic):
         return lambda index, position: shards.read(index, words)
     latents = "vae_latents" if cache and cache.holds_means else "moments"
-    channels, several = samples.latent_shape[0], bool(samples.sizes)
-    factor = max(map(max, samples.sizes)) // max(samples.latent_shape[1:]) if several else 1
+    channels, height, _ = samples.latent_shape
+    factor = pieces.square_of(samples.sizes)[0] // height if samples.sizes else 1
+    several_kept = cache is not None and cache.variants > 1
 
     def read(index: int, position: int) -> dict[str, Any]:
         number, inside = shards.locate(index)
         shard = shards.shard(number)
         sample = shard[inside]
         record: dict[str, Any] = {"keys": sample.key}
-        variant = integer_below(cache.variants, sample_seed(seed, position, CROPS)) if cache else 0
+        variant = integer_below(cache.variants, sample_seed(seed, position, CROPS)) if cache and several_kept else 0
         encoded = cache.encodings(shard, sample, variant) if cache else {}
         if samples.transforms is None:
             record[latents] = torch.from_numpy(encoded[IMAGE_KEY].copy())
@@ -220,7 +221,7 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
             record["context"] = torch.from_numpy(encoded[CAPTION_KEY].copy())
         else:
             record["token_ids"] = words([caption_of(shard, sample)])[0]
-        if several:
+        if samples.sizes:
             record["latent_shape"] = latent_shape_of(record, channels, factor)
         return record
 
