@@ -47,6 +47,11 @@ WRONG = {  # kind of run, overrides, what the line says
         "eular",
     ),
     "8-bit moments without the library": ("cached", ["model.optim.name=adamw8bit"], "pip install bitsandbytes"),
+    "CUDA graphs on a CPU": (
+        "cached",
+        ["model.inductor=true", "model.inductor_cudagraphs=true"],
+        "model.inductor_cudagraphs=True works with model.inductor=True, on a CUDA GPU",
+    ),
     "weights of one set": ("cached", ["model.data.train.weights=[1]"], "mixes the sets of a list"),
     "no such strategy": (
         "cached",

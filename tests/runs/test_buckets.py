@@ -106,6 +106,7 @@ def test_filterings_take_large_pictures(world, pictures, capsys):
         ((f"{WAYS}.aspect_buckets.resolution=null",), "a resolution, and perhaps step"),
         (("model.data.train.weights=[1]", "model.data.train.dataset_path=[SHARDS]"), "sets are not mixed"),
         (("model.data.train.filterings.resolution.value=5000",), "leaves all of them out"),
+        (("model.inductor=true",), "compiles for one size"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(world, pictures, capsys, options, message):

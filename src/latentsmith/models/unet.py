@@ -195,10 +195,14 @@ class UNetModel(nn.Module):
             if isinstance(module, UNetBlock):
                 module.use_checkpoint = use_checkpoint
 
-    def compile_blocks(self) -> None:
-        """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network."""
+    def compile_blocks(self, *, cuda_graphs: bool = False) -> None:
+        """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network.
+
+        cuda_graphs: replay each block's kernels as one CUDA graph.
+        """
+        options = {"triton.cudagraphs": True} if cuda_graphs else None
         for block in self.repeated_blocks():
-            block.compile(dynamic=False)  # one size a run; dynamic shapes fail on a CPU
+            block.compile(dynamic=False, options=options)  # one size a run; dynamic shapes fail on a CPU
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The blocks that make up nearly all of the network, each used once in a pass."""

@@ -193,6 +193,8 @@ def check_device(config: DictConfig) -> None:
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     check_strategy(config.trainer.strategy)
+    if config.model.inductor_cudagraphs and (not config.model.inductor or not cuda or accelerator in ("cpu", "mps")):
+        raise BadInput("model.inductor_cudagraphs=True works with model.inductor=True, on a CUDA GPU; leave it out")
     if on_cpu(config) and config.model.inductor and not (shutil.which("g++") or shutil.which("clang++")):
         raise BadInput(
             "model.inductor=True: TorchInductor needs a C++ compiler on a CPU, and there is none; install g++"

@@ -107,7 +107,11 @@ def prepared(config: DictConfig) -> Ready:
     goal = objective(config, measured_scale(read, samples, networks, model.seed, begun))
     spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
     empty = empty_prompt(samples, words, raw_captions)
-    arranged(networks, model.channels_last, model.inductor)
+    if model.inductor and samples.sizes:
+        raise BadInput(
+            "model.inductor=True compiles for one size, and aspect_buckets have several; leave out one of them"
+        )
+    arranged(networks, model.channels_last, model.inductor, model.inductor_cudagraphs)
     module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
     run = RunSamples(read, draws(config, samples), samples.count, model.seed, samples.order)
     held = held_out(config, networks, words, samples)
@@ -183,8 +187,10 @@ def sample_log(
     return [SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted))]
 
 
-def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool) -> dict[str, nn.Module]:
-    """The same networks, laid out and compiled as model.channels_last and model.inductor say."""
+def arranged(
+    networks: dict[str, nn.Module], channels_last: bool, inductor: bool, cuda_graphs: bool = False
+) -> dict[str, nn.Module]:
+    """The same networks, laid out and compiled as model.channels_last, inductor and inductor_cudagraphs say."""
     for name in ("unet", "vae"):
         if channels_last and name in networks:
             networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -192,7 +198,7 @@ def arranged(networks: dict[str, nn.Module], channels_last: bool, inductor: bool
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).name.startswith("torchinductor_"):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "latentsmith" / "inductor")  # not torch's own in /tmp
-        networks["unet"].compile_blocks()  # type: ignore[operator]
+        networks["unet"].compile_blocks(cuda_graphs=cuda_graphs)  # type: ignore[operator]
     return networks
 
 
