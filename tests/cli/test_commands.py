@@ -93,7 +93,7 @@ def test_data(call):
     options = ["--samples-per-shard", "10", "--max-bad", "3", "--no-duplicates"]
     assert main(["data", "import", "photos", "shards", *options]) == 0
     positional, keywords = calls[0]
-    assert positional == (Path("photos"), Path("shards"))
+    assert positional == ("photos", Path("shards"))
     unfiltered = dict(min_size=1, max_size=None, max_aspect=None, min_caption=1, max_caption=None, where=())
     assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True, **unfiltered}
     calls = call("data_import", "write_scenes")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed
 
 from latentsmith.files.errors import BadInput
 
@@ -119,6 +120,10 @@ def fit(
             raise KeyboardInterrupt from None  # Lightning's answer to a second Ctrl-C was an exit of its own
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
+    if (
+        torch.distributed.is_initialized()
+    ):  # else gloo's threads are still there when the process ends, and may abort it
+        torch.distributed.destroy_process_group()
 
 
 def quiet_lightning() -> None:

@@ -1,0 +1,225 @@
+"""Seconds of an optimizer step and peak memory against diffusers: same weights, same batches, same loss.
+
+    python benchmarks/training.py WORK_FOLDER [--size full|small] [--rounds 2] [--steps 4] [--json FILE]
+
+A step is forward, backward, clipping to norm 1, AdamW and averages (EMA). full: Stable Diffusion v1's U-Net, 32 x 32
+latents, batch 1. small: a cut of 37 million parameters (channels 64, 128, 256, 256, 8 heads), batch 8. Peers:
+
+latentsmith        through the trainer of `latentsmith train`, with the command line's huge pages
+diffusers          the loop of its train_text_to_image.py: torch's AdamW and EMAModel as they come
+diffusers, tuned   the same U-Net with our optimizer (fused), averages and huge pages, so that the model's part shows
+
+Each is a process of its own; they take turns, in both orders. Losses are compared before anything is believed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+SIZES = {
+    "full": dict(widths=[320, 640, 1280, 1280], batch=1),
+    "small": dict(widths=[64, 128, 256, 256], batch=8),
+}
+PEERS = ("latentsmith", "diffusers", "diffusers, tuned")
+LATENTS, TEXT = 32, (77, 768)
+
+
+def make_weights(folder: Path, widths: list[int]) -> None:
+    """Random weights whose last layers are not zero, as diffusers saves them."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        block_out_channels=widths, attention_head_dim=8, layers_per_block=2, cross_attention_dim=768, sample_size=64
+    ).save_pretrained(folder)
+
+
+def batches(batch: int):
+    """The batch of every step: noisy latents, what is to be found in them, and the text."""
+    import torch
+
+    from latentsmith.diffusion import NoiseSchedule
+
+    schedule = NoiseSchedule.from_config()
+    step = 0
+    while True:
+        generator = torch.Generator().manual_seed(step)
+        latents, noise = (torch.randn(batch, 4, LATENTS, LATENTS, generator=generator) for _ in range(2))
+        timesteps = torch.randint(1000, (batch,), generator=generator)
+        context = torch.randn(batch, *TEXT, generator=generator)
+        yield latents, noise, timesteps, context, schedule
+        step += 1
+
+
+def with_diffusers(folder: Path, batch: int, steps: int, tuned: bool) -> list[tuple[float, float]]:
+    import torch
+    import torch.nn.functional as F
+    from diffusers import UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    from latentsmith.training.ema import Ema
+
+    unet = UNet2DConditionModel.from_pretrained(folder).train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=tuned or None)
+    averages = Ema(unet, 0.9999) if tuned else EMAModel(unet.parameters(), model_cls=UNet2DConditionModel)
+    rows, given = [], batches(batch)
+    for number in range(steps):
+        latents, noise, timesteps, context, schedule = next(given)
+        start = time.perf_counter()
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        loss = F.mse_loss(unet(noisy, timesteps, context).sample.float(), noise.float())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.update(unet, number + 1) if tuned else averages.step(unet.parameters())
+        rows.append((time.perf_counter() - start, loss.item()))
+    return rows
+
+
+def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) -> list[tuple[float, float]]:
+    import torch
+
+    from latentsmith import load_config
+    from latentsmith.runs.networks import build_network
+    from latentsmith.runs.pieces import optimisation, trainer_options
+    from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
+    from latentsmith.training.fit import Data, fit
+    from latentsmith.training.module import StepCallback
+    from latentsmith.training.samples import RunSamples
+    from latentsmith.training.saving import Checkpointing
+
+    shape = [f"model.unet_config.model_channels={widths[0]}", "model.unet_config.channel_mult=[1,2,4,4]",
+             "model.unet_config.num_heads=8", "model.unet_config.num_head_channels=-1"]  # fmt: skip
+    config = load_config(
+        "sd1",
+        [*shape, f"model.unet_config.from_pretrained={folder}", "model.unet_config.from_NeMo=false",
+         "trainer.precision=32", "model.channels_last=False", "trainer.accelerator=cpu", "trainer.gradient_clip_val=1",
+         "model.optim.lr=1e-5", "model.optim.weight_decay=0.01", "model.optim.betas=[0.9,0.999]",
+         "model.optim.sched.warmup_steps=0",
+         f"model.micro_batch_size={batch}"],
+    )  # fmt: skip
+    networks = {"unet": build_network(config, "unet")}
+    goal = Objective(scale_factor=1.0)
+    module = DiffusionTraining(networks, ("unet",), optimisation(config, batch, steps), goal, EmptyPrompt())
+    module.keep_averages(0.9999)
+    rows: list[tuple[float, float]] = []
+    held: dict[int, tuple] = {}
+
+    def given(position: int) -> tuple:
+        step, place = divmod(position, batch)
+        if step not in held:
+            held.clear()
+            source = batches(batch)
+            held[step] = next(row for number, row in enumerate(source) if number == step)
+        return held[step], place
+
+    def read(index: int, position: int) -> dict:
+        (latents, _, _, context, _), place = given(position)
+        moments = torch.cat([latents[place], torch.full_like(latents[place], -30.0)])
+        return {"keys": str(position), "moments": moments, "context": context[place]}
+
+    def draw(position: int, latent_shape=None) -> dict:
+        (latents, noise, timesteps, _, schedule), place = given(position)
+        signal, level = schedule.signal_and_noise(timesteps)
+        no = torch.tensor(False)
+        return {"timesteps": timesteps[place], "signal": signal[place], "noise_level": level[place],
+                "noise": noise[place], "posterior_noise": torch.zeros_like(latents[place]),
+                "empty_caption": no, "zero_embedding": no}  # fmt: skip
+
+    class Clock(StepCallback):
+        def on_train_start(self, trainer, module):
+            self.last = time.perf_counter()
+
+        def on_step_end(self, trainer, module):
+            now = time.perf_counter()
+            rows.append((now - self.last, float(module.metrics.values["loss"])))
+            self.last = time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as where:
+        fit(
+            module,
+            Data(RunSamples(read, draw, 10**6, 0, order=lambda position: position), batch),
+            steps,
+            Path(where),
+            Checkpointing(Path(where), 0, 1, enabled=False),
+            tensorboard=False,
+            progress_bar=False,
+            callbacks=[Clock()],
+            **trainer_options(config, 1),
+        )
+    return rows
+
+
+def child(peer: str, size: str, folder: Path, steps: int) -> None:
+    batch, widths = SIZES[size]["batch"], SIZES[size]["widths"]
+    if peer == "latentsmith":
+        rows = with_latentsmith(folder, batch, steps, widths)
+    else:
+        rows = with_diffusers(folder, batch, steps, tuned=peer.endswith("tuned"))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    told = {"seconds": [row[0] for row in rows[1:]], "losses": [row[1] for row in rows], "first": rows[0][0]}
+    print("RESULT " + json.dumps(told | {"peak": int(status["VmHWM"].split()[0]) / 2**20}), flush=True)
+
+
+def measured(peer: str, size: str, folder: Path, steps: int) -> dict:
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0" if peer == "diffusers" else "1"}
+    words = [sys.executable, __file__, "--child", peer, size, str(folder), str(steps)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(done.stdout + done.stderr)
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    folder = given.work / f"unet-{given.size}"
+    if not folder.exists():
+        subprocess.run([sys.executable, __file__, "--make", given.size, str(folder)], check=True)
+    found: dict[str, list[dict]] = {peer: [] for peer in PEERS}
+    for number in range(given.rounds):
+        for peer in PEERS if number % 2 == 0 else reversed(PEERS):
+            found[peer].append(measured(peer, given.size, folder, given.steps))
+            print(f"  round {number + 1}, {peer}: {median(found[peer][-1]['seconds']):.3f} s a step", flush=True)
+    first = found["latentsmith"][0]["losses"]
+    for peer in PEERS[1:]:
+        apart = max(abs(a / b - 1) for a, b in zip(first, found[peer][0]["losses"], strict=True))
+        print(f"losses of {peer} and ours differ by {apart:.1e} at most")
+        assert apart < 1e-3, (first, found[peer][0]["losses"])
+    report(found, given)
+
+
+def report(found: dict[str, list[dict]], given: argparse.Namespace) -> None:
+    seconds = {peer: median(one for run in runs for one in run["seconds"]) for peer, runs in found.items()}
+    peaks = {peer: median(run["peak"] for run in runs) for peer, runs in found.items()}
+    ours = seconds["latentsmith"]
+    print("\n| peer | step, s | against ours | peak memory, GiB |\n|---|---|---|---|")
+    for peer in PEERS:
+        print(f"| {peer} | {seconds[peer]:.3f} | {seconds[peer] / ours:.2f} | {peaks[peer]:.2f} |")
+    if given.json:
+        given.json.write_text(
+            json.dumps({"size": given.size, "seconds": seconds, "peaks": peaks, "runs": found}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[3], Path(sys.argv[4]), int(sys.argv[5]))
+    elif sys.argv[1:2] == ["--make"]:
+        make_weights(Path(sys.argv[3]), SIZES[sys.argv[2]]["widths"])
+    else:
+        main()
