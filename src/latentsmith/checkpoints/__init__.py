@@ -15,6 +15,7 @@ from latentsmith.checkpoints.export_ldm import export_ldm
 from latentsmith.checkpoints.export_nemo import export_nemo
 from latentsmith.checkpoints.opening import Checkpoint, open_checkpoint
 from latentsmith.checkpoints.spec import ModelSpec, architecture, prediction_of, reads_as_open_clip, spec_of
+from latentsmith.files.pickles import forget_maps
 
 __all__ = [
     "Checkpoint",
@@ -47,9 +48,10 @@ def load_component(
     Returns a tensor of exactly these shapes for each name, in the file's dtype, mapped from disk (copy-on-write).
     Raises BadInput, one line, for unreadable files and unless every model key is filled once and every file key used.
     """
-    return {
-        name: tensor.read() for name, tensor in match(open_checkpoint(path, weights), part, shapes, from_nemo).items()
-    }
+    found = match(open_checkpoint(path, weights), part, shapes, from_nemo)
+    tensors = {name: tensor.read() for name, tensor in found.items()}
+    forget_maps()  # the tensors alone keep their file mapped: copied into a module, they take no memory besides
+    return tensors
 
 
 def check_component(

@@ -257,6 +257,11 @@ def map_bytes(path: Path, at: int, size: int, dtype: torch.dtype) -> Tensor:
     return window.view(dtype) if at % dtype.itemsize == 0 else window.clone().view(dtype)
 
 
+def forget_maps() -> None:
+    """Keep no file mapped for the next tensor that is read; those in use stay as they are."""
+    _mapped.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _mapped(path: Path, size: int, _modified: int) -> Tensor:
     return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)

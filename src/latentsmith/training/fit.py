@@ -118,12 +118,10 @@ def fit(
             if stop.received is None:
                 raise
             raise KeyboardInterrupt from None  # Lightning's answer to a second Ctrl-C was an exit of its own
+    if torch.distributed.is_initialized():  # gloo's threads, still there when a process ends, have aborted one
+        torch.distributed.destroy_process_group()
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
-    if (
-        torch.distributed.is_initialized()
-    ):  # else gloo's threads are still there when the process ends, and may abort it
-        torch.distributed.destroy_process_group()
 
 
 def quiet_lightning() -> None:

@@ -112,6 +112,7 @@ class TrainingModule(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # at once, not before the next backward pass: activations and gradients share memory
         self.progress.global_step += 1
         self.progress.consumed_samples += self.optimisation.global_batch
         self.metrics.end_step()
