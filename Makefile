@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test lint bench install install-dev clean
 
 demo: install
 	$(BIN)/latentsmith demo --out demo
@@ -10,9 +10,15 @@ demo: install
 test: install-dev lint
 	$(BIN)/pytest
 
+# Side by side with the peers; minutes with nothing else running. `benchmarks/*.py --help` has the larger forms.
+bench: install-dev
+	$(BIN)/python benchmarks/data.py bench
+	$(BIN)/python benchmarks/training.py bench --size small
+	$(BIN)/python benchmarks/sampling.py bench --size small
+
 lint: install-dev
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 install: .venv/installed
@@ -30,4 +36,4 @@ install-dev: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo runs bench
