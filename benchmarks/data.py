@@ -2,10 +2,11 @@
 
     python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open]
 
-cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache, (b) webdataset over
-tars of pickles as NeMo precaches them, (c) torch's loader over two .npy files a sample; and the machine's own reading
-of the same bytes. decode: real JPEGs (scikit-image's and scikit-learn's) to 512 x 512, resized and cropped, by our
-transforms and by webdataset + Pillow + the steps of NeMo's augmentations. open: a set of 100 million samples, made of
+cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache by `read_batch`, and
+by the loader of training, which reads samples one by one, with and without the noise it draws, (b) webdataset over tars
+of pickles as NeMo precaches them, (c) torch's loader over two .npy files a sample; and the machine's own reading of the
+same bytes. decode: real JPEGs (scikit-image's and scikit-learn's) to 512 x 512, resized and cropped, by our transforms
+and by webdataset + Pillow + the steps of NeMo's augmentations. open: a set of 100 million samples, made of
 hard links. One process and one thread each; all files are in the page cache; the peers take turns, in both orders.
 """
 
@@ -17,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +32,10 @@ from latentsmith.data.caching import Encoders, write_cache
 from latentsmith.data.order import index_at
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.transforms import Transforms
+from latentsmith.diffusion import NoiseSchedule
+from latentsmith.runs.sets import TrainingSet, reader
+from latentsmith.training.draws import DiffusionDraws
+from latentsmith.training.samples import RunPositions, RunSamples, run_loader
 
 MOMENTS, TEXT, BATCH = (8, 64, 64), (77, 768), 64
 
@@ -124,6 +130,15 @@ def cache_rows(work: Path, samples: int, rounds: int) -> None:
             _ = {name: torch.from_numpy(rows) for name, rows in batch.items()}
         return samples // BATCH * BATCH
 
+    samples_of = TrainingSet(cache.shards, cache, None, (4, *MOMENTS[1:]))
+    read = reader(samples_of, 0, None)
+
+    def by_loader(draw: Callable) -> int:
+        run = run_loader(
+            RunSamples(read, draw, samples, 0), RunPositions(next(turn) * samples // BATCH * BATCH, BATCH, BATCH)
+        )
+        return sum(len(batch["moments"]) for batch in islice(run, samples // BATCH))
+
     def by_webdataset() -> int:
         stream = webdataset.WebDataset(tars, shardshuffle=100).shuffle(1000)
         pairs = stream.map(lambda sample: pickle.loads(sample["pickle"])).to_tuple(
@@ -142,8 +157,15 @@ def cache_rows(work: Path, samples: int, rounds: int) -> None:
                     pass
         return samples
 
-    peers = {"latentsmith's cache": ours, "webdataset + pickle": by_webdataset, "torch's loader over .npy": by_files,
-             "the machine's read of the same bytes": by_machine}  # fmt: skip
+    draws = DiffusionDraws(0, samples_of.latent_shape, NoiseSchedule.from_config())
+    peers: dict[str, Callable[[], int]] = {
+        "latentsmith's cache": ours,
+        "the loader of training": lambda: by_loader(lambda *_: {}),
+        "the loader of training, with noise": lambda: by_loader(draws),
+        "webdataset + pickle": by_webdataset,
+        "torch's loader over .npy": by_files,
+        "the machine's read of the same bytes": by_machine,
+    }
     rates = compared(peers, rounds)
     each = cache.shards.bytes / samples
     table(f"cached latents, {samples:,} samples of {each / 1024:.0f} KiB", "samples/s", rates)

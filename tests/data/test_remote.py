@@ -109,6 +109,21 @@ def test_a_set_that_has_changed_is_not_taken_for_its_copy(folder, memory, tmp_pa
     assert len(before) == 30 and after == [("000000", {"txt": b"another"})]
 
 
+def test_a_plain_tar_of_the_same_size_is_not_taken_for_its_copy(memory, tmp_path):
+    for text in (b"first", b"other"):
+        with ShardWriter(tmp_path / text.decode()) as writer:
+            writer.write("0", {"txt": text})
+        memory.put(str(tmp_path / text.decode() / "shard-000000.tar"), "/bucket/plain/a.tar")
+        assert opened("memory://bucket/plain", tmp_path)[0].text("txt") == text.decode()
+
+
+def test_no_file_outside_the_copies_is_written(folder, memory, tmp_path):
+    listed = memory.cat_file("/bucket/set/set.json").replace(b'"shard-000001.tar"', b'"../../stray.tar"')
+    memory.pipe_file("/bucket/set/set.json", listed)
+    with pytest.raises(BadInput, match=r"names '\.\./\.\./stray\.tar', which is not a file beside it"):
+        opened("memory://bucket/set", tmp_path)
+
+
 def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
     data = memory.cat_file("/bucket/set/shard-000001.tar")
     memory.pipe_file("/bucket/set/shard-000001.tar", data[:-10240])

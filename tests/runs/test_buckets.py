@@ -106,6 +106,7 @@ def test_filterings_take_large_pictures(world, pictures, capsys):
         ((f"{WAYS}.aspect_buckets.resolution=null",), "a resolution, and perhaps step"),
         (("model.data.train.weights=[1]", "model.data.train.dataset_path=[SHARDS]"), "sets are not mixed"),
         (("model.data.train.filterings.resolution.value=5000",), "leaves all of them out"),
+        (("model.data.train.filterings.resolution.method=larger",), "has no effect alone"),
         (("model.inductor=true",), "compiles for one size"),
     ],
 )
@@ -116,6 +117,17 @@ def test_what_does_not_go_together_is_one_line(world, pictures, capsys, options,
     said = capsys.readouterr().err
     assert message in said and said.strip().count("\n") == 0
     assert not (world.root / "runs" / "bad-buckets").exists()
+    assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given), "--dry-run") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_filterings_are_of_training_alone(world, tmp_path, capsys):
+    wanted = "model.data.train.filterings.resolution.value=10"
+    assert world.call(*world.command("vae", "filtered-vae", wanted)) == 2
+    assert "not of train-vae" in capsys.readouterr().err
+    given = ("--config", "ROOT/tiny.yaml", "--out", tmp_path / "cache", wanted, VAE, TEXT)
+    assert world.call("precache", *given) == 0
+    assert "all of them are cached" in capsys.readouterr().out and len(LatentCache(tmp_path / "cache")) == 22
 
 
 def test_variants_and_means_train(world, tmp_path):

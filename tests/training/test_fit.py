@@ -12,7 +12,7 @@ from PIL import Image
 from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
 from latentsmith.training.log import append_row, drop_rows_after, read_rows
-from latentsmith.training.module import Metrics
+from latentsmith.training.module import Metrics, StepCallback
 from latentsmith.training.progress_bar import ProgressLine
 from latentsmith.training.sample_log import SampleLog
 
@@ -25,6 +25,17 @@ def averaged(run):
     module = run.module()
     module.keep_averages(0.9)
     return module
+
+
+def test_gradients_are_gone_when_a_step_is_done(toy):
+    held = []
+
+    class Look(StepCallback):
+        def on_step_end(self, trainer, module):
+            held.extend(parameter.grad is not None for parameter in module.parameters())
+
+    toy().train(steps=2, callbacks=[Look()])
+    assert held and not any(held)
 
 
 def test_four_steps_are_two_and_two(toy):

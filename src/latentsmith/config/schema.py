@@ -83,9 +83,9 @@ def group(prefix: str, *options: Option) -> list[Option]:
 @cache
 def table() -> dict[str, Option]:
     """Every option by its full key, in the order of the docs."""
-    from latentsmith.config import schema_infer, schema_model, schema_run
+    from latentsmith.config import schema_data, schema_infer, schema_model, schema_run
 
-    options = [*schema_run.OPTIONS, *schema_model.OPTIONS, *schema_infer.OPTIONS]
+    options = [*schema_run.OPTIONS, *schema_model.OPTIONS, *schema_data.OPTIONS, *schema_infer.OPTIONS]
     assert len({option.key for option in options}) == len(options)
     return {option.key: option for option in options}
 

@@ -66,11 +66,6 @@ class LatentCache:
         """Whether image_encoded is the mean alone, not mean and log variance."""
         return self.info.get("latents", "").endswith("means")
 
-    @property
-    def latent_channels(self) -> int:
-        channels = self.info["members"][IMAGE_KEY]["shape"][0]
-        return channels if self.holds_means else channels // 2
-
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
         """The bucket of each sample, (samples,) uint8, mapped, and the buckets' sizes in pixels (height, width); None
         where all pictures have one size."""

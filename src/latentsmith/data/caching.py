@@ -67,7 +67,11 @@ class CacheOptions:
     flipped: bool = False
     share_captions: bool = False
 
-    def check(self, transforms: Transforms) -> None:
+    def check(self, transforms: Transforms, encoders: Encoders) -> None:
+        if not encoders.images and (self.latents == "mean" or self.variants > 1):
+            raise BadInput("model.data.cache.latents, crops and flipped are of pictures, and only captions are encoded")
+        if not encoders.captions and self.share_captions:
+            raise BadInput("model.data.cache.share_captions is of embeddings, and only pictures are encoded")
         keys = [key for key, *_ in transforms.describe()]
         if self.crops > 1 and "random_crop_h_w" not in keys:
             raise BadInput(f"model.data.cache.crops={self.crops}: all alike without augmentations.random_crop_h_w")
@@ -102,7 +106,7 @@ def write_cache(
     cache, a source sample can no longer be decoded (shard and key named), or an encoding is not finite in float16.
     """
     options = options or CacheOptions()
-    options.check(transforms)
+    options.check(transforms, encoders)
     recipe = {
         "command": "precache",
         "fingerprints": {
@@ -140,6 +144,7 @@ class _CacheWriter:
         self.source, self.work, self.encoders, self.options = source, work, encoders, options
         self.transforms = transforms.unflipped() if options.flipped else transforms
         self.batch_size, self.seed = batch_size, seed
+        self.embedded: dict[str, np.ndarray] = {}  # by caption, of the shard at hand, where equal ones are shared
 
     def fill(self, rank: int, processes: int, progress: Progress | None) -> None:
         """Encode the shards of one process that are not done yet. Progress is told over all processes, as far as their
@@ -188,7 +193,7 @@ class _CacheWriter:
         buckets = self._bucket_numbers(shard, known)
         shared = (f"{CAPTION_KEY}.npy",) if self.options.share_captions else ()
         window = WINDOW if buckets else self.batch_size
-        self.embedded: dict[str, np.ndarray] = {}
+        self.embedded = {}
         with ShardWriter(self.work.folder, len(shard) + 1, start=number, shared=shared) as writer:
             for start in range(0, len(shard), window):
                 numbers = range(start, min(start + window, len(shard)))

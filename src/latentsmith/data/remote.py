@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -49,17 +50,20 @@ class LocalCopies:
         small: dict[str, bytes] = {}
         with reported(url):
             if parent == head:
-                sizes = _sizes(url)
+                found = _tars(url)
             elif listed := _read(f"{parent}/set.json"):
-                sizes = {shard["file"]: shard["bytes"] for shard in json.loads(listed)["shards"]}
+                found = {shard["file"]: (shard["bytes"], "") for shard in json.loads(listed)["shards"]}
                 small = {name: data for name in SMALL_FILES if (data := _read(f"{parent}/{name}")) is not None}
             elif _read(f"{parent}/unfinished.json") is not None:
                 raise BadInput(f"{url}: unfinished; run the command that filled it again, then copy it")
             else:
-                sizes = _sizes(f"{parent}/*.tar")
-        if not sizes:
+                found = _tars(f"{parent}/*.tar")
+        if not found:
             raise BadInput(f"{url}: no set.json and no .tar shards here")
-        content = json.dumps([parent, sizes, self.limit]) + small.get("set.json", b"").decode()
+        if outside := [name for name in found if PurePosixPath(name).name != name]:
+            raise BadInput(f"{url}: set.json names {outside[0]!r}, which is not a file beside it")
+        sizes = {name: size for name, (size, _) in found.items()}
+        content = json.dumps([parent, found, self.limit]) + small.get("set.json", b"").decode()
         folder = self.folder / fingerprint_text(content)[:24]
         if not (folder / REMOTE_FILE).exists():
             for name, data in small.items():
@@ -180,11 +184,14 @@ def _read(url: str) -> bytes | None:
         return None
 
 
-def _sizes(pattern: str) -> dict[str, int]:
-    """Bytes of the tars that a pattern names, or one name."""
+def _tars(pattern: str) -> dict[str, tuple[int, str]]:
+    """Bytes of the tars that a pattern names, or one name, and what tells whether each has changed."""
     system, path = _filesystem(pattern)
-    found = system.glob(path) if "*" in path else [path]
-    return {PurePosixPath(one).name: int(_attempt(lambda one=one: system.size(one))) for one in sorted(found)}  # type: ignore[misc]
+    found = {}
+    for one in sorted(system.glob(path)) if "*" in path else [path]:
+        size, state = _attempt(partial(system.size, one)), _attempt(partial(system.ukey, one))
+        found[PurePosixPath(one).name] = (int(size), str(state))
+    return found
 
 
 def _attempt(request: Any) -> Any:

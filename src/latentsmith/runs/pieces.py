@@ -132,6 +132,14 @@ def transforms(config: DictConfig, data: str = "train") -> Transforms:
     return made
 
 
+def filtered_by(config: DictConfig) -> int | None:
+    """Pixels of model.data.train.filterings.resolution, None without."""
+    stated = config.model.data.train.get("filterings", {}).get("resolution", {})
+    if stated.get("method") and stated.get("value") is None:
+        raise BadInput("model.data.train.filterings.resolution.method has no effect alone; give its value in pixels")
+    return stated.get("value")
+
+
 def picture_size(made: Transforms) -> tuple[int, int]:
     """(height, width) of the pictures, of the squarest where they have several."""
     return made.size or square_of(made.buckets.sizes if made.buckets else [])

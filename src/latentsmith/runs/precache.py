@@ -48,6 +48,8 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     source, transforms = pieces.shard_set(config), pieces.transforms(config)
     for size in transforms.buckets.sizes if transforms.buckets else [pieces.picture_size(transforms)]:
         pieces.latent_shape(config, size)
+    if pieces.filtered_by(config) is not None:
+        print("model.data.train.filterings leave pictures out when training; all of them are cached")
     kept = config.model.data.cache
     options = CacheOptions(kept.latents, kept.crops, kept.flipped, kept.share_captions)
     rank, processes = process_of()

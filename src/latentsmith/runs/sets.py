@@ -98,22 +98,26 @@ def readable(
     else:
         transforms = pieces.transforms(config, data)
         sizes = list(transforms.buckets.sizes) if transforms.buckets else []
-        size = transforms.size or pieces.square_of(sizes)
+        size = pieces.picture_size(transforms)
         numbers = transforms.buckets.numbers_of(heights_and_widths(shards)) if transforms.buckets else None
     latents = pieces.latent_shape(config, size)
     for one in sizes:
         pieces.latent_shape(config, one)
+    if sizes and config.model.inductor:
+        raise BadInput(
+            "model.inductor=True compiles for one size, and aspect_buckets have several; leave out one of them"
+        )
     order = order_of(config, shards, numbers) if data == "train" else None
     return TrainingSet(shards, cache, transforms, latents, sizes, order)
 
 
 def order_of(config: DictConfig, shards: ShardSet, numbers: np.ndarray | None) -> BucketOrder | Mixture | None:
     """Which sample comes when: by buckets (their `numbers`), without what filterings leave out, or mixed by weights."""
-    model, wanted = config.model, config.model.data.train.get("filterings", {}).get("resolution", {}).get("value")
+    model, wanted = config.model, pieces.filtered_by(config)
     if wanted is not None:
         sizes = heights_and_widths(shards)
         smaller = model.data.train.filterings.resolution.get("method") == "smaller"
-        kept = (sizes <= wanted).all(1) if smaller else (sizes >= wanted).all(1)
+        kept = np.all(sizes <= wanted if smaller else sizes >= wanted, axis=1)
         numbers = np.where(kept, np.uint8(0) if numbers is None else numbers, np.uint8(LEFT_OUT))
         print(f"filterings: {int(kept.sum()):,} of {len(kept):,} samples are taken")
     mixed = pieces.mixture(config)
@@ -259,8 +263,10 @@ def summary(samples: TrainingSet) -> str:
     """One line for the header of a run."""
     if isinstance(samples.shards, Synthetic):
         return f"{len(samples.shards):,} samples of noise, latents {json.dumps(samples.latent_shape)}"
-    kind = f"cached latents {json.dumps(samples.latent_shape)}" if samples.transforms is None else "pictures"
+    kind = "cached latents" if samples.transforms is None else "pictures"
     if samples.sizes:
-        kind = f"{kind.partition(' [')[0]} of several sizes"
+        kind += " of several sizes"
+    elif samples.transforms is None:
+        kind += f" {json.dumps(samples.latent_shape)}"
     size = scaled(samples.shards.bytes, BYTES, 1024)
     return f"{samples.count:,} samples in {len(samples.shards.paths)} shards ({size}), {kind}"

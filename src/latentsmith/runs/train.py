@@ -107,10 +107,6 @@ def prepared(config: DictConfig) -> Ready:
     goal = objective(config, measured_scale(read, samples, networks, model.seed, begun))
     spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
     empty = empty_prompt(samples, words, raw_captions)
-    if model.inductor and samples.sizes:
-        raise BadInput(
-            "model.inductor=True compiles for one size, and aspect_buckets have several; leave out one of them"
-        )
     arranged(networks, model.channels_last, model.inductor, model.inductor_cudagraphs)
     module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
     run = RunSamples(read, draws(config, samples), samples.count, model.seed, samples.order)

@@ -35,6 +35,8 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
             f"first_stage_config.lossconfig is torch.nn.Identity, which trains nothing; set _target_: {target}"
         )
     samples, transforms = pieces.shard_set(config), pieces.transforms(config)
+    if pieces.filtered_by(config) is not None:
+        raise BadInput("model.data.train.filterings: not of train-vae; `data import --min-size` leaves pictures out")
     if transforms.size is None:
         raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
     batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
