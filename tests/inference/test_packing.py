@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from latentsmith.inference.packing import PackedConv2d, give_back, pack_convolutions
+from latentsmith.models.convolution import Conv2d
 
 
 def pair(**options):
     torch.manual_seed(0)
-    plain = nn.Conv2d(16, 24, **options).eval()
+    plain = Conv2d(16, 24, **options).eval()
     packed = nn.Sequential(copy.deepcopy(plain))
     pack_convolutions(packed)
     return plain, packed[0]
@@ -65,3 +66,14 @@ def test_what_is_given_back_is_still_there(tmp_path):
     for tensor in (mapped, owned):
         give_back(tensor)
         assert torch.equal(tensor, torch.arange(1_000_000.0))
+
+
+def test_large_pictures_are_not_packed(monkeypatch):
+    """Winograd's algorithm takes the weight as it is, and a small picture packs it after all."""
+    plain = Conv2d(256, 256, 3, padding=1)
+    packed = nn.Sequential(copy.deepcopy(plain))
+    pack_convolutions(packed)
+    same(plain, packed[0], 1, 256, 64, 64)
+    assert packed[0].packed is None
+    same(plain, packed[0], 1, 256, 4, 4)
+    assert packed[0].packed is not None

@@ -71,6 +71,7 @@ class Toy:
     text_embedding_dropout_rate: float = 0.0
     unet_dropout: float = 0.0
     global_batch: int = 4
+    optimizer: str = "adamw"
     options: dict = field(default_factory=lambda: {"lr": 1e-2})
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.from_config)
 
@@ -83,7 +84,7 @@ class Toy:
         parts = {"unet": ToyUNet(self.unet_dropout), "vae": ToyVae(), "text_encoder": ToyText()}
         empty = EmptyPrompt(embedding=torch.full((LENGTH, CONTEXT), 0.25))
         empty = empty if self.cached else EmptyPrompt(token_ids=torch.zeros(1, LENGTH, dtype=torch.long))
-        optimisation = Optimisation("adamw", self.options, lr_schedule("constant"), self.global_batch)
+        optimisation = Optimisation(self.optimizer, self.options, lr_schedule("constant"), self.global_batch)
         return DiffusionTraining(parts, self.trained, optimisation, self.objective, empty)
 
     def samples(self) -> RunSamples:

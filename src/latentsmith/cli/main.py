@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from latentsmith.cli import configs, convert, data, demo, generate, inspect, precache, train
+from latentsmith.cli.allocator import keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -48,7 +49,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation; nothing imported it yet
+    if arguments is None:  # a process of our own, in which nothing has imported torch yet
+        keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     command = typer.main.get_command(app)

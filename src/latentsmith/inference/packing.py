@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentsmith.models.convolution import Conv2d, suits_winograd
+
+TOO_MANY_WEIGHTS = 8  # for every value of a picture, from which on packed ones are faster than transformed ones
 PAGEOUT = 21  # Linux' MADV_PAGEOUT: pages of a file are dropped, to be read again when they are needed
 
 
-class PackedConv2d(nn.Conv2d):
-    """An nn.Conv2d that packs its weight at the first call without gradients, in channels-last order.
+class PackedConv2d(Conv2d):
+    """A Conv2d that packs its weight at the first call without gradients, unless its shape does better without.
 
     The weight stays what it was, for reading, saving and changing; a changed one is packed again. Its pages, where they
     are a mapped file's, are given back to the system meanwhile.
@@ -21,7 +24,7 @@ class PackedConv2d(nn.Conv2d):
     packed_from: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not all(t.dtype == torch.float32 and t.is_cpu for t in (input, self.weight)):
+        if torch.is_grad_enabled() or not self.chooses(input) or self.does_better_unpacked(input):
             return super().forward(input)
         source = (self.weight.data_ptr(), None if self.weight.is_inference() else self.weight._version)
         input = input.contiguous(memory_format=torch.channels_last)
@@ -33,6 +36,10 @@ class PackedConv2d(nn.Conv2d):
             give_back(self.weight)
         return torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *geometry, "none", [], "")
 
+    def does_better_unpacked(self, input: Tensor) -> bool:
+        kind = (self.kernel_size, self.stride, self.padding)
+        return kind == ((3, 3), (1, 1), (1, 1)) and suits_winograd(input, self.weight, TOO_MANY_WEIGHTS)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack for themselves: a packed tensor cannot be copied."""
         return {name: value for name, value in super().__getstate__().items() if not name.startswith("packed")}
@@ -43,7 +50,7 @@ def pack_convolutions(network: nn.Module) -> None:
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
         return
     for module in network.modules():
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+        if type(module) is Conv2d:
             module.__class__ = PackedConv2d
 
 

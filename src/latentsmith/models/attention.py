@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import Conv2d
 from .layers import attention, group_norm, join_heads, split_heads, zero_init
 
 
@@ -85,11 +86,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.use_linear = use_linear
         self.norm = group_norm(channels, 32, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if use_linear else Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, heads, context_dim, fused, dropout, upcast) for _ in range(depth)
         )
-        self.proj_out = zero_init(nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(nn.Linear(channels, channels) if use_linear else Conv2d(channels, channels, 1))
 
     def forward(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         height = hidden.shape[2]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .convolution import Conv2d
 from .layers import attention, group_norm, zero_init
 from .loading import load_pretrained
 
@@ -17,12 +18,12 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, dropout: float, groups: int):
         super().__init__()
         self.norm1 = group_norm(channels, groups, eps=1e-6)
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
+            self.nin_shortcut = Conv2d(channels, out_channels, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.conv1(F.silu(self.norm1(hidden)))
@@ -36,7 +37,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = group_norm(channels, groups, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
@@ -50,7 +51,7 @@ class AttnBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # right and bottom only, as the published weights expect
@@ -59,7 +60,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
@@ -113,7 +114,7 @@ class Encoder(nn.Module):
         num_groups: int,
     ):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
         self.down, width = nn.ModuleList(), ch
         for level, mult in enumerate(ch_mult):
             blocks = []
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
             self.down.append(Level(blocks, resolution // 2**level in attn_resolutions, num_groups, down))
         self.mid = Middle(width, dropout, num_groups)
         self.norm_out = group_norm(width, num_groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, 2 * z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.conv_in(images)
@@ -151,7 +152,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         width = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.conv_in = Conv2d(z_channels, width, 3, padding=1)
         self.mid = Middle(width, dropout, num_groups)
         levels: list[Level] = []
         for level in reversed(range(len(ch_mult))):  # built as it runs, kept as it is named: up.0 is the finest
@@ -163,7 +164,7 @@ class Decoder(nn.Module):
             levels.insert(0, Level(blocks, resolution // 2**level in attn_resolutions, num_groups, up))
         self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(width, num_groups, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out = Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.mid(self.conv_in(latents))
@@ -205,8 +206,8 @@ class AutoencoderKL(nn.Module):
         in_channels, out_ch = sizes.pop("in_channels"), sizes.pop("out_ch")
         self.encoder = Encoder(in_channels=in_channels, **sizes)
         self.decoder = Decoder(out_ch=out_ch, **sizes)
-        self.quant_conv = nn.Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, sizes["z_channels"], 1)
+        self.quant_conv = Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
+        self.post_quant_conv = Conv2d(embed_dim, sizes["z_channels"], 1)
         self.embed_dim = embed_dim
         self.reset_parameters()
         self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBlock, SpatialTransformer
+from .convolution import Conv2d
 from .layers import group_norm, timestep_embedding, zero_init
 from .loading import load_pretrained
 
@@ -24,17 +25,17 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             group_norm(channels, groups, eps=1e-5),
             nn.SiLU(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
+            Conv2d(channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, groups, eps=1e-5),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_init(Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else Conv2d(channels, out_channels, 1)
 
     def forward(self, hidden: Tensor, emb: Tensor) -> Tensor:
         inner = self.in_layers(hidden) + self.emb_layers(emb)[:, :, None, None]
@@ -46,7 +47,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.op(hidden)
@@ -57,7 +58,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(hidden, size, mode="nearest"))
@@ -157,7 +158,7 @@ class UNetModel(nn.Module):
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(in_channels, model_channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([UNetBlock(Conv2d(in_channels, model_channels, 3, padding=1))])
         skips, width = [model_channels], model_channels
         for level, mult in enumerate(channel_mult):
             for _ in range(res_blocks[level]):
@@ -184,7 +185,7 @@ class UNetModel(nn.Module):
         self.out = nn.Sequential(
             group_norm(width, resblock_gn_groups, eps=1e-5),
             nn.SiLU(),
-            zero_init(nn.Conv2d(width, out_channels, 3, padding=1)),
+            zero_init(Conv2d(width, out_channels, 3, padding=1)),
         )
         self.set_checkpointing(use_checkpoint)
         load_pretrained(self, from_pretrained, "unet", from_nemo=from_NeMo, weights=weights)

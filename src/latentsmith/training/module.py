@@ -10,9 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from .clipping import excess, gradient_norm
 from .ema import Ema
 from .optimizers import Schedule, build_optimizer
-from .sharding import shard, whole
+from .sharding import shard
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,17 @@ class TrainingModule(L.LightningModule):
             average.update(self.parts[name], self.progress.global_step)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        limit = gradient_clip_val or float("inf")
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = gradient_norm(gradients)
         self.record(grad_norm=norm)
-        if not getattr(self.trainer.precision_plugin, "scaler", None):  # which skips steps by itself
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # skips steps by itself
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler
+        if gradient_clip_val and not fused:
+            torch._foreach_div_(gradients, excess(norm, gradient_clip_val))
+        if not scaler:
             self._skip_unless_finite(optimizer, norm)
+        if fused:  # divides as it steps, without a pass of its own over all gradients
+            optimizer.grad_scale = excess(norm, gradient_clip_val) if gradient_clip_val else None
 
     def _skip_unless_finite(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Have the optimizer pass over gradients that are not all finite; a fused one does not wait for the device."""
@@ -134,7 +140,7 @@ class TrainingModule(L.LightningModule):
         self.skipped_steps += bad
         self.record(skipped_steps=self.skipped_steps.clone())
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         elif bad:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 parameter.grad = None
