@@ -5,16 +5,15 @@
 A step is forward, backward, clipping to norm 1, AdamW and averages (EMA). full: Stable Diffusion v1's U-Net, 32 x 32
 latents, batch 1. small: a cut of 37 million parameters (channels 64, 128, 256, 256, 8 heads), batch 8. Peers:
 
-latentsmith        through the trainer of `latentsmith train`, with the command line's huge pages
+latentsmith        through the trainer of `latentsmith train`, with the command line's settings of the allocator
 diffusers          the loop of its train_text_to_image.py: torch's AdamW and EMAModel as they come
-diffusers, tuned   the same U-Net with our optimizer (fused), averages and huge pages, so that the model's part shows
+diffusers, tuned   the same U-Net with our optimizer (fused), averages and allocator, so that the model's part shows
 
 Each is a process of its own; they take turns, in both orders. Losses are compared before anything is believed.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -159,6 +158,10 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
 
 
 def child(peer: str, size: str, folder: Path, steps: int) -> None:
+    if peer != "diffusers":
+        from latentsmith.cli.allocator import keep_freed_memory
+
+        keep_freed_memory()
     batch, widths = SIZES[size]["batch"], SIZES[size]["widths"]
     if peer == "latentsmith":
         rows = with_latentsmith(folder, batch, steps, widths)
@@ -170,9 +173,8 @@ def child(peer: str, size: str, folder: Path, steps: int) -> None:
 
 
 def measured(peer: str, size: str, folder: Path, steps: int) -> dict:
-    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0" if peer == "diffusers" else "1"}
     words = [sys.executable, __file__, "--child", peer, size, str(folder), str(steps)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(done.stdout + done.stderr)
