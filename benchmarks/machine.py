@@ -84,8 +84,8 @@ import torch
 kind, folder, pixels, tiling = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_grad_enabled(False)
 if kind == "latentsmith":
-    from latentsmith.cli.allocator import keep_freed_memory
-    keep_freed_memory()
+    from latentsmith.cli.allocator import ask_for_huge_pages
+    ask_for_huge_pages()
     from latentsmith import Pipeline
     pipeline = Pipeline.from_pretrained(folder)
     vae = pipeline.vae
@@ -135,7 +135,8 @@ CHECKPOINTING = """
 import torch, torch.nn.functional as F
 kind, folder, latents = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind != "diffusers":
-    from latentsmith.cli.allocator import keep_freed_memory
+    from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+    ask_for_huge_pages()
     keep_freed_memory()
 if kind == "latentsmith":
     from latentsmith import UNetModel
@@ -193,7 +194,7 @@ options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=Fal
 L.Trainer(max_steps=1, **options).fit(One(), loader)
 told = {}
 """
-TRAIN = "import sys; from latentsmith.cli import main; sys.exit(main())"
+LATENTSMITH = str(Path(sys.executable).with_name("latentsmith"))
 
 
 def startup(work: Path) -> dict:
@@ -212,7 +213,7 @@ def startup(work: Path) -> dict:
     ]
     for number in range(4):
         found = {
-            "--help": seconds(lambda: subprocess.run([sys.executable, "-c", TRAIN, "--help"], capture_output=True)),
+            "--help": seconds(lambda: subprocess.run([LATENTSMITH, "--help"], capture_output=True)),
             "import torch": child("told = {}\nimport torch")["whole"],
             "import latentsmith and torch": child("told = {}\nimport torch, latentsmith")["whole"],
             "draws, latentsmith": child(DRAW, "latentsmith", str(work / "small"))["drawn"],
@@ -220,7 +221,7 @@ def startup(work: Path) -> dict:
             "bare Lightning fit": child(BARE_FIT)["whole"],
         }
         folder = work / "first-step"
-        command = [sys.executable, "-c", TRAIN, *options, "trainer.max_steps=1", f"exp_manager.exp_dir={folder}",
+        command = [LATENTSMITH, *options, "trainer.max_steps=1", f"exp_manager.exp_dir={folder}",
                    f"exp_manager.name=run{number}-{os.getpid()}"]  # fmt: skip
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
@@ -235,7 +236,8 @@ def startup(work: Path) -> dict:
 
 COMPILE = """
 import torch
-from latentsmith.cli.allocator import keep_freed_memory
+from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+ask_for_huge_pages()
 keep_freed_memory()
 torch.manual_seed(0)
 if sys.argv[1] == "latentsmith":
@@ -273,7 +275,8 @@ def compile(work: Path) -> dict:
 
 CURVE = """
 import torch
-from latentsmith.cli.allocator import keep_freed_memory
+from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+ask_for_huge_pages()
 keep_freed_memory()
 from latentsmith import UNetModel
 width, latents, batch = map(int, sys.argv[1:4])
@@ -339,7 +342,7 @@ def ranks(work: Path) -> dict:
                    "model.data.synthetic_data=True", "trainer.max_steps=40", f"trainer.devices={devices}",
                    "model.global_batch_size=32", f"model.micro_batch_size={32 // devices}",
                    f"exp_manager.exp_dir={folder}", f"exp_manager.name={devices}-{threads}-{os.getpid()}"]  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", TRAIN, *options], capture_output=True, text=True,
+        done = subprocess.run([LATENTSMITH, *options], capture_output=True, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": str(threads)})  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)

@@ -159,8 +159,9 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
 
 def child(peer: str, size: str, folder: Path, steps: int) -> None:
     if peer != "diffusers":
-        from latentsmith.cli.allocator import keep_freed_memory
+        from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
 
+        ask_for_huge_pages()
         keep_freed_memory()
     batch, widths = SIZES[size]["batch"], SIZES[size]["widths"]
     if peer == "latentsmith":

@@ -7,13 +7,16 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # names of glibc's mallopt(3)
 PAD = 64 << 20  # bytes by which the heap grows at once
 
 
-def keep_freed_memory() -> None:
-    """Have the process ask for huge pages and reuse what it frees; its memory stays at its peak meanwhile.
-
-    Takes effect before torch's first allocation, and without glibc not at all. Values that the environment gives
-    (THP_MEM_ALLOC_ENABLE, MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_) are left as they are.
-    """
+def ask_for_huge_pages() -> None:
+    """Before torch's first allocation; a value that the environment gives stays as it is."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Have the process reuse what it frees rather than give it back; its memory stays at its peak meanwhile.
+
+    Without glibc it has no effect, nor where the environment says otherwise (MALLOC_..., GLIBC_TUNABLES).
+    """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

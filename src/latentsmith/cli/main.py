@@ -12,9 +12,10 @@ from typing import Any
 import typer
 
 from latentsmith.cli import configs, convert, data, demo, generate, inspect, precache, train
-from latentsmith.cli.allocator import keep_freed_memory
+from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
 
+TRAINING = ("train", "train-vae", "demo")  # steps of one size, again and again
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
@@ -49,9 +50,11 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    if arguments is None:  # a process of our own, in which nothing has imported torch yet
-        keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a process of our own, in which nothing has imported torch yet
+        ask_for_huge_pages()
+        if given[:1] and given[0] in TRAINING:
+            keep_freed_memory()
     debug = "--debug" in given
     command = typer.main.get_command(app)
     with warnings.catch_warnings():
