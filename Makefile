@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench install install-dev clean
+.PHONY: demo test lint bench bench-full install install-dev clean
 
 demo: install
 	$(BIN)/latentsmith demo --out demo
@@ -15,6 +15,14 @@ bench: install-dev
 	$(BIN)/python benchmarks/data.py bench
 	$(BIN)/python benchmarks/training.py bench --size small
 	$(BIN)/python benchmarks/sampling.py bench --size small
+	$(BIN)/python benchmarks/machine.py bench --rows ceiling,startup,curves,ranks
+
+# Every row of docs/performance.md: an hour and more, 20 GiB of memory.
+bench-full: bench
+	$(BIN)/python benchmarks/training.py bench --size full --steps 5 --json bench/training.json
+	$(BIN)/python benchmarks/sampling.py bench --size full
+	$(BIN)/python benchmarks/machine.py bench --rows vae,checkpointing,compile --json bench/machine.json
+	$(BIN)/python benchmarks/gpu.py
 
 lint: install-dev
 	$(BIN)/ruff check src tests examples benchmarks

@@ -94,7 +94,9 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     parameters = sum(parameter.numel() for parameter in networks["unet"].parameters())
     peak = int(status["VmHWM"].split()[0]) / 2**20
-    told = {"first": spans[0], "step": statistics.median(spans[1:]), "peak": peak, "parameters": parameters}
+    device_peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    told = {"device_peak": device_peak}
+    told |= {"first": spans[0], "step": statistics.median(spans[1:]), "peak": peak, "parameters": parameters}
     print("RESULT " + json.dumps(told | clock.facts[-1]), flush=True)
 
 
