@@ -33,7 +33,7 @@ class Look(L.Callback):
 
     def __init__(self, unet: nn.Module):
         self.blocks, self.dtypes, self.last, self.operators = Counter(), set(), set(), set()
-        self.unet, self.gradients = unet, {}
+        self.unet, self.gradients, self.pictures_last = unet, {}, set()
         for name, module in unet.named_modules():
             if module in unet.repeated_blocks():
                 module.register_forward_pre_hook(lambda _, given, name=name: self.blocks.update([name]))
@@ -42,9 +42,9 @@ class Look(L.Callback):
 
     def see(self, layer, given, output):
         self.dtypes.add(output.dtype)
-        if min(output.shape[1:]) > 1:  # else both orders are the same
-            self.last.add(output.is_contiguous(memory_format=torch.channels_last))
+        if min(output.shape[1:]) > 1:  # else both orders are the same; in float32 a CPU's pictures are always so
             self.last.add(layer.weight.is_contiguous(memory_format=torch.channels_last))
+            self.pictures_last.add(output.is_contiguous(memory_format=torch.channels_last))
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.profile = torch.autograd.profiler.profile(use_cpu=True)
@@ -87,6 +87,7 @@ def test_it_is_on_and_gradients_agree(world, plain, name):
     look = looked_into(world, *changes)
     recomputed = name == "activation checkpointing"
     assert set(look.blocks.values()) == {2 if recomputed else 1}
+    assert look.pictures_last == {name not in ("bfloat16", "weights in bfloat16")}
     assert (FUSED in look.operators) == (name != "without fused attention")
     assert look.last == ({True} if name == "channels last" else {False})
     half = "bfloat16" in name
