@@ -121,8 +121,7 @@ def from_patches(rows: Tensor, input: Tensor, weight: Tensor) -> Tensor:
     return F.fold(columns, (height, width), 3, padding=1)
 
 
-# One row of G for each of a tile's four transformed values (Lavin & Gray 2016, section 4.1: F(2x2, 3x3)); here every
-# row of their B^T but the last has its sign changed, and so has G's second row with it, which saves negations.
+# G of Lavin & Gray 2016, section 4.1, F(2x2, 3x3): a kernel's three values along one dimension as a tile's four.
 ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
 TILE = torch.kron(ROWS, ROWS)  # (16, 9): a 3x3 kernel, transformed
 TURNED = torch.kron(ROWS.flip(1), ROWS.flip(1))  # the same kernel turned by 180 degrees
@@ -217,11 +216,7 @@ def gather(tiles: Tensor, out: Tensor) -> None:
     _, _, batch, rows, columns, channels = tiles.shape
     half = tiles.new_empty(2, 4, batch, rows, columns, channels)
     two_of_four(tiles, half[0], half[1])
-    pairs = (
-        out.view(batch, rows, 2, columns, 2, channels)
-        if out.is_contiguous()
-        else (out.unflatten(1, (rows, 2)).unflatten(3, (columns, 2)))
-    )
+    pairs = out.unflatten(1, (rows, 2)).unflatten(3, (columns, 2))
     both = pairs.permute(4, 2, 0, 1, 3, 5)  # (column, row, batch, rows, columns, channels)
     two_of_four(half.transpose(0, 1), both[0], both[1])
 
