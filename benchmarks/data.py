@@ -3,7 +3,7 @@
     python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open]
 
 cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache by `read_batch`, and
-by the loader of training, which reads samples one by one, with and without the noise it draws, (b) webdataset over tars
+by the loader of training, with and without the noise it draws, (b) webdataset over tars
 of pickles as NeMo precaches them, (c) torch's loader over two .npy files a sample; and the machine's own reading of the
 same bytes. decode: real JPEGs (scikit-image's and scikit-learn's) to 512 x 512, resized and cropped, by our transforms
 and by webdataset + Pillow + the steps of NeMo's augmentations. open: a set of 100 million samples, made of

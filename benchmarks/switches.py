@@ -47,7 +47,7 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     from latentsmith.training.draws import DiffusionDraws
     from latentsmith.training.fit import Data, fit
     from latentsmith.training.module import StepCallback
-    from latentsmith.training.samples import RunSamples
+    from latentsmith.training.samples import RunSamples, one_by_one
     from latentsmith.training.saving import Checkpointing
 
     config = load_config("sd1", [*BASE, *changes, f"model.micro_batch_size={batch}"])
@@ -81,7 +81,7 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fit(
             module,
-            Data(RunSamples(read, DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
+            Data(RunSamples(one_by_one(read), DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
             steps,
             Path(folder),
             Checkpointing(Path(folder), 0, 1, enabled=False),

@@ -112,26 +112,25 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
     rows: list[tuple[float, float]] = []
     held: dict[int, tuple] = {}
 
-    def given(position: int) -> tuple:
-        step, place = divmod(position, batch)
+    def given(positions: list[int]) -> tuple:
+        step = positions[0] // batch
         if step not in held:
             held.clear()
             source = batches(batch)
             held[step] = next(row for number, row in enumerate(source) if number == step)
-        return held[step], place
+        return held[step]
 
-    def read(index: int, position: int) -> dict:
-        (latents, _, _, context, _), place = given(position)
-        moments = torch.cat([latents[place], torch.full_like(latents[place], -30.0)])
-        return {"keys": str(position), "moments": moments, "context": context[place]}
+    def read(indices: list[int], positions: list[int]) -> dict:
+        latents, _, _, context, _ = given(positions)
+        moments = torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
+        return {"keys": list(map(str, positions)), "moments": moments, "context": context}
 
-    def draw(position: int, latent_shape=None) -> dict:
-        (latents, noise, timesteps, _, schedule), place = given(position)
+    def draw(positions: list[int], latent_shape=None) -> dict:
+        latents, noise, timesteps, _, schedule = given(positions)
         signal, level = schedule.signal_and_noise(timesteps)
-        no = torch.tensor(False)
-        return {"timesteps": timesteps[place], "signal": signal[place], "noise_level": level[place],
-                "noise": noise[place], "posterior_noise": torch.zeros_like(latents[place]),
-                "empty_caption": no, "zero_embedding": no}  # fmt: skip
+        no = torch.zeros(batch, dtype=torch.bool)
+        return {"timesteps": timesteps, "signal": signal, "noise_level": level, "noise": noise,
+                "posterior_noise": torch.zeros_like(latents), "empty_caption": no, "zero_embedding": no}  # fmt: skip
 
     class Clock(StepCallback):
         def on_train_start(self, trainer, module):

@@ -167,6 +167,11 @@ def test_variants_are_crops_and_their_mirror_images(tmp_path, source):
             wanted = encode_images((picture[:, :, ::-1] if variant % 2 else picture)[None])[0].astype(np.float16)
             held = cache.encodings(shard, shard[number], variant)
             assert (held["image_encoded"] == wanted).all()
+    rows = cache.stacked([cache.shards.place(index) for index in (7, 0, 7)], ["image_encoded"], [5, 0, 2])
+    assert rows.keys() == {"image_encoded"}
+    for row, index, variant in zip(rows["image_encoded"], (7, 0, 7), (5, 0, 2), strict=True):
+        shard, inside = cache.shards.place(index)
+        assert (row == cache.encodings(shard, shard[inside], variant)["image_encoded"]).all()
     cache.check({"transforms": crops.describe()})
 
 

@@ -8,14 +8,13 @@ import torch
 
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.training.diffusion_module import Objective, in_bands
-from latentsmith.training.samples import collate
 
 POSITIONS = range(6)
 
 
 def batch_of(toy_run):
     samples = toy_run.samples()
-    return collate([samples[position] for position in POSITIONS])
+    return samples[POSITIONS]
 
 
 def as64(tensor) -> np.ndarray:
@@ -161,9 +160,11 @@ def test_loss_in_quarters_of_the_timesteps():
 def test_offset_noise_and_input_perturbation(toy):
     """The target is the noise with its offset; the perturbation is in the input alone; all else is drawn as without."""
     plain = toy()
-    draws = [replace(plain.draws, **options)(7) for options in ({}, {"offset_noise": 0.5}, {"input_perturbation": 0.1})]
+    draws = [
+        replace(plain.draws, **options)([7]) for options in ({}, {"offset_noise": 0.5}, {"input_perturbation": 0.1})
+    ]
     shift = draws[1]["noise"] - draws[0]["noise"]
-    assert (shift.amax((1, 2)) - shift.amin((1, 2))).max() < 1e-6 and shift.std() > 0.05
+    assert (shift.amax((2, 3)) - shift.amin((2, 3))).max() < 1e-6 and shift.std() > 0.05
     assert torch.equal(draws[2]["noise"], draws[0]["noise"]) and "input_noise" not in draws[1]
     assert 0.05 < (draws[2]["input_noise"] - draws[2]["noise"]).std() < 0.2
     for name in ("timesteps", "posterior_noise", "empty_caption"):

@@ -5,12 +5,19 @@ import itertools
 import pytest
 import torch
 
-from latentsmith.data.order import index_at
+from latentsmith.data.order import index_at, sample_seed
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.draws import DiffusionDraws, PosteriorDraws
+from latentsmith.training.draws import DiffusionDraws, PosteriorDraws, ValidationDraws
 from latentsmith.training.samples import RunPositions, collate, run_loader
 
-DRAWS = DiffusionDraws(5, (4, 6, 8), NoiseSchedule.from_config(), 0.3, 0.0)
+SCHEDULE = NoiseSchedule.from_config()
+DRAWS = DiffusionDraws(5, (4, 6, 8), SCHEDULE, 0.3, 0.0)
+EVERY = (
+    DRAWS,
+    DiffusionDraws(5, (4, 6, 8), SCHEDULE, 0.3, 0.0, offset_noise=0.2, input_perturbation=0.1),
+    PosteriorDraws(5, (4, 6, 8)),
+    ValidationDraws((4, 6, 8), SCHEDULE, 40),
+)
 
 
 def same(first: dict, second: dict) -> bool:
@@ -18,46 +25,63 @@ def same(first: dict, second: dict) -> bool:
 
 
 def test_draws_depend_on_seed_and_position_alone():
-    before = DRAWS(11)
+    before = DRAWS([11])
     torch.manual_seed(1)
     torch.rand(7)
-    DRAWS(12)
-    assert same(before, DRAWS(11))
-    other_position = DRAWS(12)
-    other_seed = DiffusionDraws(6, (4, 6, 8), NoiseSchedule.from_config(), 0.3, 0.0)(11)
+    DRAWS([12])
+    assert same(before, DRAWS([11]))
+    other_position = DRAWS([12])
+    other_seed = DiffusionDraws(6, (4, 6, 8), NoiseSchedule.from_config(), 0.3, 0.0)([11])
     for other in (other_position, other_seed):
         assert not torch.equal(before["noise"], other["noise"])
-    assert torch.equal(
-        PosteriorDraws(5, (4, 2, 2))(3)["posterior_noise"], PosteriorDraws(5, (4, 2, 2))(3)["posterior_noise"]
-    )
+
+
+@pytest.mark.parametrize("draws", EVERY, ids=["diffusion", "with all options", "posterior", "validation"])
+def test_a_batch_is_its_samples(draws):
+    """Bit for bit, whatever else is in the batch and of whatever size the latents are."""
+    for shape in (None, (4, 2, 2)):
+        whole = draws([11, 3, 29], shape)
+        alone = [draws([position], shape) for position in (11, 3, 29)]
+        assert same(whole, {name: torch.cat([one[name] for one in alone]) for name in whole})
+
+
+def test_draws_are_those_of_a_generator_of_their_own():
+    """Written out with PyTorch's functions: uniform chances, timestep, noise, posterior noise, in this order."""
+    drawn = DRAWS([8, 2])
+    for row, position in enumerate((8, 2)):
+        generator = torch.Generator().manual_seed(sample_seed(5, position, 1))
+        chances = torch.rand(2, generator=generator)
+        assert drawn["empty_caption"][row] == (chances[0] < 0.3)
+        assert drawn["timesteps"][row] == torch.randint(1000, (), generator=generator)
+        assert torch.equal(drawn["noise"][row], torch.randn(4, 6, 8, generator=generator))
+        assert torch.equal(drawn["posterior_noise"][row], torch.randn(4, 6, 8, generator=generator))
 
 
 def test_draws_leave_the_global_generator_alone():
     before = torch.random.get_rng_state()
-    DRAWS(3)
+    DRAWS([3])
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_draws_are_distributed_as_the_loss_assumes():
-    draws = [DRAWS(position) for position in range(2000)]
-    timesteps = torch.stack([draw["timesteps"] for draw in draws])
+    drawn = DRAWS(range(2000))
+    timesteps = drawn["timesteps"]
     assert timesteps.min() < 10 and timesteps.max() > 989
     assert abs(timesteps.double().mean() - 499.5) < 4 * 288.7 / 2000**0.5
-    noise = torch.stack([draw["noise"] for draw in draws]).double()
+    noise = drawn["noise"].double()
     assert abs(noise.mean()) < 4 / noise.numel() ** 0.5 and abs(noise.var() - 1) < 4 * (2 / noise.numel()) ** 0.5
-    together = (noise * torch.stack([draw["posterior_noise"] for draw in draws])).mean()
+    together = (noise * drawn["posterior_noise"]).mean()
     assert abs(together) < 4 / noise.numel() ** 0.5  # the two noises are independent
-    dropped = torch.stack([draw["empty_caption"] for draw in draws]).double().mean()
-    assert abs(dropped - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
-    assert not any(draw["zero_embedding"] for draw in draws)
+    assert abs(drawn["empty_caption"].double().mean() - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
+    assert not drawn["zero_embedding"].any()
 
 
 def test_coefficients_are_those_of_the_timestep():
-    for position in range(20):
-        draw = DRAWS(position)
-        kept = DRAWS.schedule.alphas_cumprod[int(draw["timesteps"])]
-        assert draw["signal"].dtype == torch.float32
-        assert draw["signal"] == kept.sqrt().float() and draw["noise_level"] == (1 - kept).sqrt().float()
+    drawn = DRAWS(range(20))
+    kept = DRAWS.schedule.alphas_cumprod[drawn["timesteps"]]
+    assert drawn["signal"].dtype == torch.float32
+    assert torch.equal(drawn["signal"], kept.sqrt().float())
+    assert torch.equal(drawn["noise_level"], (1 - kept).sqrt().float())
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])
@@ -78,10 +102,10 @@ def test_every_layout_covers_the_same_positions_in_every_global_batch(processes,
 def test_samples_follow_the_order_and_carry_their_draws(toy):
     samples = toy().samples()
     for position in (0, 9, 10, 37):
-        sample = samples[position]
-        assert sample["keys"] == str(index_at(3, position, 10))
-        assert torch.equal(sample["noise"], toy().draws(position)["noise"])
-    assert samples[4]["dropout_seed"] == samples[4]["dropout_seed"] != samples[5]["dropout_seed"]
+        batch = samples[[position]]
+        assert batch["keys"] == [str(index_at(3, position, 10))]
+        assert torch.equal(batch["noise"], toy().draws([position])["noise"])
+    assert samples[[4]]["dropout_seed"] == samples[[4]]["dropout_seed"] != samples[[5]]["dropout_seed"]
 
 
 def test_workers_change_nothing(toy):

@@ -23,11 +23,12 @@ class Poisoned:
     def __call__(self):
         samples = type(self.toy).samples(self.toy)
 
-        def read(index, position):
-            record = samples.read(index, position)
-            if record["keys"] in self.keys:
-                record["moments"][0, 0, 0] = float("nan")
-            return record
+        def read(indices, positions):
+            batch = samples.read(indices, positions)
+            for key, moments in zip(batch["keys"], batch["moments"], strict=True):
+                if key in self.keys:
+                    moments[0, 0, 0] = float("nan")
+            return batch
 
         return RunSamples(read, samples.draw, samples.length, samples.seed)
 

@@ -6,6 +6,7 @@ import torch
 from latentsmith.training.diffusion_module import Objective
 from latentsmith.training.draws import ValidationDraws
 from latentsmith.training.log import read_rows
+from latentsmith.training.samples import one_by_one
 from latentsmith.training.validation import HeldOut, Validation
 
 from .conftest import SAMPLES, SIZE, record
@@ -15,7 +16,7 @@ def held_out(run, count=SAMPLES, batch_size=4):
     def read(index, position):
         return {name: value for name, value in record(index, position).items() if name not in ("images", "token_ids")}
 
-    return HeldOut(read, ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
+    return HeldOut(one_by_one(read), ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
 
 
 def trained(run, steps=4, every=2, module=None, **options):
@@ -26,15 +27,14 @@ def trained(run, steps=4, every=2, module=None, **options):
 
 def test_timesteps_are_stratified_and_nothing_is_dropped(toy):
     draw = ValidationDraws(SIZE, toy().schedule, 40)
-    drawn = [draw(number) for number in range(40)]
-    timesteps = [int(one["timesteps"]) for one in drawn]
+    drawn = draw(range(40))
+    timesteps = drawn["timesteps"].tolist()
     assert sorted(timesteps) == [12 + 25 * stratum for stratum in range(40)] and timesteps != sorted(timesteps)
-    assert not any(one["empty_caption"] or one["zero_embedding"] for one in drawn)
+    assert not drawn["empty_caption"].any() and not drawn["zero_embedding"].any()
     signal, level = draw.schedule.signal_and_noise(torch.tensor(timesteps))
-    assert torch.equal(torch.stack([one["signal"] for one in drawn]), signal)
-    assert torch.equal(torch.stack([one["noise_level"] for one in drawn]), level)
+    assert torch.equal(drawn["signal"], signal) and torch.equal(drawn["noise_level"], level)
     many = ValidationDraws(SIZE, draw.schedule, 3000)
-    assert {int(many(number)["timesteps"]) for number in range(3000)} == set(range(1000))
+    assert set(many(range(3000))["timesteps"].tolist()) == set(range(1000))
 
 
 def test_it_is_the_mean_error_of_the_prediction(toy):
@@ -45,8 +45,7 @@ def test_it_is_the_mean_error_of_the_prediction(toy):
     held, errors = held_out(run), []
     module.parts.eval()
     for number in range(SAMPLES):
-        sample = held[number]
-        batch = {name: value[None] if isinstance(value, torch.Tensor) else [value] for name, value in sample.items()}
+        batch = held[[number]]
         with torch.no_grad():
             latents, context = module.latents(batch), module.context(batch)
             noisy = batch["signal"] * latents + batch["noise_level"] * batch["noise"]

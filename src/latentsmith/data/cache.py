@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.data.members import array_of, caption_of, read_array
-from latentsmith.data.shards import Sample, Shard, ShardSet
+from latentsmith.data.members import array_of, caption_of, read_arrays
+from latentsmith.data.shards import Place, Sample, Shard, ShardSet
 from latentsmith.data.work_folder import first_difference
 from latentsmith.files.errors import BadInput
 
@@ -47,14 +47,12 @@ class LatentCache:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """The encoded members of one sample by name, float16 views of the mapped file, read-only."""
-        number, inside = self.shards.locate(index)
-        shard = self.shards.shard(number)
+        shard, inside = self.shards.place(index)
         return self.encodings(shard, shard[inside])
 
     def encodings(self, shard: Shard, sample: Sample, variant: int = 0) -> dict[str, np.ndarray]:
         """The same of a sample at hand; variant: which of the encodings of its picture."""
-        names = {name: variant_name(variant) if name == IMAGE_KEY else name for name in self.encoded}
-        return {name: array_of(shard, sample, member) for name, member in names.items()}
+        return {name: array_of(shard, sample, _member(name, variant)) for name in self.encoded}
 
     @property
     def variants(self) -> int:
@@ -83,19 +81,25 @@ class LatentCache:
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The encoded members of several samples, stacked: `(batch, ...)` float16 for each name. ValueError if the
         samples' shapes differ."""
-        places = [self.shards.locate(index) for index in np.asarray(indices).tolist()]
-        first = self[int(np.asarray(indices)[0])]
-        made = {name: np.empty((len(places), *array.shape), array.dtype) for name, array in first.items()}
-        for row, (number, inside) in enumerate(places):
-            shard = self.shards.shard(number)
-            for name, rows in made.items():
-                read_array(shard, inside, name, rows[row])
+        return self.stacked([self.shards.place(index) for index in np.asarray(indices).tolist()])
+
+    def stacked(
+        self, places: Sequence[Place], names: Sequence[str] = (), variants: Sequence[int] = ()
+    ) -> dict[str, np.ndarray]:
+        """The same of samples by their places in shards. names: the members wanted, all if none; variants: which of the
+        encodings of each picture."""
+        shard, inside = places[0]
+        first = self.encodings(shard, shard[inside])
+        made = {name: np.empty((len(places), *first[name].shape), first[name].dtype) for name in names or self.encoded}
+        for row, (shard, inside) in enumerate(places):
+            variant = variants[row] if variants else 0
+            read_arrays(shard, inside, {_member(name, variant): made[name][row] for name in made})
         return made
 
     def caption(self, index: int) -> str:
         """The caption's text."""
-        shard, number = self.shards.locate(index)
-        return caption_of(self.shards.shard(shard), self.shards.shard(shard)[number])
+        shard, inside = self.shards.place(index)
+        return caption_of(shard, shard[inside])
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Refuse the cache, with BadInput naming the difference, if something stated in `expected` did not make it.
@@ -126,6 +130,10 @@ class LatentCache:
 def variant_name(number: int) -> str:
     """The member of a sample that holds encoding `number` of its picture: image_encoded, image_encoded.v1, ..."""
     return f"{IMAGE_KEY}.v{number}" if number else IMAGE_KEY
+
+
+def _member(name: str, variant: int) -> str:
+    return variant_name(variant) if name == IMAGE_KEY else name
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

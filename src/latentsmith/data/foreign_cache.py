@@ -7,7 +7,7 @@ import numpy as np
 
 from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from latentsmith.data.members import parsed_header
-from latentsmith.data.shards import Sample, Shard, ShardSet
+from latentsmith.data.shards import Place, Sample, Shard, ShardSet
 from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
 
@@ -48,9 +48,11 @@ class ForeignCache(LatentCache):
                 raise BadInput(f"{what}: {name} is {now}, but {member['shape']} in the first sample of the set")
         return found
 
-    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        samples = [self[index] for index in np.asarray(indices).tolist()]
-        return {name: np.stack([sample[name] for sample in samples]) for name in self.encoded}
+    def stacked(
+        self, places: Sequence[Place], names: Sequence[str] = (), variants: Sequence[int] = ()
+    ) -> dict[str, np.ndarray]:
+        samples = [self.encodings(shard, shard[inside]) for shard, inside in places]
+        return {name: np.stack([sample[name] for sample in samples]) for name in names or self.encoded}
 
 
 def _encodings(sample: Sample, what: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The members of a sample: its picture, its caption, its arrays."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from math import prod
@@ -56,22 +56,30 @@ def array_of(shard: Shard, sample: Sample, name: str) -> np.ndarray:
         raise BadInput(f"{shard.path}: {sample.key}.{name}.npy is not a plain array ({error})") from None
 
 
-def read_array(shard: Shard, number: int, name: str, out: np.ndarray) -> None:
-    """Read the member `NAME.npy` of sample `number` into `out`, contiguous, in one call, faster than a copy from the
-    mapped file. ValueError if its shape or dtype are others; BadInput as `array_of`."""
+def read_arrays(shard: Shard, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Read the members `NAME.npy` of sample `number` into `arrays`, contiguous, faster than a copy from the mapped
+    file. ValueError if shape or dtype of one are others; BadInput as `array_of`."""
+    if missing := {name: out for name, out in arrays.items() if not _read_at_once(shard, number, name, out)}:
+        sample = shard[number]
+        for name, out in missing.items():
+            held = array_of(shard, sample, name)
+            if held.shape != out.shape:
+                raise ValueError(
+                    f"{name} of sample {sample.key!r} has not the same shape: {held.shape}, not {out.shape}"
+                )
+            out[...] = held
+
+
+def _read_at_once(shard: Shard, number: int, name: str, out: np.ndarray) -> bool:
+    """Whether one call could read header and numbers where they belong: of a file here, in the form we write."""
     offset, size = shard.span(number, f"{name}.npy")
     head = bytearray(max(size - out.nbytes, 0))
-    if shard.file is not None and len(head) >= 10:
-        done = os.preadv(shard.file.fileno(), [head, out.view(np.uint8).data], offset)
-        with suppress(ValueError):
-            if done == size and parsed_header(bytes(head)) == (out.dtype, out.shape):
-                return
-    held = array_of(shard, shard[number], name)
-    if held.shape != out.shape:
-        raise ValueError(
-            f"{name} of sample {shard.key(number)!r} has not the same shape: {held.shape}, not {out.shape}"
-        )
-    out[...] = held
+    if shard.file is None or len(head) < 10:
+        return False
+    done = os.preadv(shard.file.fileno(), [head, out.view(np.uint8).data], offset)
+    with suppress(ValueError):
+        return done == size and parsed_header(bytes(head)) == (out.dtype, out.shape)
+    return False
 
 
 def parsed_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:

@@ -111,6 +111,9 @@ class Shard:
         return self.index["key"][number].decode("utf-8", "surrogateescape")
 
 
+Place = tuple[Shard, int]  # of one sample: its shard, and its number there
+
+
 class ShardSet(Sequence):
     """A random-access sequence of samples over tar shards.
 
@@ -141,8 +144,13 @@ class ShardSet(Sequence):
         return self._ends[-1]
 
     def __getitem__(self, index):
-        shard, number = self.locate(index)
-        return self.shard(shard)[number]
+        shard, inside = self.place(index)
+        return shard[inside]
+
+    def place(self, index: int) -> Place:
+        """The shard that holds sample `index`, mapped, and the sample's number within it."""
+        number, inside = self.locate(index)
+        return self.shard(number), inside
 
     def locate(self, index: int) -> tuple[int, int]:
         """The number of the shard that holds sample `index`, and the sample's number within it."""

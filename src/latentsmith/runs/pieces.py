@@ -4,7 +4,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
+from latentsmith.data.order import sample_seed
 from latentsmith.data.remote import LocalCopies, is_remote
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
+from latentsmith.training.draws import CROPS
 from latentsmith.training.module import Optimisation
 from latentsmith.training.optimizers import lr_schedule
+from latentsmith.training.samples import Reader, one_by_one
 from latentsmith.training.sharding import strategy
 
 
@@ -164,22 +168,18 @@ def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, i
     return config.model.first_stage_config.embed_dim, size[0] // by, size[1] // by
 
 
-def read_images(samples: ShardSet, made: Transforms, seed: int) -> Callable[[int, int], dict[str, Any]]:
-    """A reader of (index, position): `images` (3, height, width) in [-1, 1], `captions`, `keys`."""
-    from latentsmith.data.members import caption_of, image_member, named
-    from latentsmith.data.order import sample_seed
-    from latentsmith.training.draws import CROPS
+def read_images(samples: ShardSet, made: Transforms, seed: int) -> Reader:
+    """A reader of (indices, positions): `images` (batch, 3, height, width) in [-1, 1], `captions`, `keys`."""
 
     def read(index: int, position: int) -> dict[str, Any]:
-        number, inside = samples.locate(index)
-        shard = samples.shard(number)
+        shard, inside = samples.place(index)
         sample = shard[inside]
         with named(shard, sample):
             picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
         caption = caption_of(shard, sample)
         return {"images": torch.from_numpy(picture), "captions": caption, "keys": sample.key}
 
-    return read
+    return one_by_one(read)
 
 
 def check_device(config: DictConfig) -> None:

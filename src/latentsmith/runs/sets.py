@@ -1,7 +1,7 @@
 """What training reads: pictures or cached moments, captions or cached embeddings."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,12 @@ from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
 from latentsmith.data.order import integer_below, sample_seed
 from latentsmith.data.picture_sizes import picture_sizes
-from latentsmith.data.shards import ShardSet
+from latentsmith.data.shards import Place, ShardSet
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.training.draws import CROPS
+from latentsmith.training.samples import Reader, Record, one_by_one
 
 from . import pieces
 from .amounts import BYTES, scaled
@@ -30,7 +31,6 @@ from .progress import progress
 from .synthetic import Synthetic, synthetic_set
 
 LOOKED_AT = 1000  # captions whose lengths are counted before training
-Reader = Callable[[int, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -194,42 +194,44 @@ def stated_transforms(config: DictConfig, data: str) -> Any:
 
 
 def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
-    """The function (index, position) -> what training needs of that sample, without a batch axis.
+    """The function (indices, positions) -> what training needs of those samples, stacked.
 
-    `images` (3, height, width) in [-1, 1] or `moments`; `context` (length, context_dim) or `token_ids` (length,).
-    words: the tokenizer, None where the captions' embeddings are cached.
+    `images` (batch, 3, height, width) in [-1, 1] or `moments`; `context` (batch, length, context_dim) or `token_ids`
+    (batch, length); their `keys`. words: the tokenizer, None where the captions' embeddings are cached.
     """
-
-    shards, cache = samples.shards, samples.cache
+    shards, cache, transforms = samples.shards, samples.cache, samples.transforms
     if isinstance(shards, Synthetic):
-        return lambda index, position: shards.read(index, words)
-    latents = "vae_latents" if cache and cache.holds_means else "moments"
-    channels, height, _ = samples.latent_shape
-    factor = pieces.square_of(samples.sizes)[0] // height if samples.sizes else 1
+        return one_by_one(lambda index, position: shards.read(index, words))
+    encoded = {IMAGE_KEY: "vae_latents" if cache and cache.holds_means else "moments"} if transforms is None else {}
+    encoded |= {CAPTION_KEY: "context"} if words is None else {}
     several_kept = cache is not None and cache.variants > 1
 
-    def read(index: int, position: int) -> dict[str, Any]:
-        number, inside = shards.locate(index)
-        shard = shards.shard(number)
-        sample = shard[inside]
-        record: dict[str, Any] = {"keys": sample.key}
-        variant = integer_below(cache.variants, sample_seed(seed, position, CROPS)) if cache and several_kept else 0
-        encoded = cache.encodings(shard, sample, variant) if cache else {}
-        if samples.transforms is None:
-            record[latents] = torch.from_numpy(encoded[IMAGE_KEY].copy())
-        else:
-            with named(shard, sample):
-                picture = samples.transforms.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
-            record["images"] = torch.from_numpy(picture)
-        if words is None:
-            record["context"] = torch.from_numpy(encoded[CAPTION_KEY].copy())
-        else:
-            record["token_ids"] = words([caption_of(shard, sample)])[0]
+    def read(indices: Sequence[int], positions: Sequence[int]) -> Record:
+        places = [shards.place(index) for index in indices]
+        batch: Record = {"keys": [shard.key(inside) for shard, inside in places]}
+        if cache and encoded:
+            seeds = [sample_seed(seed, position, CROPS) for position in positions] if several_kept else []
+            arrays = cache.stacked(places, list(encoded), [integer_below(cache.variants, one) for one in seeds])
+            batch |= {encoded[name]: torch.from_numpy(array) for name, array in arrays.items()}
+        if transforms is not None:
+            batch["images"] = pictures(places, transforms, [sample_seed(seed, one, CROPS) for one in positions])
+        if words is not None:
+            batch["token_ids"] = words([caption_of(shard, shard[inside]) for shard, inside in places])
         if samples.sizes:
-            record["latent_shape"] = latent_shape_of(record, channels, factor)
-        return record
+            batch["latent_shape"] = latent_shape_of(batch, samples)
+        return batch
 
     return read
+
+
+def pictures(places: Sequence[Place], transforms: Transforms, seeds: Sequence[int]) -> torch.Tensor:
+    """(batch, 3, height, width): the pictures of samples that lie in shards, each cropped by its seed."""
+    made = []
+    for (shard, inside), seed in zip(places, seeds, strict=True):
+        sample = shard[inside]
+        with named(shard, sample):
+            made.append(torch.from_numpy(transforms.decode(image_member(sample)[1], seed)))
+    return torch.stack(made)
 
 
 def preflight(samples: TrainingSet, words: Tokenizer | None, steps: int, batch: int) -> list[str]:
@@ -247,16 +249,18 @@ def long_captions(shards: ShardSet, words: Tokenizer) -> list[str]:
     looked_at = min(LOOKED_AT, len(shards))
     long = 0
     for number in range(looked_at):
-        shard, inside = shards.locate(number * len(shards) // looked_at)
-        long += bool(words([caption_of(shards.shard(shard), shards.shard(shard)[inside])], return_cut=True)[1][0])
+        shard, inside = shards.place(number * len(shards) // looked_at)
+        long += bool(words([caption_of(shard, shard[inside])], return_cut=True)[1][0])
     share = f"{long:,} of {looked_at:,} captions" + (" looked at" if looked_at < len(shards) else "")
     return [f"{share} have more than {words.max_length} tokens: their ends are not seen"] if long else []
 
 
-def latent_shape_of(record: Mapping[str, Any], channels: int, factor: int) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of a sample."""
-    height, width = next(record[name] for name in ("moments", "vae_latents", "images") if name in record).shape[1:]
-    return (channels, height // factor, width // factor) if "images" in record else (channels, height, width)
+def latent_shape_of(batch: Mapping[str, Any], samples: TrainingSet) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of a batch of one size out of several."""
+    channels, side, _ = samples.latent_shape
+    factor = pieces.square_of(samples.sizes)[0] // side if "images" in batch else 1
+    height, width = next(batch[name] for name in ("moments", "vae_latents", "images") if name in batch).shape[2:]
+    return (channels, height // factor, width // factor)
 
 
 def summary(samples: TrainingSet) -> str:

@@ -18,9 +18,9 @@ from latentsmith.inference.options import SamplingOptions
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.models import AutoencoderKL
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-from latentsmith.training.draws import VALIDATION, DiffusionDraws, ValidationDraws, generator_at
+from latentsmith.training.draws import VALIDATION, DiffusionDraws, PosteriorDraws, ValidationDraws
 from latentsmith.training.sample_log import SampleLog
-from latentsmith.training.samples import RunSamples
+from latentsmith.training.samples import Reader, RunSamples
 from latentsmith.training.validation import HeldOut, Validation
 
 from . import pieces, sets
@@ -225,7 +225,7 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
 
 
 def measured_scale(
-    read: sets.Reader,
+    read: Reader,
     samples: sets.TrainingSet,
     networks: dict[str, nn.Module],
     seed: int,
@@ -243,13 +243,12 @@ def measured_scale(
             return begun
         drawn = []
         for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
-            record = read(index, index)
-            if "vae_latents" in record:
-                drawn.append(record["vae_latents"].float().flatten())
+            one = read([index], [index])
+            if "vae_latents" in one:
+                drawn.append(one["vae_latents"].float().flatten())
                 continue
-            moments = record["moments"].float()[None] if "moments" in record else vae.encode(record["images"][None])
-            shape = record.get("latent_shape", samples.latent_shape)
-            noise = torch.randn(1, *shape, generator=generator_at(seed, index))
+            moments = one["moments"].float() if "moments" in one else vae.encode(one["images"])
+            noise = PosteriorDraws(seed, one.get("latent_shape", samples.latent_shape))([index])["posterior_noise"]
             drawn.append(AutoencoderKL.sample(moments, noise).flatten())
         return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
 

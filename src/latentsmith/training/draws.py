@@ -1,7 +1,9 @@
 """Everything random in training, as pure functions of (seed, position of the sample in the run)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ VALIDATION = 20230501  # the seed of every validation loss, so that runs can be 
 
 @dataclass(frozen=True)
 class DiffusionDraws:
-    """What the diffusion loss draws for one sample.
+    """What the diffusion loss draws for the samples of a batch, each by its own position.
 
     latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
     caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
@@ -32,37 +34,44 @@ class DiffusionDraws:
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
 
-    def __call__(self, position: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        """Draws for the sample at `position`, without a batch axis: `noise` and `posterior_noise` of latent_shape (the
-        sample's own, where it has one), `timesteps` with its `signal` and `noise_level`, the flags `empty_caption` and
+    def __call__(self, positions: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        """Draws for the samples at `positions`, stacked: `noise` and `posterior_noise` of latent_shape (the samples'
+        own, where they have one), `timesteps` with their `signal` and `noise_level`, the flags `empty_caption` and
         `zero_embedding`, and, with input_perturbation, the `input_noise` that the U-Net sees in place of the noise it
         is to find."""
-        shape = latent_shape or self.latent_shape
-        generator = generator_at(self.seed, position)
-        chances = torch.rand(2, generator=generator)
-        timesteps = torch.randint(self.schedule.timesteps, (), generator=generator)
+        count, shape = len(positions), latent_shape or self.latent_shape
+        chances, timesteps = torch.empty(count, 2), torch.empty(count, dtype=torch.long)
+        noise, posterior_noise = torch.empty(count, *shape), torch.empty(count, *shape)
+        offset, perturbation = torch.empty(count, shape[0], 1, 1), torch.empty(count, *shape)
+        generator = torch.Generator("cpu")
+        for row, position in enumerate(positions):
+            seeded(generator, self.seed, position)
+            chances[row].uniform_(generator=generator)
+            timesteps[row].random_(self.schedule.timesteps, generator=generator)
+            noise[row].normal_(generator=generator)
+            posterior_noise[row].normal_(generator=generator)
+            if self.offset_noise or self.input_perturbation:  # last, so that an option changes only what it adds
+                offset[row].normal_(generator=generator)
+            if self.input_perturbation:
+                perturbation[row].normal_(generator=generator)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
         drawn = {
             "timesteps": timesteps,
             "signal": signal,
             "noise_level": noise_level,
-            "noise": torch.randn(shape, generator=generator),
-            "posterior_noise": torch.randn(shape, generator=generator),
-            "empty_caption": chances[0] < self.caption_dropout_rate,
-            "zero_embedding": chances[1] < self.text_embedding_dropout_rate,
+            "noise": noise + self.offset_noise * offset if self.offset_noise else noise,
+            "posterior_noise": posterior_noise,
+            "empty_caption": chances[:, 0] < self.caption_dropout_rate,
+            "zero_embedding": chances[:, 1] < self.text_embedding_dropout_rate,
         }
-        if self.offset_noise or self.input_perturbation:  # drawn last, so that an option changes only what it adds
-            offset = torch.randn(shape[0], 1, 1, generator=generator)
-            drawn["noise"] = drawn["noise"] + self.offset_noise * offset
         if self.input_perturbation:
-            perturbation = torch.randn(shape, generator=generator)
             drawn["input_noise"] = drawn["noise"] + self.input_perturbation * perturbation
         return drawn
 
 
 @dataclass(frozen=True)
 class ValidationDraws:
-    """What the validation loss takes for sample `number` of `count`: the same in every run, whatever its seed.
+    """What the validation loss takes for samples `numbers` of `count`: the same in every run, whatever its seed.
 
     The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
     dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
@@ -72,26 +81,28 @@ class ValidationDraws:
     schedule: NoiseSchedule
     count: int
 
-    def __call__(self, number: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        stratum = index_at(VALIDATION, number, self.count)
-        timesteps = torch.tensor((2 * stratum + 1) * self.schedule.timesteps // (2 * self.count))
-        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(number, latent_shape)
+    def __call__(self, numbers: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        strata = torch.from_numpy(index_at(VALIDATION, np.asarray(numbers), self.count))
+        timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
+        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(numbers, latent_shape)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
         return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
 
 
 @dataclass(frozen=True)
 class PosteriorDraws:
-    """What training an autoencoder draws for one sample: the noise that its latents are sampled with."""
+    """What training an autoencoder draws for each sample: the noise that its latents are sampled with."""
 
     seed: int
     latent_shape: tuple[int, int, int]
 
-    def __call__(self, position: int, latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        generator = generator_at(self.seed, position)
-        return {"posterior_noise": torch.randn(latent_shape or self.latent_shape, generator=generator)}
+    def __call__(self, positions: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        noise, generator = torch.empty(len(positions), *(latent_shape or self.latent_shape)), torch.Generator("cpu")
+        for row, position in enumerate(positions):
+            noise[row].normal_(generator=seeded(generator, self.seed, position))
+        return {"posterior_noise": noise}
 
 
-def generator_at(seed: int, position: int) -> torch.Generator:
-    """A CPU generator that depends on nothing but the seed and the position."""
-    return torch.Generator("cpu").manual_seed(sample_seed(seed, position, DRAWS))
+def seeded(generator: torch.Generator, seed: int, position: int) -> torch.Generator:
+    """The same generator, put into a state that depends on nothing but the seed and the position."""
+    return generator.manual_seed(sample_seed(seed, position, DRAWS))

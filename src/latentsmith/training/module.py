@@ -98,7 +98,7 @@ class TrainingModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and the position, not of what ran before."""
-        torch.manual_seed(batch["dropout_seed"][0])
+        torch.manual_seed(batch["dropout_seed"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Called when the weights are on their device and split as they will be, so the averages go there too."""

@@ -15,7 +15,7 @@ from latentsmith.files.atomic import write_text
 from latentsmith.files.tensors import save_safetensors
 
 from .module import StepCallback, TrainingModule
-from .samples import RunSamples, collate
+from .samples import RunSamples
 
 FOLDER = "nonfinite"
 
@@ -130,7 +130,7 @@ def rank_of(module: TrainingModule) -> str:
 
 def batch_of(samples: RunSamples, positions: list[int], device: torch.device) -> dict[str, Any]:
     """The micro batch at these positions, as training sees it."""
-    batch = collate([samples[position] for position in positions])
+    batch = samples[positions]
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
@@ -142,7 +142,7 @@ def first_bad(module: TrainingModule, batch: Mapping[str, Any]) -> dict[str, Any
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     found = [f"input:{name}" for name, value in tensors.items() if not finite(value)]
-    torch.manual_seed(batch["dropout_seed"][0])
+    torch.manual_seed(batch["dropout_seed"])
     micro = {name: list(values) for name, values in module.metrics.micro.items()}
     eagerly = torch.compiler.set_stance("force_eager")
     with torch.enable_grad(), eagerly, watched(module.parts, found.append):

@@ -1,4 +1,4 @@
-"""Batches of a run: the sample at every position, with what training draws for it."""
+"""Batches of a run: the samples at its positions, with what training draws for them."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,35 +13,39 @@ from latentsmith.data.order import index_at, sample_seed
 from .draws import DROPOUT, Shape
 
 Record = dict[str, Any]
+Positions = Sequence[int]
+Reader = Callable[[Sequence[int], Positions], Record]
 
 
 @dataclass(frozen=True)
 class RunSamples(Dataset):
-    """The run as a sequence: position -> what `read` makes of the sample there, what `draw` adds, `dropout_seed` and
-    `positions`, the position itself.
+    """The run as a sequence: positions -> what `read` makes of the samples there and what `draw` adds, stacked, with
+    `positions` themselves and `dropout_seed`, one for all of them.
 
-    read(index, position): tensors and text of one sample of the set, whose crops may depend on the position; its
-    `latent_shape`, where samples have several, goes to `draw(position, latent_shape)`.
+    read(indices, positions): tensors and lists of these samples of the set, whose crops may depend on the positions;
+    their common `latent_shape`, where a set has several, goes to `draw(positions, latent_shape)`.
     length: samples in the set; each is seen once in `length` positions, in an order that changes every epoch. order:
     another rule, position -> index.
     """
 
-    read: Callable[[int, int], Record]
-    draw: Callable[[int, Shape | None], Mapping[str, torch.Tensor]]
+    read: Reader
+    draw: Callable[[Positions, Shape | None], Mapping[str, torch.Tensor]]
     length: int
     seed: int
     order: Callable[[int], int] | None = None
 
-    def __getitem__(self, position: int) -> Record:
-        index = self.order(position) if self.order else index_at(self.seed, position, self.length)
-        dropout_seed = sample_seed(self.seed, position, DROPOUT)
-        record = self.read(index, position)
+    def __getitem__(self, positions: Positions) -> Record:
+        batch = self.read([self.index(position) for position in positions], positions)
         return {
-            **record,
-            **self.draw(position, record.pop("latent_shape", None)),
-            "dropout_seed": dropout_seed,
-            "positions": position,
+            **batch,
+            **self.draw(positions, batch.pop("latent_shape", None)),
+            "dropout_seed": sample_seed(self.seed, positions[0], DROPOUT),
+            "positions": positions,
         }
+
+    def index(self, position: int) -> int:
+        """Which sample of the set comes at a position."""
+        return self.order(position) if self.order else index_at(self.seed, position, self.length)
 
 
 @dataclass(frozen=True)
@@ -68,11 +72,11 @@ class RunPositions(Sampler):
 
 
 def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> DataLoader:
-    """Collated batches of a run; the number of workers changes nothing but speed."""
+    """Batches of a run; the number of workers changes nothing but speed."""
     return DataLoader(
         samples,
-        batch_sampler=positions,
-        collate_fn=collate,
+        batch_size=None,  # a sample of this loader is a batch: it is read and drawn as one
+        sampler=positions,
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_training,
         persistent_workers=False,
@@ -85,6 +89,11 @@ def leave_signals_to_training(worker: int) -> None:
     """A scheduler signals the whole group; the process that trains ends its workers itself, after its checkpoint."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def one_by_one(read: Callable[[int, int], Record]) -> Reader:
+    """The reader of batches that collates what `read(index, position)` makes of single samples."""
+    return lambda indices, positions: collate([read(*one) for one in zip(indices, positions, strict=True)])
 
 
 def collate(records: Sequence[Record]) -> Record:

@@ -1,6 +1,6 @@
 """A validation loss that can be compared between runs and between their steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,24 @@ from .diffusion_module import DiffusionTraining
 from .draws import ValidationDraws
 from .log import append_row, drop_rows_after
 from .module import StepCallback, frozen, tolerated
-from .samples import Record, collate
+from .samples import Reader, Record
 
 VALIDATION_FILE = "validation.csv"
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The samples of a validation: `read(index, position)` of a set of `length`, of which `draw.count` are taken,
+    """The samples of a validation: `read(indices, positions)` of a set of `length`, of which `draw.count` are taken,
     evenly spaced, `batch_size` at a time."""
 
-    read: Callable[[int, int], Record]
+    read: Reader
     draw: ValidationDraws
     length: int
     batch_size: int
 
-    def __getitem__(self, number: int) -> Record:
-        index = number * self.length // self.draw.count
-        record = self.read(index, number)
-        return {**record, **self.draw(number, record.pop("latent_shape", None))}
+    def __getitem__(self, numbers: Sequence[int]) -> Record:
+        batch = self.read([number * self.length // self.draw.count for number in numbers], numbers)
+        return {**batch, **self.draw(numbers, batch.pop("latent_shape", None))}
 
 
 class Validation(StepCallback):
@@ -90,4 +89,4 @@ class Validation(StepCallback):
         for at in range(0, share, held.batch_size):
             taken = numbers[at : at + held.batch_size]
             weight = torch.tensor([float(number < count) for number in taken])
-            yield {**collate([held[min(number, count - 1)] for number in taken]), "weight": weight}
+            yield {**held[[min(number, count - 1) for number in taken]], "weight": weight}
