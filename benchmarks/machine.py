@@ -3,7 +3,7 @@
     python benchmarks/machine.py WORK_FOLDER [--rows ceiling,vae,...] [--json FILE]
 
 ceiling        float32 matrix products and 3x3 convolutions (GFLOP/s) and copying (GB/s), as PyTorch makes them here
-vae            Stable Diffusion's VAE at 256 px and diffusers', in turns, same weights; memory of one picture of 1024 px
+vae            Stable Diffusion's VAE at 256 px and diffusers', in turns, same weights; 1024 px whole and in tiles
 checkpointing  forward and backward of the full U-Net at 512 px, activations recomputed, a process each
 startup        `--help`, the import, loading and drawing with a small pipeline, a first step beside a bare Lightning fit
 compile        first step of a small U-Net: its blocks, the same from the cache, diffusers' whole one (10 minutes)
@@ -81,6 +81,7 @@ def ceiling(work: Path) -> dict:
 
 VAE = """
 import torch
+from functools import partial
 kind, folder, pixels, tiling = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_grad_enabled(False)
 if kind == "latentsmith":
@@ -88,8 +89,8 @@ if kind == "latentsmith":
     ask_for_huge_pages()
     from latentsmith import Pipeline
     pipeline = Pipeline.from_pretrained(folder)
-    vae = pipeline.vae
-    encode, decode = vae.encode, vae.decode
+    encode, decode = pipeline.vae.encode, pipeline.vae.decode
+    if tiling: encode, decode = (partial(run, tiling=True) for run in (pipeline.encode, pipeline.decode))
 else:
     import diffusers
     vae = diffusers.AutoencoderKL.from_pretrained(folder + "/vae")
@@ -126,8 +127,9 @@ def vae(work: Path) -> dict:
     for name in ("encode", "decode"):
         told[f"{name}, ratio"] = median(b[name] / a[name] for a, b in zip(ours, theirs, strict=True))
     for kind in runs:
-        large = child(VAE, kind, str(work / "full"), "1024", "False", "1")
-        told[f"1024 px, {kind}"] = {name: large[name] for name in ("encode", "decode", "peak")}
+        for tiling in ("False", "True"):
+            large = child(VAE, kind, str(work / "full"), "1024", tiling, "1")
+            told[f"1024 px, {kind}, tiled {tiling}"] = {name: large[name] for name in ("encode", "decode", "peak")}
     return told
 
 

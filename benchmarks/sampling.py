@@ -1,6 +1,6 @@
 """Seconds a picture and peak memory against diffusers' StableDiffusionPipeline: same weights, noise, sampler and steps.
 
-    python benchmarks/sampling.py WORK_FOLDER [--size full|small] [--rounds 3]
+    python benchmarks/sampling.py WORK_FOLDER [--size full|small] [--steps N] [--rounds 3]
 
 full: Stable Diffusion v1 at 256 px, 4 steps. small: a 37M-parameter cut at 256 px, 10 steps, 4 pictures. Random
 weights, saved by diffusers. The peers alternate as processes of their own, in both orders; each loads, draws once
@@ -85,9 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    size, folder = SIZES[given.size], given.work / given.size
+    size, folder = dict(SIZES[given.size]), given.work / given.size
+    size["steps"] = given.steps or size["steps"]
     if not folder.exists():
         subprocess.run([sys.executable, "-c", MAKE, json.dumps(size), str(folder)], check=True)
     rows: dict[str, list[dict]] = {kind: [] for kind in PEERS}

@@ -26,6 +26,7 @@ from latentsmith.diffusion import (
 )
 from latentsmith.files.errors import BadInput
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.models.loading import without_weights
 
 from .noise import mixed_noise, noise_of
 from .options import SamplingOptions, one_each
@@ -412,7 +413,7 @@ def scale_of(scales: Sequence[float]) -> Tensor | float:
 
 def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
     """A network of `config` filled, strictly, from a part of the checkpoint, without initialising it first."""
-    with torch.device("meta"):
+    with without_weights():
         module = kind(**config)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     tensors = {name: tensor.read() for name, tensor in match(checkpoint, part, shapes).items()}

@@ -1,6 +1,11 @@
-"""Filling a module from a checkpoint, strictly."""
+"""Filling a module from a checkpoint, strictly, or leaving it without numbers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def load_pretrained(
@@ -21,3 +26,20 @@ def load_pretrained(
         checkpoints.check_component(path, part, shapes, from_nemo=from_nemo, weights=weights)
         return
     module.load_state_dict(checkpoints.load_component(path, part, shapes, from_nemo=from_nemo, weights=weights))
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Networks made meanwhile have shapes and no numbers: they are on the meta device."""
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    """Passes over `normal_`, which has nothing to fill on the meta device, and would import PyTorch's compiler there:
+    a second of every start."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))

@@ -24,6 +24,7 @@ from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import Tokenizer
 from latentsmith.inference.vocabulary import find_vocabulary, read_vocabulary
+from latentsmith.models.loading import without_weights
 
 from .progress import progress
 from .verification import NETWORKS, Parts, Shapes, verify_conversion
@@ -119,7 +120,7 @@ def shapes_of(spec: ModelSpec) -> Shapes:
 
 
 def network_shapes(part: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
+    with without_weights():
         network = NETWORKS[part](**config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 

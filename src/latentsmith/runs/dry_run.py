@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions
 from latentsmith.models import UNetModel
+from latentsmith.models.loading import without_weights
 from latentsmith.training.checkpoint import MOMENTS, read_state
 
 from . import pieces, sets
@@ -42,7 +43,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     settle_padding(config)
     model, processes = config.model, pieces.process_count(config)
     batch = pieces.global_batch(config, processes)
-    with torch.device("meta"):
+    with without_weights():
         networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from latentsmith.config.build import build
 from latentsmith.files.errors import BadInput
+from latentsmith.models.loading import without_weights
 from latentsmith.training.draws import PosteriorDraws
 from latentsmith.training.samples import RunSamples
 from latentsmith.training.vae_module import VaeTraining
@@ -41,7 +42,7 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
     batch, seed = pieces.global_batch(config, pieces.process_count(config)), config.model.seed
     max_steps = pieces.step_limit(config, len(samples), batch)
-    with torch.device("meta") if dry_run else nullcontext():
+    with without_weights() if dry_run else nullcontext():
         vae: Any = build_network(config, "vae")
     shape = pieces.latent_shape(config, transforms.size)
     optimisation = pieces.optimisation(config, batch, max_steps)

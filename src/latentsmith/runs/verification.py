@@ -12,6 +12,7 @@ from latentsmith.checkpoints.packing import lazy
 from latentsmith.files.pickles import LazyTensor
 from latentsmith.files.tensors import tensor_bytes
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.models.loading import without_weights
 
 Parts = Mapping[str, Mapping[str, LazyTensor]]
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -56,7 +57,7 @@ def difference(before: LazyTensor, after: LazyTensor) -> float:
 @torch.no_grad()
 def probe(part: str, config: Mapping[str, Any], weights: Mapping[str, LazyTensor]) -> Tensor:
     """What the network makes, in float32, of a small input that is always the same."""
-    with torch.device("meta"):
+    with without_weights():
         network = NETWORKS[part](**config)
     # Copies, since kernels round by where a tensor lies in memory, and mapped files lie anywhere.
     aligned = {name: tensor.read().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}

@@ -43,17 +43,15 @@ class DiffusionDraws:
         chances, timesteps = torch.empty(count, 2), torch.empty(count, dtype=torch.long)
         noise, posterior_noise = torch.empty(count, *shape), torch.empty(count, *shape)
         offset, perturbation = torch.empty(count, shape[0], 1, 1), torch.empty(count, *shape)
+        wanted = 4 if self.input_perturbation else 3 if self.offset_noise else 2  # an option changes only what it adds
         generator = torch.Generator("cpu")
-        for row, position in enumerate(positions):
+        rows = [tensor.unbind() for tensor in (chances, timesteps, noise, posterior_noise, offset, perturbation)]
+        for position, chance, timestep, *normal in zip(positions, *rows, strict=True):
             seeded(generator, self.seed, position)
-            chances[row].uniform_(generator=generator)
-            timesteps[row].random_(self.schedule.timesteps, generator=generator)
-            noise[row].normal_(generator=generator)
-            posterior_noise[row].normal_(generator=generator)
-            if self.offset_noise or self.input_perturbation:  # last, so that an option changes only what it adds
-                offset[row].normal_(generator=generator)
-            if self.input_perturbation:
-                perturbation[row].normal_(generator=generator)
+            chance.uniform_(generator=generator)
+            timestep.random_(self.schedule.timesteps, generator=generator)
+            for one in normal[:wanted]:
+                one.normal_(generator=generator)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
         drawn = {
             "timesteps": timesteps,

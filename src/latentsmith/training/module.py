@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .clipping import excess, gradient_norm
 from .ema import Ema
 from .optimizers import Schedule, build_optimizer
+from .samples import on_device
 from .sharding import shard
 
 
@@ -95,6 +96,9 @@ class TrainingModule(L.LightningModule):
             for name, average in self.ema.items():
                 stack.enter_context(average.applied(self.parts[name]))
             yield
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return on_device(batch, device)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and the position, not of what ran before."""

@@ -15,7 +15,7 @@ from latentsmith.files.atomic import write_text
 from latentsmith.files.tensors import save_safetensors
 
 from .module import StepCallback, TrainingModule
-from .samples import RunSamples
+from .samples import RunSamples, on_device
 
 FOLDER = "nonfinite"
 
@@ -130,8 +130,7 @@ def rank_of(module: TrainingModule) -> str:
 
 def batch_of(samples: RunSamples, positions: list[int], device: torch.device) -> dict[str, Any]:
     """The micro batch at these positions, as training sees it."""
-    batch = samples[positions]
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return on_device(samples[positions], device)
 
 
 def first_bad(module: TrainingModule, batch: Mapping[str, Any]) -> dict[str, Any]:

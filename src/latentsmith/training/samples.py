@@ -77,12 +77,23 @@ def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int
         samples,
         batch_size=None,  # a sample of this loader is a batch: it is read and drawn as one
         sampler=positions,
+        collate_fn=as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_training,
         persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
     )
+
+
+def as_it_is(batch: Record) -> Record:
+    return batch
+
+
+def on_device(batch: Record, device: torch.device) -> Record:
+    """The batch with its tensors on a device; copies from pinned memory do not wait."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+    return {**batch, **moved}
 
 
 def leave_signals_to_training(worker: int) -> None:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .diffusion_module import DiffusionTraining
 from .draws import ValidationDraws
 from .log import append_row, drop_rows_after
 from .module import StepCallback, frozen, tolerated
-from .samples import Reader, Record
+from .samples import Reader, Record, on_device
 
 VALIDATION_FILE = "validation.csv"
 
@@ -72,9 +71,8 @@ class Validation(StepCallback):
         for batch in self.batches(trainer.global_rank, trainer.world_size):
             weights = batch.pop("weight").double()
             given = trainer.precision_plugin.convert_input(batch)  # made outside its context: draws are float32
-            given = {k: v.to(module.device) if isinstance(v, Tensor) else v for k, v in given.items()}
             with trainer.precision_plugin.forward_context():
-                errors = module.losses(given, "l2")
+                errors = module.losses(on_device(given, module.device), "l2")
             total += (errors.cpu().double() * weights).sum()
         if trainer.world_size > 1:
             gathered: Any = module.all_gather(total.float().to(module.device))
