@@ -70,10 +70,10 @@ def test_what_is_given_back_is_still_there(tmp_path):
 
 def test_large_pictures_are_not_packed(monkeypatch):
     """Winograd's algorithm takes the weight as it is, and a small picture packs it after all."""
-    plain = Conv2d(256, 256, 3, padding=1)
+    plain = Conv2d(512, 512, 3, padding=1)
     packed = nn.Sequential(copy.deepcopy(plain))
     pack_convolutions(packed)
-    same(plain, packed[0], 1, 256, 64, 64)
+    same(plain, packed[0], 1, 512, 32, 32)
     assert packed[0].packed is None
-    same(plain, packed[0], 1, 256, 4, 4)
+    same(plain, packed[0], 1, 512, 4, 4)
     assert packed[0].packed is not None

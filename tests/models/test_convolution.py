@@ -1,17 +1,27 @@
 """Each algorithm of a 3x3 convolution, and its gradients, against PyTorch's in float64."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentsmith.models import convolution
+from latentsmith.models import convolution, products
 from latentsmith.models.convolution import Conv2d, ProductConvolution, WinogradConvolution
 
+LIBRARIES = ["mkl", pytest.param("onednn", marks=pytest.mark.skipif(not products.has_onednn(), reason="no oneDNN"))]
 ALGORITHMS = [ProductConvolution, WinogradConvolution]
 SHAPES = [(1, 8, 12, 8, 8), (3, 6, 4, 4, 10), (2, 16, 8, 16, 6), (5, 3, 7, 2, 2)]  # batch, in, out, height, width
+
+
+@pytest.fixture(params=LIBRARIES, autouse=True)
+def library(request, monkeypatch):
+    """Every test runs with the products of either library, however small."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
+    return request.param
 
 
 @pytest.fixture(params=[1 << 20, 1], ids=["whole", "strips"])
@@ -79,16 +89,19 @@ def used(monkeypatch, module, input):
 
 
 @pytest.mark.parametrize(
-    ("channels", "size", "expected"),
+    ("channels", "size", "by_mkl", "by_onednn"),
     [
-        (320, 32, ["WinogradConvolution"]),  # Stable Diffusion's levels at 256 px
-        (640, 16, ["WinogradConvolution"]),
-        (1280, 4, ["ProductConvolution"]),
-        (320, 33, []),  # no tiles of 2 x 2
-        (64, 64, []),  # few channels
+        (320, 32, ["WinogradConvolution"], []),  # Stable Diffusion's levels at 256 px
+        (640, 32, ["WinogradConvolution"], ["WinogradConvolution"]),
+        (640, 16, ["WinogradConvolution"], ["ProductConvolution"]),
+        (1280, 4, ["ProductConvolution"], ["ProductConvolution"]),
+        (640, 33, [], []),  # no tiles of 2 x 2
+        (64, 64, [], []),  # few channels
     ],
 )
-def test_the_choice_follows_the_shape(monkeypatch, channels, size, expected):
+def test_the_choice_follows_shape_and_processor(monkeypatch, library, channels, size, by_mkl, by_onednn):
+    expected = by_mkl if library == "mkl" else by_onednn
+    monkeypatch.setattr(convolution, "products", SimpleNamespace(onednn_is_faster=lambda: library == "onednn"))
     module, input = Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, size, size)
     assert used(monkeypatch, module, input) == expected
     assert used(monkeypatch, module.double(), input.double()) == []
@@ -110,7 +123,7 @@ def test_the_choice_follows_the_shape(monkeypatch, channels, size, expected):
 )
 def test_every_kind_is_pytorchs(options, monkeypatch):
     """The same module, parameters and result as nn.Conv2d, whatever the geometry; the choice itself made eager."""
-    monkeypatch.setattr(convolution, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(convolution, "LIMITS", dict.fromkeys((False, True), convolution.Limits(128, 48, 1)))
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 1)
     module = Conv2d(6, 8, **options)
     plain = nn.Conv2d(6, 8, **options)

@@ -1,19 +1,38 @@
 """Convolutions that choose their algorithm: where PyTorch's own is slow on a CPU, matrix products take its place.
 
-The choice depends on shapes alone, so a run and its continuation compute the same. All three agree within rounding.
+The choice depends on the processor and on shapes alone, so a run and its continuation compute the same. All three
+algorithms agree within rounding.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import products
+from .products import add_products, batched_product, chooses, linear, product
+
 STRIP = 1 << 20  # transformed values at a time, which stay in a processor's cache; more where weights are larger
-MANY_WEIGHTS = 128  # weights for every value of the picture, from which on moving them is what costs
-TOO_MANY_WEIGHTS = 48  # from which on transforming them costs more than it saves
-MIN_CHANNELS, MIN_PRODUCTS = 256, 1 << 28  # below which transforming the picture costs more than it saves
+MIN_PRODUCTS = 1 << 28  # below which transforming a picture costs more than it saves
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where each algorithm begins to pay, in weights for every value of the picture, and in channels.
+
+    many_weights: moving weights is what costs. too_many_weights: transforming them costs more than it saves.
+    min_channels: below which transforming the picture does.
+    """
+
+    many_weights: float
+    too_many_weights: float
+    min_channels: int
+
+
+LIMITS = {False: Limits(128, 48, 256), True: Limits(20, 20, 512)}  # by whether oneDNN has the faster products
 
 
 class Conv2d(nn.Conv2d):
@@ -23,7 +42,7 @@ class Conv2d(nn.Conv2d):
         if not self.chooses(input):
             return super().forward(input)
         if self.kernel_size == (1, 1) and self.stride == (1, 1):
-            return channels_second(F.linear(pixels_last(input), self.weight.flatten(1), self.bias))
+            return channels_second(linear(pixels_last(input), self.weight.flatten(1), self.bias))
         if self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1):
             if suits_product(input, self.weight):
                 return ProductConvolution.apply(input, self.weight, self.bias)
@@ -33,21 +52,21 @@ class Conv2d(nn.Conv2d):
 
     def chooses(self, input: Tensor) -> bool:
         """Whether there is something to choose: device, precision and kind are right, and no compiler is at work."""
-        float32 = input.is_cpu and self.weight.is_cpu and input.dtype == self.weight.dtype == torch.float32
         simple = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
-        return float32 and simple and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+        return simple and chooses(input, self.weight)
 
 
 def suits_product(input: Tensor, weight: Tensor) -> bool:
     """Few pixels, many weights: products that read the weights as they lie."""
-    return weights_a_value(input, weight) >= MANY_WEIGHTS
+    return weights_a_value(input, weight) >= LIMITS[products.onednn_is_faster()].many_weights
 
 
-def suits_winograd(input: Tensor, weight: Tensor, too_many: float = TOO_MANY_WEIGHTS) -> bool:
-    """Many channels, and enough pixels that fall into tiles of 2 x 2."""
+def suits_winograd(input: Tensor, weight: Tensor, too_many: float | None = None) -> bool:
+    """Many channels, and enough pixels that fall into tiles of 2 x 2. too_many: weights, in place of the usual limit"""
+    limits = LIMITS[products.onednn_is_faster()]
     even = input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
-    large = min(weight.shape[:2]) >= MIN_CHANNELS and input[:, 0].numel() * weight.numel() >= MIN_PRODUCTS
-    return even and large and weights_a_value(input, weight) < too_many
+    large = min(weight.shape[:2]) >= limits.min_channels and input[:, 0].numel() * weight.numel() >= MIN_PRODUCTS
+    return even and large and weights_a_value(input, weight) < (too_many or limits.too_many_weights)
 
 
 def weights_a_value(input: Tensor, weight: Tensor) -> float:
@@ -70,8 +89,7 @@ class ProductConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
-        flat = as_matrix(weight)
-        out = patches(input, weight) @ flat.t() if bias is None else torch.addmm(bias, patches(input, weight), flat.t())
+        out = product(patches(input, weight), as_matrix(weight).t(), bias)
         return channels_second(out.view(input.shape[0], *input.shape[2:], -1))
 
     @staticmethod
@@ -81,9 +99,9 @@ class ProductConvolution(torch.autograd.Function):
         rows = pixels_last(grad).reshape(-1, grad.shape[1])  # (pixels, out_channels)
         d_input = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_input = from_patches(rows @ as_matrix(weight), input, weight)
+            d_input = from_patches(product(rows, as_matrix(weight)), input, weight)
         if ctx.needs_input_grad[1]:
-            d_weight = like_weight(rows.t() @ patches(input, weight), weight)
+            d_weight = like_weight(product(rows.t(), patches(input, weight)), weight)
         return d_input, d_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -161,7 +179,7 @@ def convolved(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = padded.new_empty(batch, height, width, weight.shape[2])
     for images, rows in strips(batch, height // 2, width // 2, weight):
         tiles = spread(padded[images, 2 * rows.start : 2 * rows.stop + 2])
-        found = torch.bmm(tiles.flatten(2, 4).flatten(0, 1), weight)
+        found = batched_product(tiles.flatten(2, 4).flatten(0, 1), weight)
         gather(found.view(*tiles.shape[:-1], -1), out[images, 2 * rows.start : 2 * rows.stop])
     if bias is not None:
         out += bias
@@ -176,7 +194,7 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     for images, rows in strips(batch, height // 2, width // 2, total):
         tiles = spread(padded[images, 2 * rows.start : 2 * rows.stop + 2]).flatten(2, 4).flatten(0, 1)
         wide = widen(grad[images, 2 * rows.start : 2 * rows.stop]).flatten(2, 4).flatten(0, 1)
-        total.baddbmm_(wide.transpose(1, 2), tiles)
+        add_products(total, wide.transpose(1, 2), tiles)
     flat = (total.view(16, -1).t() @ TILE).view_as(weight)
     return flat.contiguous(memory_format=torch.channels_last) if is_channels_last(weight) else flat
 

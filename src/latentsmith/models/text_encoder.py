@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .layers import attention, join_heads, split_heads, zero_init
 from .loading import load_pretrained
+from .products import Linear
 
 ARCHITECTURES = {
     "ViT-L-14": dict(width=768, layers=12, heads=12, intermediate_size=3072, activation="quick_gelu"),
@@ -33,7 +34,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(width, width) for _ in range(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
@@ -45,7 +46,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, intermediate_size: int, activation: str):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
+        self.fc1, self.fc2 = Linear(width, intermediate_size), Linear(intermediate_size, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from .attention import AttentionBlock, SpatialTransformer
 from .convolution import Conv2d
 from .layers import group_norm, timestep_embedding, zero_init
 from .loading import load_pretrained
+from .products import Linear
 
 
 class ResBlock(nn.Module):
@@ -27,7 +28,7 @@ class ResBlock(nn.Module):
             nn.SiLU(),
             Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, groups, eps=1e-5),
             nn.SiLU(),
@@ -156,7 +157,7 @@ class UNetModel(nn.Module):
             )  # fmt: skip
 
         self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            Linear(model_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
         )
         self.input_blocks = nn.ModuleList([UNetBlock(Conv2d(in_channels, model_channels, 3, padding=1))])
         skips, width = [model_channels], model_channels
