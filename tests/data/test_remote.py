@@ -1,5 +1,11 @@
 """Sets behind fsspec: the same samples as here, whole or in ranges, with no more on this disk than allowed."""
 
+import functools
+import re
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
 import fsspec
 import pytest
 
@@ -31,6 +37,47 @@ def folder(tmp_path, memory, png):
     return path
 
 
+class Server(SimpleHTTPRequestHandler):
+    """Files and listings of a folder, and ranges of bytes, as web servers give them."""
+
+    asked: ClassVar[list[str]] = []
+
+    def send_head(self):
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        path = self.translate_path(self.path)
+        self.asked.append(f"{self.command} {self.headers.get('Range', 'whole')}")
+        if not wanted or not path.endswith(".tar"):
+            return super().send_head()
+        first, last = map(int, wanted.groups())
+        file = open(path, "rb")  # noqa: SIM115, closed by do_GET
+        file.seek(0, 2)
+        size, last = file.tell(), min(last, file.tell() - 1)
+        file.seek(first)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        self.left = last + 1 - first
+        return file
+
+    def copyfile(self, source, out):
+        out.write(source.read(self.__dict__.pop("left", -1)))
+
+    def log_message(self, *words):
+        pass
+
+
+@pytest.fixture
+def web(folder, monkeypatch):
+    """The address at which a web server has the set's folder."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(Server, "asked", [])
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=folder.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/set"
+        server.shutdown()
+
+
 def contents(shards):
     return [(sample.key, {name: bytes(data) for name, data in sample.members.items()}) for sample in shards]
 
@@ -57,6 +104,22 @@ def test_a_set_that_is_too_large_is_read_in_ranges(folder, tmp_path, monkeypatch
     monkeypatch.setattr(Ranges, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
     assert shards[17].text("txt") == "caption 17"
     assert len(asked) == 1 and asked[0].stop - asked[0].start < 10_000  # one request, of this sample alone
+
+
+@pytest.mark.parametrize("limit", [2**30, 1000], ids=["whole", "ranges"])
+def test_over_http(folder, web, tmp_path, limit):
+    """A folder with set.json, tars found by the server's listing, and one by its name."""
+    whole = contents(ShardSet(folder))
+    shards = opened(web, tmp_path, limit)
+    assert contents(shards) == whole
+    assert isinstance(shards.shard(0).bytes, Ranges) == (limit == 1000)
+    ranges = [line for line in Server.asked if "bytes=" in line]
+    assert (len(ranges) >= 30) == (limit == 1000)
+    assert contents(opened(f"{web}/shard-000002.tar", tmp_path, limit)) == whole[20:]
+    (folder / "set.json").unlink()
+    assert contents(opened(f"{web}/shard-*.tar", tmp_path, limit)) == whole
+    with pytest.raises(BadInput, match=r"shard-000009\.tar"):
+        opened(f"{web}/shard-000009.tar", tmp_path, limit)
 
 
 @pytest.mark.parametrize("limit", [2**30, 1000], ids=["whole", "ranges"])
