@@ -1,6 +1,7 @@
 """One training from where its counters stand to max_steps, through Lightning."""
 
 import logging
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,10 +119,17 @@ def fit(
             if stop.received is None:
                 raise
             raise KeyboardInterrupt from None  # Lightning's answer to a second Ctrl-C was an exit of its own
-    if torch.distributed.is_initialized():  # gloo's threads, still there when a process ends, have aborted one
-        torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        leave_group()
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
+
+
+def leave_group() -> None:
+    """End the process group, and let gloo's threads drop the tensors of their last work: they need the interpreter for
+    it, and one that asks for it while the process ends aborts that."""
+    torch.distributed.destroy_process_group()
+    time.sleep(0.2)  # without the interpreter's lock, which they wait for
 
 
 def quiet_lightning() -> None:
