@@ -5,17 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
 import webdataset
 
-from latentsmith.data.cache import LatentCache
+from latentsmith.data.cache import LatentCache, Rows
 from latentsmith.data.caching import CacheOptions, Encoders, write_cache
 from latentsmith.data.importing import import_dataset
 from latentsmith.data.members import npy_bytes, parsed_header
 from latentsmith.data.order import sample_seed
-from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.shards import Shard, ShardSet, ShardWriter, write_set_file
 from latentsmith.data.tar_index import index_path, load_index
 from latentsmith.data.transforms import Transforms
 from latentsmith.data.work_folder import CLAIM_FILE, WorkFolder
@@ -101,6 +102,24 @@ def test_batches_are_stacked_and_samples_are_views(tmp_path, source):
         cache[10]
 
 
+def test_a_batch_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypatch):
+    """However many it is read from: each holds file descriptors."""
+    with ShardWriter(tmp_path / "set", samples_per_shard=1) as writer:
+        for number in range(12):
+            writer.write(f"{number:03}", {"png": png(seed=number), "txt": b"one"})
+    write_set_file(tmp_path / "set", writer.finished)
+    cache = write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", TRANSFORMS, encoders())
+    monkeypatch.setattr("latentsmith.data.shards.OPEN_SHARDS", 3)
+    seen, alive = [], weakref.WeakSet()
+    opened = Shard.__init__
+    monkeypatch.setattr(
+        Shard, "__init__", lambda self, path: (alive.add(self), seen.append(len(alive)), opened(self, path))[2]
+    )
+    cache = LatentCache(tmp_path / "c")
+    assert cache.read_batch(range(12))["image_encoded"].shape == (12, 4, 4, 4)
+    assert len(seen) == 12 and max(seen) <= 5
+
+
 def test_batch_size_changes_nothing(tmp_path, source):
     write_cache(source, tmp_path / "1", TRANSFORMS, encoders(), batch_size=1)
     write_cache(source, tmp_path / "7", TRANSFORMS, encoders(), batch_size=7)
@@ -167,9 +186,11 @@ def test_variants_are_crops_and_their_mirror_images(tmp_path, source):
             wanted = encode_images((picture[:, :, ::-1] if variant % 2 else picture)[None])[0].astype(np.float16)
             held = cache.encodings(shard, shard[number], variant)
             assert (held["image_encoded"] == wanted).all()
-    rows = cache.stacked([cache.shards.place(index) for index in (7, 0, 7)], ["image_encoded"], [5, 0, 2])
-    assert rows.keys() == {"image_encoded"}
-    for row, index, variant in zip(rows["image_encoded"], (7, 0, 7), (5, 0, 2), strict=True):
+    rows = Rows(cache, 3, ["image_encoded"])
+    for index, variant in zip((7, 0, 7), (5, 0, 2), strict=True):
+        rows.read(*cache.shards.place(index), variant=variant)
+    assert rows.arrays.keys() == {"image_encoded"}
+    for row, index, variant in zip(rows.arrays["image_encoded"], (7, 0, 7), (5, 0, 2), strict=True):
         shard, inside = cache.shards.place(index)
         assert (row == cache.encodings(shard, shard[inside], variant)["image_encoded"]).all()
     cache.check({"transforms": crops.describe()})

@@ -28,6 +28,7 @@ def test_the_compiler_is_not_imported():
     code = (
         "import sys, latentsmith, latentsmith.models.loading as loading\n"
         f"with loading.without_weights(): latentsmith.AutoencoderKL(**{VAE}), latentsmith.ClipTextEncoder(**{TEXT})\n"
+        f"with loading.without_weights(): latentsmith.UNetModel(**{UNET})\n"
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

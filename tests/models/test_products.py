@@ -30,16 +30,41 @@ def test_values_and_gradients(onednn, rows, strided):
     """Relative to each tensor's norm; float32 rounds at 6e-8."""
     input, weight, bias, grad = drawn((*rows, 24), (40, 24), (40,), (*rows, 40))
     if strided:
-        input, grad = (tensor.transpose(0, -2).contiguous().transpose(0, -2) for tensor in (input, grad))
+        input, grad = (tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in (input, grad))
         weight = weight.t().contiguous().t()
     found, expected = [], []
     for results, convert in ((found, torch.Tensor.float), (expected, torch.Tensor.double)):
         leaves = [convert(tensor).detach().requires_grad_() for tensor in (input, weight, bias)]
         out = linear(*leaves) if results is found else F.linear(*leaves)
         results += [out, *torch.autograd.grad(out, leaves, convert(grad))]
-    assert type(found[0].grad_fn).__name__ == "LinearProductBackward"
+    assert type(found[0].grad_fn.next_functions[0][0]).__name__ == "LinearProductBackward"
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and (one - other).norm() < 5e-7 * other.norm()
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [None, torch.ones(40)], ids=["no bias", "bias"])
+def test_any_layout_in_memory(onednn, bias):
+    """Repeated rows, columns of a wider matrix, one row alone, no gradient of the input."""
+    weight = drawn((40, 24))[0].requires_grad_()
+    wide, row = drawn((6, 48), (1, 1, 24))
+    for input in (wide[:, :24], wide[::2, 24:], row.expand(5, 3, -1), row[0, 0], wide[:, :24].t().contiguous().t()):
+        found, expected = (
+            linear(input, weight, bias),
+            F.linear(input.double(), weight.double(), None if bias is None else bias.double()),
+        )
+        assert found.shape == expected.shape and (found - expected).norm() < 5e-7 * expected.norm()
+        gradients = [torch.autograd.grad(out.sum(), weight)[0] for out in (found, expected)]
+        assert (gradients[0] - gradients[1]).norm() < 5e-7 * gradients[1].norm()
+    with torch.inference_mode():
+        assert torch.equal(linear(wide[:, :24], weight, bias), linear(wide[:, :24], weight.detach(), bias))
+
+
+@needs_onednn
+def test_outputs_may_be_changed_in_place(onednn):
+    weight, input = (tensor.requires_grad_() for tensor in drawn((40, 24), (3, 5, 24)))
+    linear(input, weight, None).mul_(2).sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * input.detach().sum((0, 1)).expand(40, -1), rtol=1e-5, atol=1e-5)
 
 
 @needs_onednn

@@ -12,6 +12,7 @@ from PIL import Image
 from latentsmith import AutoencoderKL, ClipTextEncoder, UNetModel, load_config
 from latentsmith.cli import main
 from latentsmith.config.compose import presets
+from latentsmith.models import products
 from latentsmith.runs.dry_run import unet_forward
 from latentsmith.runs.networks import keywords
 
@@ -119,8 +120,12 @@ def test_a_file_that_does_not_fit_is_found(pictures, tmp_path, capsys):
     assert "text.safetensors: a text encoder of width 1024, the config says 768" in capsys.readouterr().err
 
 
-def test_arithmetic_and_activations_are_counted_right():
-    """Against convolutions and products counted by hand, and against what autograd really keeps."""
+@pytest.mark.parametrize("onednn", [False, products.has_onednn()])
+def test_arithmetic_and_activations_are_counted_right(monkeypatch, onednn):
+    """Against convolutions and products counted by hand, and against what autograd really keeps; by whichever library
+    the processor would have them made."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(products, "LEAST_WORK", 1)
     config = load_config("sd1", [
         "model.unet_config.model_channels=32", "model.unet_config.channel_mult=[1]", "model.micro_batch_size=2",
         "model.unet_config.num_res_blocks=1", "model.unet_config.attention_resolutions=[1]",

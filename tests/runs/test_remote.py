@@ -3,8 +3,13 @@
 import fsspec
 import pytest
 
+from latentsmith import load_config
+from latentsmith.data.remote import Ranges
+from latentsmith.runs.train import prepared
 from latentsmith.training.checkpoint import read_state
 from latentsmith.training.log import read_rows
+
+from .conftest import KINDS
 
 
 @pytest.mark.parametrize("gib", [1, 0.00001], ids=["whole", "ranges"])
@@ -20,4 +25,21 @@ def test_a_cache_from_afar_trains_as_one_from_here(world, tmp_path, gib, capsys)
     other = "model.data.train.augmentations.center_crop_h_w='12, 12'"
     assert world.call(*world.command("cached", f"far-stale-{gib}", *far, other)) == 2
     assert "made with transforms" in capsys.readouterr().err
+    memory.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("kind", ["cached", "text", "pictures"])
+def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, kind):
+    """Picture, latents and caption in one request, where samples are read in ranges."""
+    memory = fsspec.filesystem("memory")
+    folder = {"cached": "cache", "text": "latents", "pictures": "shards"}[kind]
+    memory.put(str(world.root / folder), "/bucket/set", recursive=True)
+    given = [word.replace("ROOT", str(world.root)) for word in KINDS[kind]]
+    far = ["model.data.train.dataset_path=memory://bucket/set", f"model.data.remote.cache_dir={tmp_path}"]
+    config = load_config(str(world.root / "tiny.yaml"), [*given, *far, "model.data.remote.cache_gib=0.00001"])
+    samples, asked, read = prepared(config).samples, [], Ranges.__getitem__
+    samples[[0, 1, 2, 3]]  # the shards are open now
+    monkeypatch.setattr(Ranges, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
+    batch = samples[[0, 1, 2, 3]]
+    assert len(asked) == len(batch["keys"]) == 4
     memory.rm("/bucket", recursive=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from latentsmith.data.members import array_of, caption_of, read_arrays
-from latentsmith.data.shards import Place, Sample, Shard, ShardSet
+from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.data.work_folder import first_difference
 from latentsmith.files.errors import BadInput
 
@@ -81,20 +81,16 @@ class LatentCache:
     def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """The encoded members of several samples, stacked: `(batch, ...)` float16 for each name. ValueError if the
         samples' shapes differ."""
-        return self.stacked([self.shards.place(index) for index in np.asarray(indices).tolist()])
+        chosen, rows = np.asarray(indices).tolist(), Rows(self, len(indices))
+        for index in chosen:
+            rows.read(*self.shards.place(index))
+        return rows.arrays
 
-    def stacked(
-        self, places: Sequence[Place], names: Sequence[str] = (), variants: Sequence[int] = ()
-    ) -> dict[str, np.ndarray]:
-        """The same of samples by their places in shards. names: the members wanted, all if none; variants: which of the
-        encodings of each picture."""
-        shard, inside = places[0]
-        first = self.encodings(shard, shard[inside])
-        made = {name: np.empty((len(places), *first[name].shape), first[name].dtype) for name in names or self.encoded}
-        for row, (shard, inside) in enumerate(places):
-            variant = variants[row] if variants else 0
-            read_arrays(shard, inside, {_member(name, variant): made[name][row] for name in made})
-        return made
+    def read_into(
+        self, arrays: Mapping[str, np.ndarray], shard: Shard, inside: int, sample: Sample | None, variant: int
+    ) -> None:
+        """One sample's members into arrays of their shapes."""
+        read_arrays(shard, inside, {_member(name, variant): array for name, array in arrays.items()}, sample)
 
     def caption(self, index: int) -> str:
         """The caption's text."""
@@ -125,6 +121,31 @@ class LatentCache:
             if shape and wanted is not None and shape[axis] != wanted:
                 what = f"{name} has shape {tuple(shape)}, and unet_config.{key} wants {wanted} at axis {axis}"
                 raise BadInput(f"{self.folder}: {what}; change the U-Net, or precache with its VAE and text encoder")
+
+
+class Rows:
+    """Members of samples stacked as they are read, one sample after the other: `arrays`, (count, ...) by name.
+
+    names: the members wanted, all that are encoded if none. Nothing of a shard is kept open for the samples read.
+    """
+
+    def __init__(self, cache: LatentCache, count: int, names: Sequence[str] = ()):
+        self.cache, self.count, self.names = cache, count, names or cache.encoded
+        self.arrays: dict[str, np.ndarray] = {}
+        self.done = 0
+
+    def read(self, shard: Shard, inside: int, sample: Sample | None = None, variant: int = 0) -> None:
+        """The next sample: number `inside` of a shard, `sample` if it is at hand. variant: which of the encodings of
+        its picture. ValueError if its shapes are not the first one's."""
+        if sample is None and (shard.file is None or not self.arrays):
+            sample = shard[inside]  # of a remote shard one request for all members
+        if not self.arrays:
+            assert sample is not None
+            first = self.cache.encodings(shard, sample, variant)
+            self.arrays = {name: np.empty((self.count, *first[name].shape), first[name].dtype) for name in self.names}
+        into = {name: self.arrays[name][self.done] for name in self.names}
+        self.cache.read_into(into, shard, inside, sample, variant)
+        self.done += 1
 
 
 def variant_name(number: int) -> str:

@@ -1,13 +1,13 @@
 """Tars of encodings that NeMo's and MLPerf's precaching made, without a word of what made them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from latentsmith.data.members import parsed_header
-from latentsmith.data.shards import Place, Sample, Shard, ShardSet
+from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
 
@@ -30,7 +30,7 @@ class ForeignCache(LatentCache):
         self.empty_prompt = None
         self.info: dict[str, Any] = {"members": {}}
         first = self[0]
-        members = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in first.items()}
+        members = {name: _described(array) for name, array in first.items()}
         self.info = {"members": members, "samples": len(shards), "fingerprints": {}}
 
     @staticmethod
@@ -43,16 +43,22 @@ class ForeignCache(LatentCache):
         what = f"{shard.path}: sample {sample.key!r}"
         found = _encodings(sample, what)
         for name, member in self.info["members"].items():
-            if name not in found or list(found[name].shape) != member["shape"]:
-                now = list(found[name].shape) if name in found else "none"
-                raise BadInput(f"{what}: {name} is {now}, but {member['shape']} in the first sample of the set")
+            now = _described(found[name]) if name in found else {"shape": "none", "dtype": ""}
+            if now != member:
+                first = f"{member['shape']} {member['dtype']} in the first sample of the set"
+                raise BadInput(f"{what}: {name} is {now['shape']} {now['dtype']}, but {first}")
         return found
 
-    def stacked(
-        self, places: Sequence[Place], names: Sequence[str] = (), variants: Sequence[int] = ()
-    ) -> dict[str, np.ndarray]:
-        samples = [self.encodings(shard, shard[inside]) for shard, inside in places]
-        return {name: np.stack([sample[name] for sample in samples]) for name in names or self.encoded}
+    def read_into(
+        self, arrays: Mapping[str, np.ndarray], shard: Shard, inside: int, sample: Sample | None, variant: int
+    ) -> None:
+        found = self.encodings(shard, sample or shard[inside])
+        for name, array in arrays.items():
+            array[...] = found[name]
+
+
+def _described(array: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
 def _encodings(sample: Sample, what: str) -> dict[str, np.ndarray]:

@@ -56,18 +56,19 @@ def array_of(shard: Shard, sample: Sample, name: str) -> np.ndarray:
         raise BadInput(f"{shard.path}: {sample.key}.{name}.npy is not a plain array ({error})") from None
 
 
-def read_arrays(shard: Shard, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+def read_arrays(shard: Shard, number: int, arrays: Mapping[str, np.ndarray], sample: Sample | None = None) -> None:
     """Read the members `NAME.npy` of sample `number` into `arrays`, contiguous, faster than a copy from the mapped
-    file. ValueError if shape or dtype of one are others; BadInput as `array_of`."""
-    if missing := {name: out for name, out in arrays.items() if not _read_at_once(shard, number, name, out)}:
-        sample = shard[number]
-        for name, out in missing.items():
-            held = array_of(shard, sample, name)
-            if held.shape != out.shape:
-                raise ValueError(
-                    f"{name} of sample {sample.key!r} has not the same shape: {held.shape}, not {out.shape}"
-                )
-            out[...] = held
+    file; `sample` itself, where it is at hand, saves asking for it again. ValueError if shape or dtype of one are
+    others; BadInput as `array_of`."""
+    for name, out in arrays.items():
+        if _read_at_once(shard, number, name, out):
+            continue
+        sample = sample or shard[number]
+        held = array_of(shard, sample, name)
+        if (held.shape, held.dtype) != (out.shape, out.dtype):
+            now, wanted = f"{held.dtype} {held.shape}", f"{out.dtype} {out.shape}"
+            raise ValueError(f"{name} of sample {sample.key!r} has not the same shape and type: {now}, not {wanted}")
+        out[...] = held
 
 
 def _read_at_once(shard: Shard, number: int, name: str, out: np.ndarray) -> bool:

@@ -111,9 +111,6 @@ class Shard:
         return self.index["key"][number].decode("utf-8", "surrogateescape")
 
 
-Place = tuple[Shard, int]  # of one sample: its shard, and its number there
-
-
 class ShardSet(Sequence):
     """A random-access sequence of samples over tar shards.
 
@@ -147,7 +144,7 @@ class ShardSet(Sequence):
         shard, inside = self.place(index)
         return shard[inside]
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> tuple[Shard, int]:
         """The shard that holds sample `index`, mapped, and the sample's number within it."""
         number, inside = self.locate(index)
         return self.shard(number), inside

@@ -41,5 +41,7 @@ class _Unfilled(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, nn.init.normal_):
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return function(*args, **(kwargs or {}))

@@ -1,7 +1,7 @@
 """Matrix products in float32 on a CPU, by the library that is the faster one there.
 
-PyTorch's come from Intel's MKL. On other makers' processors with AVX-512 that stays at half the rate of oneDNN, which
-PyTorch ships for its convolutions. The choice depends on the processor and on shapes alone, so a run and its
+PyTorch's come from Intel's MKL. On AMD's processors with AVX-512 that stays at half the rate of oneDNN, which PyTorch
+ships for its convolutions. The choice depends on the processor and on shapes alone, so a run and its
 continuation compute the same; the two agree within rounding.
 """
 
@@ -27,38 +27,45 @@ class Linear(nn.Linear):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, by the faster library: (..., in) times (out, in), plus (out,)."""
     if chooses(input, weight) and onednn_is_faster() and input.numel() * len(weight) >= LEAST_WORK:
-        return LinearProduct.apply(input, weight, bias)
+        rows = LinearProduct.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+        return rows.view(*input.shape[:-1], len(weight))
     return F.linear(input, weight, bias)
 
 
 def chooses(input: Tensor, weight: Tensor) -> bool:
-    """Whether there is something to choose: device and precision are right, and no compiler is at work."""
+    """Whether there is something to choose: device and precision are right, and there are numbers: no compiler is at
+    work, and no tensor that only stands for one."""
+    if {type(input), type(weight)} - {Tensor, nn.Parameter}:
+        return False
     float32 = input.is_cpu and weight.is_cpu and input.dtype == weight.dtype == torch.float32
     return float32 and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
 @lru_cache
 def onednn_is_faster() -> bool:
-    """Whether this is a processor with AVX-512 that Intel did not make, and PyTorch has oneDNN for it."""
-    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" and not made_by_intel()
+    """Whether this is a processor of AMD's with AVX-512, and PyTorch has oneDNN for it."""
+    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" and made_by_amd()
 
 
 def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def made_by_intel() -> bool:
-    """True, too, where the system does not say."""
+def made_by_amd() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
-    said = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
-    return "AuthenticAMD" not in said
+    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.is_file() else platform.processor())
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (n, k) times b (k, m), plus bias (m,), outside autograd."""
     if onednn_is_faster() and a.numel() * b.shape[1] >= LEAST_WORK:
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b).t(), bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
+def dense(matrix: Tensor) -> Tensor:
+    """The same numbers, without gaps or repeats in memory: rows or columns that follow each other."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
@@ -78,18 +85,19 @@ def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class LinearProduct(torch.autograd.Function):
-    """`linear` and its gradients as products of matrices."""
+    """`linear` of a matrix (n, in), and its gradients, as products."""
 
     @staticmethod
     def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        return product(input.flatten(0, -2), weight.t(), bias).view(*input.shape[:-1], -1)
+        of_input, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if of_weight else None, weight if of_input else None)
+        return product(input, weight.t(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         input, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        d_input = product(rows, weight).view_as(input) if ctx.needs_input_grad[0] else None
-        d_weight = product(rows.t(), input.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return d_input, d_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        d_input = product(grad, weight) if of_input else None
+        d_weight = product(grad.t(), input) if of_weight else None
+        return d_input, d_weight, grad.sum(0) if of_bias else None

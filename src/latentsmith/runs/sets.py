@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from latentsmith.data.buckets import LEFT_OUT, BucketOrder, listing
-from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, Rows
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
 from latentsmith.data.order import integer_below, sample_seed
 from latentsmith.data.picture_sizes import picture_sizes
-from latentsmith.data.shards import Place, ShardSet
+from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.tokenizer import Tokenizer
@@ -207,16 +207,26 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
     several_kept = cache is not None and cache.variants > 1
 
     def read(indices: Sequence[int], positions: Sequence[int]) -> Record:
-        places = [shards.place(index) for index in indices]
-        batch: Record = {"keys": [shard.key(inside) for shard, inside in places]}
-        if cache and encoded:
-            seeds = [sample_seed(seed, position, CROPS) for position in positions] if several_kept else []
-            arrays = cache.stacked(places, list(encoded), [integer_below(cache.variants, one) for one in seeds])
-            batch |= {encoded[name]: torch.from_numpy(array) for name, array in arrays.items()}
+        batch: Record = {"keys": []}
+        pictures, captions, rows = [], [], Rows(cache, len(indices), list(encoded)) if cache and encoded else None
+        for index, position in zip(indices, positions, strict=True):
+            shard, inside = shards.place(index)
+            sample = shard[inside] if transforms is not None or words is not None else None
+            drawn = sample_seed(seed, position, CROPS) if several_kept or transforms is not None else 0
+            batch["keys"].append(shard.key(inside))
+            if rows is not None:
+                variant = integer_below(rows.cache.variants, drawn) if several_kept else 0
+                rows.read(shard, inside, sample, variant)
+            if sample is not None and transforms is not None:
+                pictures.append(picture_of(shard, sample, transforms, drawn))
+            if sample is not None and words is not None:
+                captions.append(caption_of(shard, sample))
+        if rows is not None:
+            batch |= {encoded[name]: torch.from_numpy(array) for name, array in rows.arrays.items()}
         if transforms is not None:
-            batch["images"] = pictures(places, transforms, [sample_seed(seed, one, CROPS) for one in positions])
+            batch["images"] = torch.stack(pictures)
         if words is not None:
-            batch["token_ids"] = words([caption_of(shard, shard[inside]) for shard, inside in places])
+            batch["token_ids"] = words(captions)
         if samples.sizes:
             batch["latent_shape"] = latent_shape_of(batch, samples)
         return batch
@@ -224,14 +234,10 @@ def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
     return read
 
 
-def pictures(places: Sequence[Place], transforms: Transforms, seeds: Sequence[int]) -> torch.Tensor:
-    """(batch, 3, height, width): the pictures of samples that lie in shards, each cropped by its seed."""
-    made = []
-    for (shard, inside), seed in zip(places, seeds, strict=True):
-        sample = shard[inside]
-        with named(shard, sample):
-            made.append(torch.from_numpy(transforms.decode(image_member(sample)[1], seed)))
-    return torch.stack(made)
+def picture_of(shard: Shard, sample: Sample, transforms: Transforms, seed: int) -> torch.Tensor:
+    """(3, height, width) in [-1, 1]: a sample's picture, transformed by the draws of a seed."""
+    with named(shard, sample):
+        return torch.from_numpy(transforms.decode(image_member(sample)[1], seed))
 
 
 def preflight(samples: TrainingSet, words: Tokenizer | None, steps: int, batch: int) -> list[str]:

@@ -36,9 +36,10 @@ class RunSamples(Dataset):
 
     def __getitem__(self, positions: Positions) -> Record:
         batch = self.read([self.index(position) for position in positions], positions)
+        latent_shape = batch.pop("latent_shape", None)
         return {
             **batch,
-            **self.draw(positions, batch.pop("latent_shape", None)),
+            **self.draw(positions, latent_shape),
             "dropout_seed": sample_seed(self.seed, positions[0], DROPOUT),
             "positions": positions,
         }
@@ -91,8 +92,9 @@ def as_it_is(batch: Record) -> Record:
 
 
 def on_device(batch: Record, device: torch.device) -> Record:
-    """The batch with its tensors on a device; copies from pinned memory do not wait."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+    """The batch with its tensors on a device; copies from pinned memory to a GPU do not wait."""
+    at_once = device.type == "cuda"
+    moved = {name: value.to(device, non_blocking=at_once) for name, value in batch.items() if torch.is_tensor(value)}
     return {**batch, **moved}
 
 

@@ -28,7 +28,8 @@ class HeldOut:
 
     def __getitem__(self, numbers: Sequence[int]) -> Record:
         batch = self.read([number * self.length // self.draw.count for number in numbers], numbers)
-        return {**batch, **self.draw(numbers, batch.pop("latent_shape", None))}
+        latent_shape = batch.pop("latent_shape", None)
+        return {**batch, **self.draw(numbers, latent_shape)}
 
 
 class Validation(StepCallback):
