@@ -17,3 +17,8 @@ def test_dry_run_and_size_without_crops(world, capsys):
     more = ("model.data.train.augmentations=null", "model.image_size=16")
     assert world.call(*world.command("cached", "noise-dry", *NOISE, *more), "--dry-run") == 0
     assert "latents [4, 16, 16]" in capsys.readouterr().out
+
+
+def test_there_is_nothing_to_precache(world, tmp_path, capsys):
+    assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", tmp_path / "out", *NOISE[:2]) == 2
+    assert "needs no cache" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -40,6 +40,11 @@ def precache(config: DictConfig, out: Path | str) -> Path:
     is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again. Under torchrun or
     srun the processes share the shards.
     """
+    if config.model.data.synthetic_data:
+        raise BadInput(
+            "model.data.synthetic_data=true needs no cache: `train` makes its latents and embeddings of noise as it "
+            "goes; set it to false to cache a set"
+        )
     wanted = wanted_encodings(config)
     settle_padding(config)
     for part, key in PARTS.items():
