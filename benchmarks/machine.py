@@ -6,6 +6,8 @@ ceiling        float32 matrix products and 3x3 convolutions (GFLOP/s) and copyin
 vae            Stable Diffusion's VAE at 256 px and diffusers', in turns, same weights; 1024 px whole and in tiles
 checkpointing  forward and backward of the full U-Net at 512 px, activations recomputed, a process each
 startup        `--help`, the import, loading and drawing with a small pipeline, a first step beside a bare Lightning fit
+ldm            forward and backward of the full U-Net, 32 x 32 latents, and of the one that LDM published, where
+               `pip install --no-deps --target WORK_FOLDER/ldm stable-diffusion-sdkit einops` has put it
 compile        first step of a small U-Net: its blocks, the same from the cache, diffusers' whole one (10 minutes)
 curves         a step against batch, latents and width, drawn log-log as WORK_FOLDER/curves.svg
 ranks          samples a second of one process with two threads, and of two with one each
@@ -24,7 +26,7 @@ from statistics import median
 
 SMALL = dict(model_channels=64, channel_mult=[1, 2, 4, 4], num_heads=8, context_dim=768)
 DIFFUSERS_SMALL = dict(block_out_channels=[64, 128, 256, 256], attention_head_dim=8, cross_attention_dim=768)
-ROWS = ("ceiling", "vae", "checkpointing", "startup", "compile", "curves", "ranks")
+ROWS = ("ceiling", "vae", "checkpointing", "ldm", "startup", "compile", "curves", "ranks")
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -170,6 +172,53 @@ def checkpointing(work: Path) -> dict:
     runs = [(kind, child(CHECKPOINTING, kind, str(work / "unet-full"), "64")) for kind in kinds]
     assert math.isclose(runs[0][1]["loss"], runs[1][1]["loss"], rel_tol=1e-4), runs
     return {kind: found for kind, found in runs}
+
+
+LDM = """
+import torch, torch.nn.functional as F
+kind, place = sys.argv[1:3]
+if kind != "ldm":
+    from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+    ask_for_huge_pages()
+    keep_freed_memory()
+if kind == "latentsmith":
+    from latentsmith import UNetModel
+    unet = UNetModel(num_heads=8, context_dim=768)
+else:
+    sys.path[:0] = [place]
+    from ldm.modules.diffusionmodules.openaimodel import UNetModel
+    unet = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1],
+        num_res_blocks=2, channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True, context_dim=768,
+        use_checkpoint=False, legacy=False,
+    )
+generator = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    for name, parameter in sorted(unet.named_parameters()):
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            parameter.fill_(float(name.endswith("weight")))  # norms' scales at 1, biases at 0
+x, noise = (torch.randn(1, 4, 32, 32, generator=generator) for _ in range(2))
+text, spans = torch.randn(1, 77, 768, generator=generator), []
+for _ in range(5):
+    start = time.perf_counter()
+    loss = F.mse_loss(unet(x, torch.tensor([500]), text), noise)
+    loss.backward()
+    spans.append(time.perf_counter() - start)
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in unet.parameters()]))
+    told = {"step": sorted(spans[1:] or spans)[len(spans) // 2 - 1], "loss": loss.item(), "norm": norm}
+    unet.zero_grad()
+"""
+
+
+def ldm(work: Path) -> dict:
+    kinds = ("latentsmith", "ldm", "ldm, tuned", "ldm, tuned", "ldm", "latentsmith")
+    runs = [(kind, child(LDM, kind, str(work / "ldm"))) for kind in kinds]
+    for name in ("loss", "norm"):
+        assert all(math.isclose(found[name], runs[0][1][name], rel_tol=1e-4) for _, found in runs), runs
+    steps = {kind: [found["step"] for one, found in runs if one == kind] for kind in kinds}
+    return {kind: {"steps": steps[kind], "peak": max(f["peak"] for one, f in runs if one == kind)} for kind in steps}
 
 
 DRAW = """
