@@ -22,7 +22,8 @@ bench-full: bench
 	$(BIN)/python benchmarks/training.py bench --size full --steps 5 --json bench/training.json
 	$(BIN)/python benchmarks/sampling.py bench --size full
 	$(BIN)/python benchmarks/sampling.py bench --size full --steps 25 --rounds 2
-	$(BIN)/python benchmarks/machine.py bench --rows vae,checkpointing,compile --json bench/machine.json
+	test -d bench/ldm || $(BIN)/pip install --quiet --no-deps --target bench/ldm stable-diffusion-sdkit einops
+	$(BIN)/python benchmarks/machine.py bench --rows vae,checkpointing,ldm,compile --json bench/machine.json
 	$(BIN)/python benchmarks/gpu.py
 
 lint: install-dev
