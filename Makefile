@@ -20,7 +20,7 @@ bench: install-dev
 # Every row of docs/performance.md: an hour and more, 20 GiB of memory.
 bench-full: bench
 	$(BIN)/python benchmarks/training.py bench --size full --steps 5 --json bench/training.json
-	$(BIN)/python benchmarks/sampling.py bench --size full
+	$(BIN)/python benchmarks/sampling.py bench --size full --json bench/sampling.json
 	$(BIN)/python benchmarks/sampling.py bench --size full --steps 25 --rounds 2
 	test -d bench/ldm || $(BIN)/pip install --quiet --no-deps --target bench/ldm stable-diffusion-sdkit einops
 	$(BIN)/python benchmarks/machine.py bench --rows vae,checkpointing,ldm,compile --json bench/machine.json

@@ -1,6 +1,6 @@
 """Seconds a picture and peak memory against diffusers' StableDiffusionPipeline: same weights, noise, sampler and steps.
 
-    python benchmarks/sampling.py WORK_FOLDER [--size full|small] [--steps N] [--rounds 3]
+    python benchmarks/sampling.py WORK_FOLDER [--size full|small] [--steps N] [--rounds 3] [--json FILE]
 
 full: Stable Diffusion v1 at 256 px, 4 steps. small: a 37M-parameter cut at 256 px, 10 steps, 4 pictures. Random
 weights, saved by diffusers. The peers alternate as processes of their own, in both orders; each loads, draws once
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     size, folder = dict(SIZES[given.size]), given.work / given.size
     size["steps"] = given.steps or size["steps"]
@@ -100,6 +101,8 @@ def main() -> None:
         print(
             f"round {number + 1}: pictures differ by {abs(pictures[0] - pictures[1]).max()} of 255 at most", flush=True
         )
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
     print("| | seconds a picture | loading, s | peak memory, GiB |\n|---|---|---|---|")
     for kind, found in rows.items():
         print(f"| {kind} | " + " | ".join(f"{median(one[name] for one in found):.2f}" for name in found[0]) + " |")
