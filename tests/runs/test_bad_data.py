@@ -1,6 +1,7 @@
 """Data that goes bad after its import: one line that names shard and key, never a hang."""
 
 import errno
+import multiprocessing
 import shutil
 
 import pytest
@@ -33,6 +34,7 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, 
     said = capsys.readouterr().err
     assert "shard-000001.tar: No such file or directory; has the shard been moved or deleted?" in said
     assert said.strip().count("\n") == 0, said
+    assert not multiprocessing.active_children()  # they leave signals to training: its exit would wait for ever
 
 
 @pytest.mark.parametrize("workers", [0, 2])

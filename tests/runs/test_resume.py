@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpoint import checkpoints_in, read_state
 from latentsmith.training.log import read_rows
 
 DROPOUT = {"cached": ("model.unet_config.dropout=0.2",), "vae": ("model.first_stage_config.ddconfig.dropout=0.2",)}
@@ -41,9 +41,9 @@ def test_workers_and_accumulation_change_nothing(world, kind):
     assert [row["step"] for row in read_rows(parts / "metrics.csv")] == [1, 2, 3, 4]
 
 
-def stopped_in_the_middle(world, words, metrics, rows, number=signal.SIGKILL):
-    """Start the command in another process and send it a signal once `metrics` has so many rows; its exit code and
-    what it said. SIGKILL comes with no warning."""
+def stopped_in_the_middle(world, words, run, rows, number=signal.SIGKILL, checkpoints=0):
+    """Start the command in another process and send it a signal once the metrics have so many rows and there are so
+    many checkpoints; its exit code and what it said. SIGKILL comes with no warning."""
     script = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1)))\n"
     script += "from latentsmith.cli import main; sys.exit(main(sys.argv[1:]))"
     given = [word.replace("ROOT", str(world.root)) for word in words]
@@ -51,7 +51,9 @@ def stopped_in_the_middle(world, words, metrics, rows, number=signal.SIGKILL):
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ), start_new_session=True
     ) as process:
-        while process.poll() is None and len(read_rows(metrics)) < rows:
+        while process.poll() is None and (
+            len(read_rows(run / "metrics.csv")) < rows or len(checkpoints_in(run / "checkpoints")) < checkpoints
+        ):
             time.sleep(0.01)
         assert process.poll() is None, process.stderr.read().decode()
         os.killpg(process.pid, number)  # as Ctrl-C and schedulers do, workers and all
@@ -68,7 +70,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
                "model.data.num_workers=2", "model.micro_batch_size=2", "model.global_batch_size=4")  # fmt: skip
     name = f"stopped-{int(number)}"
     run = world.root / "runs" / name
-    found, said = stopped_in_the_middle(world, world.command("cached", name, *options), run / "metrics.csv", 3, number)
+    found, said = stopped_in_the_middle(world, world.command("cached", name, *options), run, 3, number)
     step = int(world.newest(run).name[5:])
     assert found == code and 3 <= step < 2000, said
     line = f"latentsmith: stopped at step {step} of 2,000 by {number.name}, saved; the same command goes on from there"
@@ -98,16 +100,16 @@ def test_a_damaged_checkpoint_is_set_aside(world, capsys):
 def test_killed_and_started_again(world):
     options = (
         *DROPOUT["cached"],
-        "trainer.max_steps=24",
+        "trainer.max_steps=48",
         "exp_manager.checkpoint_callback_params.every_n_train_steps=6",
     )
     whole = world.train("cached", "uninterrupted", *options)
     run = world.root / "runs" / "killed"
-    stopped_in_the_middle(world, world.command("cached", "killed", *options), run / "metrics.csv", rows=8)
-    assert 6 <= int(world.newest(run).name[5:]) < 24
+    stopped_in_the_middle(world, world.command("cached", "killed", *options), run, rows=8, checkpoints=1)
+    assert 6 <= int(world.newest(run).name[5:]) < 48
     world.train("cached", "killed", *options)
     assert read_rows(run / "metrics.csv") == read_rows(whole / "metrics.csv")
-    assert [row["step"] for row in read_rows(run / "metrics.csv")] == list(range(1, 25))
+    assert [row["step"] for row in read_rows(run / "metrics.csv")] == list(range(1, 49))
     assert read_state(world.newest(run)) == read_state(world.newest(whole))
 
 

@@ -1,6 +1,9 @@
 """Runs of the toy training: exact resume, accumulation, logs, checkpoints, sample pictures."""
 
 import json
+import multiprocessing
+import signal
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from PIL import Image
 
 from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
+from latentsmith.training.fit import no_worker_left
 from latentsmith.training.log import append_row, drop_rows_after, read_rows
 from latentsmith.training.module import Metrics, StepCallback
 from latentsmith.training.progress_bar import ProgressLine
@@ -25,6 +29,24 @@ def averaged(run):
     module = run.module()
     module.keep_averages(0.9)
     return module
+
+
+def stuck():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Event().wait()
+
+
+def test_a_worker_that_is_stuck_ends_with_the_training_and_others_stay():
+    processes = [multiprocessing.Process(target=stuck, daemon=True) for _ in range(2)]
+    mine, worker = processes
+    mine.start()
+    with pytest.raises(BadInput), no_worker_left():
+        worker.start()
+        raise BadInput("as a training ends")
+    assert mine.is_alive() and worker.exitcode == -signal.SIGKILL
+    mine.kill()
+    mine.join()
 
 
 def test_gradients_are_gone_when_a_step_is_done(toy):

@@ -1,9 +1,11 @@
 """One training from where its counters stand to max_steps, through Lightning."""
 
 import logging
+import multiprocessing
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ def fit(
         use_distributed_sampler=False,
         **trainer_options,
     )
-    with stop:
+    with stop, no_worker_left():
         try:
             trainer.fit(module, PositionsFrom(data, module, begin["consumed_samples"]))
         except SystemExit:
@@ -123,6 +125,20 @@ def fit(
         leave_group()
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
+
+
+@contextmanager
+def no_worker_left() -> Iterator[None]:
+    """Lightning asks the loader's workers to end. One that is stuck would never: it leaves signals to the training, and
+    the interpreter's exit would wait for it for ever."""
+    before = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        for child in multiprocessing.active_children():
+            if child.daemon and child not in before:
+                child.kill()
+                child.join()
 
 
 def leave_group() -> None:

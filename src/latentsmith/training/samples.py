@@ -81,7 +81,7 @@ def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int
         collate_fn=as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_training,
-        persistent_workers=False,
+        persistent_workers=num_workers > 0,  # of those Lightning ends the workers however a training ends
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
     )
