@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, listing
+from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, MixedBuckets, listing
+from latentsmith.data.mixture import BLOCK as BLOCK_OF_TURNS
 from latentsmith.data.picture_sizes import picture_sizes, sizes_path
 from latentsmith.data.shards import ShardSet, ShardWriter
 from latentsmith.data.transforms import Transforms
@@ -107,6 +108,46 @@ def test_a_set_of_several_blocks():
         members = np.flatnonzero(numbers == bucket)
         for number in (0, 1, len(members) // 2, len(members) - 1):
             assert order.member(bucket, number) == members[number]
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.1, 0.7)])
+def test_sets_mixed_by_weight_within_buckets(numbers, weights):
+    lengths, batch, steps = (700, 300), 8, 6000
+    kept = np.where(np.arange(1000) % 4 == 1, LEFT_OUT, numbers).astype(np.uint8)
+    order = MixedBuckets(kept, 5, batch, lengths, weights)
+    drawn = np.array([order(position) for position in range(steps * batch)])
+    assert (kept[drawn].reshape(steps, batch) == kept[drawn[::batch], None]).all()  # one bucket a step
+    times = np.bincount(drawn, minlength=1000)
+    for (first, last), weight in zip(((0, 700), (700, 1000)), weights, strict=True):
+        own = kept[first:last] != LEFT_OUT
+        wanted = len(drawn) * weight / sum(weights) / own.sum()  # the same of every sample of a set
+        assert not times[first:last][~own].any()
+        for bucket in range(5):
+            among = times[first:last][kept[first:last] == bucket]
+            # all of them come before any comes again, but for the shuffle of a block
+            assert not len(among) or max(among) - min(among) <= max(2, 2 * BLOCK_OF_TURNS * batch / len(among))
+            assert abs(among.sum() - wanted * len(among)) <= 3 * batch
+    again = MixedBuckets(kept, 5, batch, lengths, weights)
+    for position in (0, 7, 8, 47_999, 12_345, 3):
+        assert again(position) == drawn[position]
+
+
+def test_every_sample_of_a_mixture_comes_in_its_turn(numbers):
+    order = MixedBuckets(numbers, 5, 8, (700, 300), (2, 1))
+    for bucket in range(5):
+        members = np.flatnonzero(numbers == bucket)
+        for among in (members[members < 700], members[members >= 700]):
+            own = [order.member(bucket, order._within(bucket, at)) for at in range(12 * len(members))]
+            counts = Counter(index for index in own if index in set(among.tolist()))
+            assert len(counts) == len(among)
+
+
+@pytest.mark.parametrize("left", [(0, 700), (700, 1000)])
+def test_a_set_of_a_mixture_of_which_nothing_is_left(numbers, left):
+    gone = numbers.copy()
+    gone[slice(*left)] = LEFT_OUT
+    with pytest.raises(BadInput, match=f"nothing of set {1 + (left[0] > 0)}"):
+        MixedBuckets(gone, 5, 8, (700, 300), (1, 1))
 
 
 def test_listing_names_what_is_small(numbers):

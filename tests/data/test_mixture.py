@@ -1,26 +1,38 @@
 """Sets mixed by weight: exact shares, every sample in its turn, a pure function of the position."""
 
+import itertools
 from collections import Counter
 
 import pytest
 
-from latentsmith.data.mixture import BLOCK, Mixture, shares
+from latentsmith.data.mixture import BLOCK, Mixture, Turns
 from latentsmith.files.errors import BadInput
 
+WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (0.2, 0.5, 0.9), (1e-6, 5.0, 0.0, 2.0), tuple(range(1, 40))]
 
-def test_shares_are_exact_and_whole():
-    assert shares((1, 1), 1000) == (500, 500) and shares((2, 1), 1000) == (667, 333)
-    assert shares((1, 1, 1), 10) == (4, 3, 3) and sum(shares((0.3, 0.33, 0.37), 1000)) == 1000
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("start", [0, 1, 10**9])
+def test_turns_are_in_proportion_and_each_comes_once(weights, start):
+    turns, had = Turns(weights, seed=3), {}
+    for place in range(start, start + 3000):
+        number, own = turns.unshuffled(place)
+        assert own == had.get(number, own - 1) + 1  # none is left out and none comes twice, however far the run is
+        assert abs(own + 1 - (place + 1) * turns.rates[number] / turns.total) <= len(weights) / 2
+        had[number] = own
+    blocks = range(start // BLOCK + 1, start // BLOCK + 20)
+    inside = [sorted(turns(block * BLOCK + i) for i in range(BLOCK)) for block in blocks]
+    assert inside == [sorted(turns.unshuffled(block * BLOCK + i) for i in range(BLOCK)) for block in blocks]
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0), (0.2, 0.5)])
 def test_each_block_holds_the_shares_and_each_set_goes_through_all_its_samples(weights):
     lengths = (700, 90)
     mixture = Mixture(lengths, weights, seed=4)
-    drawn = [mixture(position) for position in range(5 * BLOCK)]
-    for block in range(5):
+    drawn = [mixture(position) for position in range(50 * BLOCK)]
+    for block in range(50):
         inside = drawn[block * BLOCK : (block + 1) * BLOCK]
-        assert sum(index < 700 for index in inside) == mixture.slots[0]
+        assert sum(index < 700 for index in inside) == pytest.approx(BLOCK * weights[0] / sum(weights), abs=1)
     for low, high in ((0, 700), (700, 790)):
         own = [index for index in drawn if low <= index < high]
         for epoch in range(len(own) // (high - low)):
@@ -31,10 +43,12 @@ def test_each_block_holds_the_shares_and_each_set_goes_through_all_its_samples(w
         assert max(counts.values()) - min(counts.values()) <= 2 and len(counts) == high - low
 
 
-def test_the_sets_are_spread_over_the_block():
-    mixture = Mixture((50, 50), (1, 1), seed=0)
-    halves = [sum(mixture(p) < 50 for p in range(start, start + 100)) for start in range(0, 1000, 100)]
-    assert min(halves) > 25 and max(halves) < 75 and sum(halves) == 500
+def test_the_order_within_a_block_is_shuffled():
+    turns = Turns((1, 1), seed=0)
+    numbers = [turns(position)[0] for position in range(20 * BLOCK)]
+    assert numbers != [turns.unshuffled(position)[0] for position in range(20 * BLOCK)]
+    same = sum(a == b for a, b in itertools.pairwise(numbers)) / len(numbers)
+    assert 0.4 < same < 0.6
 
 
 def test_seeds_differ_and_positions_do_not_depend_on_each_other():
@@ -45,7 +59,7 @@ def test_seeds_differ_and_positions_do_not_depend_on_each_other():
     assert sum(a == b for a, b in zip(forward, (other(p) for p in positions), strict=True)) < 200
 
 
-@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1), (1, 1e-9)])
+@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, -1)])
 def test_weights_that_cannot_be(weights):
     with pytest.raises(BadInput):
         Mixture((10, 10), weights, seed=0)

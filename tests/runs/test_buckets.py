@@ -1,5 +1,7 @@
 """Training on pictures of several shapes, through the command line."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,6 +93,38 @@ def test_another_bucket_size_is_another_cache(world, pictures, capsys):
     assert "aspect_buckets" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["pictures", "cached"])
+def test_sets_are_mixed_within_buckets(world, pictures, kind):
+    """Two sets of the same pictures, the second with a weight of 3; its cache is one of two that train together."""
+    second = pictures / "second"
+    if not second.exists():
+        shutil.copytree(pictures / "shards", second)
+        shutil.copytree(pictures / "cache", pictures / "second-cache")
+    sets = ("shards", "second") if kind == "pictures" else ("cache", "second-cache")
+    data = f"model.data.train.dataset_path=[{','.join(str(pictures / one) for one in sets)}]"
+    given = (data, "model.data.train.weights=[1,3]", *BUCKETS, *STEPS)
+    whole = world.train(kind, f"mixed-{kind}", *given)
+    halves = world.train(kind, f"mixed-halves-{kind}", *given, "trainer.max_steps=3")
+    world.train(kind, f"mixed-halves-{kind}", *given, "model.data.num_workers=2")
+    assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv") and len(world.losses(whole)) == 8
+
+
+def test_caches_that_do_not_train_together(world, pictures, capsys):
+    given = (*BUCKETS, VAE, TEXT)
+    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+    kept = "model.data.cache={latents: mean}"
+    assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", pictures / "means", data, kept, *given) == 0
+    for other, message in ((pictures / "means", "precache both alike"), ("ROOT/cache", "made with transforms")):
+        sets = f"model.data.train.dataset_path=[{pictures / 'cache'},{other}]"
+        assert world.call(*world.command("cached", "unlike", sets, *BUCKETS)) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.strip().count("\n") == 0
+    parts = f"model.data.train.dataset_path=[{pictures / 'cache'}/shard-000000.tar,{pictures / 'second-cache'}]"
+    shutil.copytree(pictures / "cache", pictures / "second-cache", dirs_exist_ok=True)
+    assert world.call(*world.command("cached", "parts", parts, *BUCKETS)) == 2
+    assert "give whole folders" in capsys.readouterr().err
+
+
 def test_filterings_take_large_pictures(world, pictures, capsys):
     for name, make in (("pictures", run), ("cached", cached)):
         large = "model.data.train.filterings.resolution={method: larger, value: 40}"
@@ -104,7 +138,6 @@ def test_filterings_take_large_pictures(world, pictures, capsys):
     [
         ((f"{WAYS}.aspect_buckets.step=3",), "do not divide by 2"),
         ((f"{WAYS}.aspect_buckets.resolution=null",), "a resolution, and perhaps step"),
-        (("model.data.train.weights=[1]", "model.data.train.dataset_path=[SHARDS]"), "sets are not mixed"),
         (("model.data.train.filterings.resolution.value=5000",), "leaves all of them out"),
         (("model.data.train.filterings.resolution.method=larger",), "has no effect alone"),
         (("model.inductor=true",), "compiles for one size"),

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from latentsmith.data.mixture import Turns
 from latentsmith.data.order import index_at
 from latentsmith.files.errors import BadInput
 
@@ -85,8 +86,7 @@ class BucketOrder:
         if self._latest[0] != step:
             self._latest = (step, *self.step_of(step))
         _, bucket, number = self._latest
-        within = index_at(self.seed + 7919 * (bucket + 1), number * self.batch + place, self.counts[bucket])
-        return self.member(bucket, within)
+        return self.member(bucket, self._within(bucket, number * self.batch + place))
 
     def step_of(self, step: int) -> tuple[int, int]:
         """The bucket of an optimizer step of the run, and which of the bucket's own steps it is."""
@@ -107,6 +107,10 @@ class BucketOrder:
         inside = np.flatnonzero(self.numbers[block * BLOCK : (block + 1) * BLOCK] == bucket)
         return block * BLOCK + int(inside[number - int(tally[block])])
 
+    def _within(self, bucket: int, own: int) -> int:
+        """Which sample of a bucket comes at the bucket's own position."""
+        return index_at(self.seed + 7919 * (bucket + 1), own, self.counts[bucket])
+
     def _steps_by(self, epoch: int) -> list[int]:
         """Whole steps that each bucket fills in so many epochs."""
         return [epoch * count // self.batch for count in self.counts]
@@ -119,6 +123,36 @@ class BucketOrder:
             middle = (low + high) // 2
             low, high = (middle, high) if sum(self._steps_by(middle)) <= step else (low, middle)
         return low
+
+
+class MixedBuckets(BucketOrder):
+    """`BucketOrder` over several sets, one after the other in `numbers`, drawn in proportion to weights.
+
+    lengths, weights: of the sets, as of `Mixture`. Each set's share is that of its samples which are not left out, and
+    within it they are alike: a bucket's share of the steps, and a set's share of a bucket, are weight times samples.
+    Within each bucket every set is a keyed bijection, epoch by epoch. BadInput if nothing is left of a set.
+    """
+
+    def __init__(self, numbers: np.ndarray, seed: int, batch: int, lengths: Sequence[int], weights: Sequence[float]):
+        super().__init__(numbers, seed, batch)
+        parts = np.split(numbers, np.cumsum(lengths)[:-1])
+        held = np.array([np.bincount(part, minlength=LEFT_OUT + 1)[: len(self.counts)] for part in parts])
+        if not (kept := held.sum(axis=1)).all():
+            raise BadInput(
+                f"filterings leave nothing of set {int(kept.argmin()) + 1}, which has a weight; leave it out"
+            )
+        self.held, self.before = held.tolist(), (np.cumsum(held, axis=0) - held).tolist()  # by set and bucket
+        share = np.asarray(weights)[:, None] * held / kept[:, None]
+        self.steps = Turns(share.sum(axis=0).tolist(), seed ^ 0xB0C4)
+        self.sets = [Turns(column, seed + 104729 * bucket) for bucket, column in enumerate(share.T.tolist())]
+
+    def step_of(self, step: int) -> tuple[int, int]:
+        return self.steps(step)
+
+    def _within(self, bucket: int, own: int) -> int:
+        number, own = self.sets[bucket](own)
+        key = self.seed + 7919 * (bucket + 1) + 15485863 * number
+        return self.before[number][bucket] + index_at(key, own, self.held[number][bucket])
 
 
 def _tallies(numbers: np.ndarray) -> np.ndarray:

@@ -123,6 +123,30 @@ class LatentCache:
                 raise BadInput(f"{self.folder}: {what}; change the U-Net, or precache with its VAE and text encoder")
 
 
+class JoinedCaches(LatentCache):
+    """Caches of the same encoders as one, their samples one after the other; BadInput for others. shards: all theirs.
+
+    `info` is the first one's, whose source and counts say nothing of the others.
+    """
+
+    def __init__(self, caches: Sequence[LatentCache], shards: ShardSet):
+        self.caches, self.shards = caches, shards
+        first = caches[0]
+        self.folder, self.info, self.empty_prompt = first.folder, first.info, first.empty_prompt
+        for other in caches[1:]:
+            if difference := first_difference(_of_any_source(first.info), _of_any_source(other.info)):
+                name, here, there = difference
+                raise BadInput(
+                    f"{other.folder}: {name} is {there!r}, and {here!r} in {first.folder}: precache both alike"
+                )
+        if (found := sum(map(len, caches))) != len(shards):
+            raise BadInput(f"{first.folder} and others: {len(shards):,} samples of {found:,}: give whole folders")
+
+    def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+        found = [each for cache in self.caches if (each := cache.buckets())]
+        return (np.concatenate([numbers for numbers, _ in found]), found[0][1]) if found else None
+
+
 class Rows:
     """Members of samples stacked as they are read, one sample after the other: `arrays`, (count, ...) by name.
 
@@ -155,6 +179,13 @@ def variant_name(number: int) -> str:
 
 def _member(name: str, variant: int) -> str:
     return variant_name(variant) if name == IMAGE_KEY else name
+
+
+def _of_any_source(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What caches that train together have in common."""
+    names = ("members", "variants", "latents", "buckets")
+    made_by = {name: value for name, value in info["fingerprints"].items() if name != "source"}
+    return {**{name: info.get(name) for name in names}, "fingerprints": made_by}
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -2,21 +2,49 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 
 from latentsmith.data.order import index_at
 from latentsmith.files.errors import BadInput
 
-BLOCK = 1000  # positions in which the shares of the sets are exact
+BLOCK = 100  # positions whose turns are shuffled
+ONE = 1 << 64  # turns are timed in parts of this
+
+
+class Turns:
+    """Whose turn it is at a position, in proportion to weights: as evenly as can be, each block of BLOCK shuffled.
+
+    Number n of one with share s has its turn at time (n + 1/2) / s, and turns are taken in the order of their times.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        self.seed = seed
+        self.rates = [round(weight / (sum(weights) or 1) * 2**32) or int(weight > 0) for weight in weights]
+        self.total = sum(self.rates)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """The number of the one at `position`, and how many turns it has had before."""
+        start = position // BLOCK * BLOCK
+        return self.unshuffled(start + index_at(self.seed ^ 0x51ED, position, BLOCK))
+
+    def unshuffled(self, place: int) -> tuple[int, int]:
+        """The same in the order of times. Integers alone, so that no two places ever have the same turn."""
+        before = place - len(self.rates)  # by which time no more than `place` turns are over
+        past = 2 * before * ONE // self.total + 1
+        done = [((past * rate - 1) // ONE + 1) // 2 if before > 0 else 0 for rate in self.rates]
+        able = [number for number, rate in enumerate(self.rates) if rate]
+        for _ in range(place - sum(done) + 1):
+            number = min(able, key=lambda one: (2 * done[one] + 1) * ONE // self.rates[one])
+            done[number] += 1
+        return number, done[number] - 1
 
 
 @dataclass(frozen=True)
 class Mixture:
     """Samples of sets with these lengths, one after the other in one numbering, drawn in proportion to weights.
 
-    Every BLOCK positions hold each set's share of them (the largest remainders rounded up), in a shuffled order;
-    within its own positions each set is a keyed bijection, epoch by epoch, as if it were alone. Raises BadInput for
-    weights that are not one positive number for each set, or a share under 1 in BLOCK.
+    The sets take `Turns`; within its own positions each is a keyed bijection, epoch by epoch, as if it were alone.
+    Raises BadInput for weights that are not one positive number for each set.
     """
 
     lengths: tuple[int, ...]
@@ -26,30 +54,13 @@ class Mixture:
     def __post_init__(self) -> None:
         if len(self.weights) != len(self.lengths) or min(self.weights) <= 0:
             raise BadInput(f"weights {list(self.weights)} for {len(self.lengths)} sets: give each one number above 0")
-        if 0 in self.slots:
-            raise BadInput(f"weights {list(self.weights)}: a set with less than 1 of {BLOCK} samples; raise its weight")
 
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """Positions of each set among BLOCK."""
-        return shares(self.weights, BLOCK)
+    @cached_property
+    def turns(self) -> Turns:
+        return Turns(self.weights, self.seed)
 
     def __call__(self, position: int) -> int:
         """The sample's number, over all sets, at `position` of the run."""
-        block, place = divmod(position, BLOCK)
-        slot = index_at(self.seed ^ 0x51ED, block * BLOCK + place, BLOCK)
-        ends = list(accumulate(self.slots))
-        number = next(number for number, end in enumerate(ends) if slot < end)
-        own = block * self.slots[number] + slot - (ends[number] - self.slots[number])
+        number, own = self.turns(position)
         first = sum(self.lengths[:number])
         return first + index_at(self.seed + 7919 * number, own, self.lengths[number])
-
-
-def shares(weights: Sequence[float], total: int) -> tuple[int, ...]:
-    """`total` split in proportion to weights into whole numbers, by largest remainders."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    whole = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (whole[i] - exact[i], i))
-    for number in by_remainder[: total - sum(whole)]:
-        whole[number] += 1
-    return tuple(whole)

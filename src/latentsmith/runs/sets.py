@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from latentsmith.data.buckets import LEFT_OUT, BucketOrder, listing
-from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache, Rows
+from latentsmith.data.buckets import LEFT_OUT, BucketOrder, MixedBuckets, listing
+from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, JoinedCaches, LatentCache, Rows
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
@@ -74,12 +74,11 @@ def open_set(
             f"{model.data[data].dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
             "`latentsmith precache`, or set model.first_stage_key=images model.cond_stage_key=captions"
         )
-    folders = sorted({shard.parent for shard in shards.paths})
-    if is_cache and len(folders) > 1:
-        raise BadInput(f"{folders[0]}: one latent cache trains at a time; {folders[1]} is another folder")
-    cache = LatentCache(folders[0]) if is_cache else None
-    if cache:
-        check_cache(config, cache, encoded, networks, words, data)
+    folders = dict.fromkeys(shard.parent for shard in shards.paths)
+    caches = [LatentCache(folder) for folder in folders] if is_cache else []
+    for one in caches:
+        check_cache(config, one, encoded, networks, words, data)
+    cache = JoinedCaches(caches, shards) if len(caches) > 1 else caches[0] if caches else None
     return readable(config, shards, cache, encoded, data)
 
 
@@ -121,11 +120,12 @@ def order_of(config: DictConfig, shards: ShardSet, numbers: np.ndarray | None) -
         numbers = np.where(kept, np.uint8(0) if numbers is None else numbers, np.uint8(LEFT_OUT))
         print(f"filterings: {int(kept.sum()):,} of {len(kept):,} samples are taken")
     mixed = pieces.mixture(config)
-    if numbers is None or mixed is not None:
-        if numbers is not None:
-            raise BadInput("model.data.train.weights: sets are not mixed where buckets or filterings choose samples")
+    if numbers is None:
         return mixed
-    return BucketOrder(numbers, model.seed, pieces.global_batch(config, pieces.process_count(config)))
+    batch = pieces.global_batch(config, pieces.process_count(config))
+    if mixed is not None:
+        return MixedBuckets(numbers, model.seed, batch, mixed.lengths, mixed.weights)
+    return BucketOrder(numbers, model.seed, batch)
 
 
 def heights_and_widths(shards: ShardSet) -> np.ndarray:
