@@ -28,6 +28,7 @@ SWITCHES = {
     "without fused attention": ["model.unet_config.use_flash_attention=False"],
     "channels last": ["model.channels_last=True"],
     "averages (EMA)": ["exp_manager.ema.enable=True"],
+    "8-bit moments": ["model.optim.name=adamw8bit"],
     "bfloat16": ["trainer.precision=bf16"],
     "compiled blocks": ["model.inductor=True"],
 }

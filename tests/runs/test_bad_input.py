@@ -46,7 +46,12 @@ WRONG = {  # kind of run, overrides, what the line says
         [f"{SAMPLES}.every_n_train_steps=2", f"{SAMPLES}.prompts=[x]", f"{SAMPLES}.sampler=eular"],
         "eular",
     ),
-    "8-bit moments without the library": ("cached", ["model.optim.name=adamw8bit"], "pip install bitsandbytes"),
+    "paged moments on a CPU": ("cached", ["model.optim.name=paged_adamw"], "without CUDA take fused_adam"),
+    "8-bit moments of shards": (
+        "cached",
+        ["model.optim.name=adamw8bit", "trainer.strategy=model_parallel"],
+        "bitsandbytes knows no sharded weights",
+    ),
     "CUDA graphs on a CPU": (
         "cached",
         ["model.inductor=true", "model.inductor_cudagraphs=true"],

@@ -41,6 +41,21 @@ def test_workers_and_accumulation_change_nothing(world, kind):
     assert [row["step"] for row in read_rows(parts / "metrics.csv")] == [1, 2, 3, 4]
 
 
+def test_moments_in_eight_bits_go_on_too(world):
+    moving = ("model.optim.lr=1e-3", "model.optim.sched.warmup_steps=0", "trainer.max_steps=8")
+    options = ("model.optim.name=adamw8bit", *moving)
+    plain = world.train("cached", "32-bit", *moving)
+    whole = world.train("cached", "8-bit-whole", *options)
+    halves = world.train("cached", "8-bit-halves", *options, "trainer.max_steps=3")
+    world.train("cached", "8-bit-halves", *options)
+    assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
+    assert read_state(world.newest(halves)) == read_state(world.newest(whole))
+    assert world.losses(whole) != world.losses(plain)
+    assert world.losses(whole) == pytest.approx(world.losses(plain), rel=0.02)
+    sizes = [(world.newest(run) / "optimizer.safetensors").stat().st_size for run in (whole, plain)]
+    assert sizes[0] < 0.4 * sizes[1]
+
+
 def stopped_in_the_middle(world, words, run, rows, number=signal.SIGKILL, checkpoints=0):
     """Start the command in another process and send it a signal once the metrics have so many rows and there are so
     many checkpoints; its exit code and what it said. SIGKILL comes with no warning."""

@@ -1,6 +1,5 @@
 import math
-import sys
-import types
+import warnings
 
 import pytest
 import torch
@@ -70,10 +69,23 @@ def test_what_is_no_optimizer(name):
         build_optimizer(name, [nn.Parameter(torch.ones(1))], lr=0.1)
 
 
-def test_eight_bit_moments_are_bitsandbytes(monkeypatch):
-    made = types.ModuleType("bitsandbytes.optim")
-    made.AdamW8bit = lambda parameters, **options: (list(parameters), options)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", made)
-    weight = torch.nn.Parameter(torch.zeros(2))
-    assert build_optimizer("adamw8bit", [weight], lr=0.1) == ([weight], {"lr": 0.1})
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw", "paged_adamw8bit"])
+def test_optimizers_of_bitsandbytes_are_adamw(name):
+    """Within the rounding of 8 bits; a paged one is plain on a CPU, and says so."""
+    start = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    steppers = [
+        build_optimizer(kind, [weight], **options) for kind, weight in zip((name, "adamw"), weights, strict=True)
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        for _ in range(20):
+            for weight, stepper in zip(weights, steppers, strict=True):
+                stepper.zero_grad()
+                ((weight - 3) ** 2).mean().backward()
+                stepper.step()
+    bits = 8 if "8bit" in name else 32
+    assert {32: torch.float32, 8: torch.uint8}[bits] == steppers[0].state[weights[0]]["state1"].dtype
+    moved = (weights[1] - start).norm()
+    assert moved > 5 and (weights[0] - weights[1]).norm() < (0.05 if bits == 8 else 1e-5) * moved

@@ -17,7 +17,8 @@ from latentsmith.config.schema import Option, group, mapped, no_effect, refused,
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
 NO_LOGVAR = "the per-timestep log-variance is not trained here"
 NO_VLB = "only the simple loss is trained here"
-WITH_BETAS = ("fused_adam", "adamw", "adamw8bit", "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
+BITSANDBYTES = ("adamw8bit", "paged_adamw", "paged_adamw8bit")
+WITH_BETAS = ("fused_adam", "adamw", *BITSANDBYTES, "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
 OPTIMIZERS = (*WITH_BETAS, "Adadelta", "Adagrad", "RMSprop", "SGD")
 LIGHTNING_DDP = "Lightning's DDP decides on its buckets"
 
@@ -179,8 +180,8 @@ OPTIM = group(
         "name",
         choice(*OPTIMIZERS, aliases={name.lower(): name for name in OPTIMIZERS}),
         "fused_adam",
-        "fused_adam and adamw are AdamW, fused where it can be; adamw8bit is bitsandbytes', moments in 8 bits; else "
-        "the class of torch.optim of that name",
+        "fused_adam and adamw are AdamW, fused where it can be; of bitsandbytes, adamw8bit has moments in 8 bits, and "
+        "paged ones leave a full GPU for the CPU's memory; else the class of torch.optim of that name",
         also=["optimizer"],
     ),
     used(

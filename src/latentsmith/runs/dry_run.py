@@ -107,7 +107,7 @@ def memory(
     sizes = {
         "weights": 4 * sum(counts.values()),
         "gradients": 4 * moving,
-        "optimizer": 4 * MOMENTS.get(config.model.optim.name, 2) * moving,
+        "optimizer": int(4 * MOMENTS.get(config.model.optim.name, 2) * moving),
         "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
         **(more or {}),
     }

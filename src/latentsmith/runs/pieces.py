@@ -23,7 +23,7 @@ from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
 from latentsmith.training.draws import CROPS
 from latentsmith.training.module import Optimisation
-from latentsmith.training.optimizers import lr_schedule
+from latentsmith.training.optimizers import BITSANDBYTES, lr_schedule
 from latentsmith.training.samples import Reader, one_by_one
 from latentsmith.training.sharding import strategy
 
@@ -193,11 +193,8 @@ def check_device(config: DictConfig) -> None:
             raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
         if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
-    if config.model.optim.name == "adamw8bit":
-        if find_spec("bitsandbytes") is None:
-            raise BadInput("model.optim.name=adamw8bit: bitsandbytes is not installed; pip install bitsandbytes")
-        if on_cpu(config):
-            raise BadInput("model.optim.name=adamw8bit needs a GPU; take fused_adam")
+    if config.model.optim.name in BITSANDBYTES:
+        check_bitsandbytes(config)
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
         raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
     check_strategy(config.trainer.strategy)
@@ -211,6 +208,17 @@ def check_device(config: DictConfig) -> None:
         print("trainer.precision=bf16 on a CPU: emulated, and far slower than 32, where it has no units for bfloat16")
     if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
         raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
+
+
+def check_bitsandbytes(config: DictConfig) -> None:
+    """BadInput where an optimizer of bitsandbytes cannot work."""
+    name = f"model.optim.name={config.model.optim.name}"
+    if find_spec("bitsandbytes") is None:
+        raise BadInput(f"{name}: bitsandbytes is not installed; pip install bitsandbytes")
+    if "paged" in name and (on_cpu(config) or not torch.cuda.is_available()):
+        raise BadInput(f"{name} moves moments between a GPU's memory and the CPU's; without CUDA take fused_adam")
+    if config.trainer.strategy == "model_parallel":
+        raise BadInput(f"{name}: bitsandbytes knows no sharded weights; take fused_adam, whose moments are sharded")
 
 
 def on_cpu(config: DictConfig) -> bool:

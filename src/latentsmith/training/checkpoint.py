@@ -27,7 +27,9 @@ from .module import Progress, TrainingModule
 from .sharding import copy_whole, is_sharded, split_like, whole
 
 STATE_FILE = "state.json"
-MOMENTS = {"SGD": 0, "RMSprop": 1, "Adagrad": 1}  # tensors of a weight's size that an optimizer keeps, where not two
+MOMENTS = {  # values in float32 that an optimizer keeps for a weight, where not two
+    "SGD": 0, "RMSprop": 1, "Adagrad": 1, "adamw8bit": 0.5, "paged_adamw8bit": 0.5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def size_of(module: TrainingModule) -> int:
     weights = Snapshot(files, {}).bytes
     averages = sum(average.nbytes for ema in module.ema.values() for average in ema.averages)
     moved = sum(p.numel() for name in module.trained for p in module.parts[name].parameters() if p.requires_grad)
-    return weights + averages + 4 * MOMENTS.get(module.optimisation.name, 2) * moved
+    return weights + averages + int(4 * MOMENTS.get(module.optimisation.name, 2) * moved)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapping[str, str]) -> Path:
@@ -141,12 +143,16 @@ def parts_of(module: TrainingModule) -> dict[str, dict[str, Tensor]]:
     """Everything of a training that has to be kept, as tensors by file name."""
     files = {name: dict(module.parts[name].state_dict()) for name in module.trained}
     files |= {f"ema/{name}": average.state_dict() for name, average in module.ema.items()}
-    optimizer = module.optimizers(use_pl_optimizer=False)
-    state = optimizer.state_dict()["state"]  # type: ignore[union-attr]
+    optimizer: Any = module.optimizers(use_pl_optimizer=False)
+    rows = [optimizer.state.get(parameter, {}) for parameter in parameters_of(optimizer)]
     files["optimizer"] = {
-        f"{i}.{key}": torch.as_tensor(value) for i, row in state.items() for key, value in row.items()
+        f"{i}.{key}": torch.as_tensor(value) for i, row in enumerate(rows) for key, value in row.items()
     }
     return files
+
+
+def parameters_of(optimizer: Any) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def load_checkpoint(path: Path, module: TrainingModule) -> None:
@@ -178,7 +184,9 @@ def check_optimizer(path: Path, saved: str | None, wanted: str) -> None:
 def fill_optimizer(optimizer: Any, path: Path) -> None:
     """Load an optimizer's state, each tensor in the memory order of its parameter: fused kernels read them side by
     side, whatever their strides say."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if hasattr(optimizer, "init_state"):
+        return fill_bitsandbytes(optimizer, open_tensors(path))
+    parameters = parameters_of(optimizer)
     rows: dict[int, dict[str, Tensor]] = {}
     for key, value in open_tensors(path).items():
         number, _, name = key.partition(".")
@@ -192,6 +200,21 @@ def fill_optimizer(optimizer: Any, path: Path) -> None:
         copy_whole(laid_out, value)
         rows.setdefault(int(number), {})[name] = laid_out
     optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def fill_bitsandbytes(optimizer: Any, saved: Mapping[str, Tensor]) -> None:
+    """The same for one of bitsandbytes, in the memory that it asks for itself: what it loads would never be paged."""
+    number = 0
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            if f"{number}.step" in saved:
+                optimizer.init_state(group, parameter, i, j)
+                row = optimizer.state[parameter]
+                for key, value in row.items():
+                    kept = saved[f"{number}.{key}"]
+                    row[key] = value.copy_(kept) if isinstance(value, Tensor) else kept.item()
+            number += 1
 
 
 def fill(module: torch.nn.Module, path: Path) -> None:

@@ -6,19 +6,21 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw8bit": "PagedAdamW8bit"}
 Schedule = Callable[[int], float]  # optimizer steps done so far -> factor of the learning rate
 
 
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], *, fused: bool = True, **options
 ) -> torch.optim.Optimizer:
-    """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, `adamw8bit` (bitsandbytes' AdamW8bit, if it is installed), or
-    any class of torch.optim; options it lacks are errors. fused: False where gradients are scaled, since a fused one
-    takes the scale out itself, after they were clipped."""
-    if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
+    """NeMo's `fused_adam` (AdamW in one kernel), `adamw`, one of BITSANDBYTES, if that is installed (moments in 8 bits;
+    paged ones may leave a GPU that is full for the CPU's memory), or any class of torch.optim; options it lacks are
+    errors. fused: False where gradients are scaled, since a fused one takes the scale out itself, after they were
+    clipped."""
+    if name in BITSANDBYTES:
+        from bitsandbytes import optim
 
-        return AdamW8bit(parameters, **options)
+        return getattr(optim, BITSANDBYTES[name])(parameters, **options)
     if name in ("fused_adam", "adamw"):
         return torch.optim.AdamW(parameters, fused=fused, **options)
     kind = getattr(torch.optim, name, None)
