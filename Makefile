@@ -12,7 +12,8 @@ test: install-dev lint
 
 # Side by side with the peers; minutes with nothing else running. `benchmarks/*.py --help` has the larger forms.
 bench: install-dev
-	$(BIN)/python benchmarks/data.py bench
+	mkdir -p bench
+	$(BIN)/python benchmarks/data.py bench --json bench/data.json
 	$(BIN)/python benchmarks/training.py bench --size small
 	$(BIN)/python benchmarks/sampling.py bench --size small
 	$(BIN)/python benchmarks/machine.py bench --rows ceiling,startup,curves,ranks

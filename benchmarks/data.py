@@ -1,6 +1,6 @@
 """Samples a second from a latent cache, and pictures a second from JPEGs, against what others do.
 
-    python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open]
+    python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open] [--json FILE]
 
 cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache by `read_batch`, and
 by the loader of training, with and without the noise it draws, (b) webdataset over tars
@@ -12,6 +12,7 @@ hard links. One process and one thread each; all files are in the page cache; th
 
 import argparse
 import io
+import json
 import os
 import pickle
 import shutil
@@ -38,6 +39,7 @@ from latentsmith.training.draws import DiffusionDraws
 from latentsmith.training.samples import RunPositions, RunSamples, run_loader
 
 MOMENTS, TEXT, BATCH = (8, 64, 64), (77, 768), 64
+FOUND: dict[str, dict] = {}  # all that is measured, for --json
 
 
 def compared(peers: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
@@ -53,6 +55,7 @@ def compared(peers: dict[str, Callable[[], int]], rounds: int) -> dict[str, floa
 
 
 def table(title: str, unit: str, rates: dict[str, float]) -> None:
+    FOUND[title] = {"unit": unit, **rates}
     ours = next(iter(rates.values()))
     print(f"\n{title}")
     for name, rate in rates.items():
@@ -239,6 +242,7 @@ def open_rows(work: Path) -> None:
     for position in range(1000):
         _ = whole[index_at(0, position, len(whole))]
     each = (time.perf_counter() - start) / 1000
+    FOUND["open"] = {"samples": len(whole), "seconds": opened, "seconds a sample": each}
     print(f"\na set of {len(whole):,} samples: opened in {opened:.2f} s, a sample anywhere in {1e6 * each:.0f} us")
 
 
@@ -248,6 +252,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", default="cache,decode,open")
+    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = given.rows.split(",")
@@ -257,6 +262,8 @@ def main() -> None:
         decode_rows(given.work, given.rounds)
     if "open" in rows:
         open_rows(given.work)
+    if given.json:
+        given.json.write_text(json.dumps(FOUND, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def fetched(path: Path) -> "Ranges | None":
         make_room(path.parent.parent, about["limit"] - about["sizes"][path.name])
         aside = path.with_name(f"{path.name}.{os.getpid()}.fetching")
         try:
-            _attempt(lambda: _filesystem(url)[0].get_file(_filesystem(url)[1], str(aside)))
+            attempted(lambda: file_system(url)[0].get_file(file_system(url)[1], str(aside)))
             aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
@@ -144,14 +144,14 @@ class Ranges(Sequence):
         if start >= stop:
             return b""
         with reported(self.url):
-            system, path = _filesystem(self.url)  # asked for each time: after a fork it is another
-            return _attempt(lambda: system.cat_file(path, start=start, end=stop))
+            system, path = file_system(self.url)  # asked for each time: after a fork it is another
+            return attempted(lambda: system.cat_file(path, start=start, end=stop))
 
     @contextmanager
     def opened(self) -> Iterator[Any]:
         """The whole as a file to read and seek in."""
         with reported(self.url):
-            system, path = _filesystem(self.url)
+            system, path = file_system(self.url)
             with system.open(path, "rb") as file:
                 yield file
 
@@ -169,7 +169,7 @@ def reported(url: str) -> Iterator[None]:
         raise BadInput(f"{url}: cannot be read ({type(error).__name__}: {error})") from None
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[Any, str]:
     import fsspec.core
 
     return fsspec.core.url_to_fs(url)
@@ -177,24 +177,24 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 def _read(url: str) -> bytes | None:
     """A small file; None if there is none."""
-    system, path = _filesystem(url)
+    system, path = file_system(url)
     try:
-        return _attempt(lambda: system.cat_file(path))
+        return attempted(lambda: system.cat_file(path))
     except FileNotFoundError:
         return None
 
 
 def _tars(pattern: str) -> dict[str, tuple[int, str]]:
     """Bytes of the tars that a pattern names, or one name, and what tells whether each has changed."""
-    system, path = _filesystem(pattern)
+    system, path = file_system(pattern)
     found = {}
     for one in sorted(system.glob(path)) if "*" in path else [path]:
-        size, state = _attempt(partial(system.size, one)), _attempt(partial(system.ukey, one))
+        size, state = attempted(partial(system.size, one)), attempted(partial(system.ukey, one))
         found[PurePosixPath(one).name] = (int(size), str(state))
     return found
 
 
-def _attempt(request: Any) -> Any:
+def attempted(request: Any) -> Any:
     """What a request answers; asked again a few times if the network fails."""
     for wait in (*(0.5 * 2**i for i in range(TRIES - 1)), None):
         try:

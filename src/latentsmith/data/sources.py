@@ -5,23 +5,25 @@ BadSample, raised when an item is read: this one sample is wrong.
 """
 
 import csv
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from latentsmith.data.errors import BadSample
 from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
-from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, parquet_files, picture_of
+from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, picture_of
+from latentsmith.data.places import AHEAD, Far, Here, Place
 from latentsmith.data.remote import is_remote
-from latentsmith.data.shards import SET_FILE, Sample, ShardSet
+from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
-from latentsmith.files.hashing import fingerprint_text, hash_file
+from latentsmith.files.hashing import fingerprint_text, hash_stream
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
@@ -52,64 +54,87 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike) -> Source:
-    """The source at `path`: a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a
-    .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of tars, or NeMo's wdinfo.pkl beside them.
-    BadInput if it is none of these or has nothing in it. Of an address that fsspec opens: tars."""
-    if is_remote(path):
-        return TarSource(str(path))
-    path = Path(path)
-    if path.is_dir():
-        tables = [path / name for name in TABLES if (path / name).exists()]
-        if tables:
-            return TableSource(tables[0])
-        tars = (path / SET_FILE).exists() or any(path.glob("*.tar"))  # img2dataset leaves a .parquet beside each
-        if not tars and not any(_images_in(path)) and parquet_files(path):
-            return ParquetSource(path)
-        if (path / SET_FILE).exists() or (any(path.glob("*.tar")) and not any(_images_in(path))):
-            return TarSource(path)
-        return FolderSource(path)
-    if path.suffix.lower() in (".jsonl", ".csv") and path.is_file():
-        return TableSource(path)
-    if path.suffix.lower() == ".parquet" and path.is_file():
-        return ParquetSource(path)
-    if path.suffix.lower() == ".tar":
+    """The source at `path`, here or at an address that fsspec opens: a folder (with `metadata.jsonl` or `.csv`, or
+    captions beside the images, or tars), a .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of
+    tars, or, here, NeMo's wdinfo.pkl beside them. BadInput if it is none of these or has nothing in it."""
+    name, suffix = str(path), PurePosixPath(path).suffix.lower()
+    if suffix == ".tar" or (is_remote(path) and "*" in name.rpartition("/")[2]):
         return TarSource(path)
-    if not path.exists():
+    if suffix in (".jsonl", ".csv", ".parquet") and not Path(path).is_dir():
+        folder, name = os.path.split(path)
+        place = place_at(folder)
+        if not place.has(name):
+            raise BadInput(f"{path}: no such folder or file")
+        return ParquetSource(place, [name]) if suffix == ".parquet" else TableSource(place, name)
+    if is_remote(path) or Path(path).is_dir():
+        return folder_source(path)
+    if not Path(path).exists():
         raise BadInput(f"{path}: no such folder or file")
-    if path.suffix.lower() == ".pkl":
-        return TarSource([path.parent / tar for tar in read_wdinfo(path)])
+    if suffix == ".pkl":
+        return TarSource([Path(path).parent / tar for tar in read_wdinfo(Path(path))])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
     )
 
 
+def place_at(path: str | os.PathLike) -> Place:
+    return Far(str(path)) if is_remote(path) else Here(Path(path))
+
+
+def folder_source(path: str | os.PathLike) -> Source:
+    """What a folder is a source of, by the files in it."""
+    place = place_at(path)
+    if tables := [name for name in TABLES if place.has(name)]:
+        return TableSource(place, tables[0])
+    if place.has(SET_FILE) or place.has(UNFINISHED_FILE):
+        return TarSource(path)
+    sizes = place.sizes()
+    if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
+        return FolderSource(place, sizes)
+    # img2dataset leaves a .parquet beside each of its tars
+    if any("/" not in name and _extension(name) == "tar" for name in sizes):
+        return TarSource(path)
+    if parquets := [name for name in sorted(sizes) if _extension(name) == "parquet"]:
+        return ParquetSource(place, parquets)
+    raise BadInput(f"{place.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
+
+
 class FolderSource:
     """Images anywhere below a folder, by name, each with its caption in `NAME.txt` or `NAME.caption` beside it."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        images = sorted(_images_in(folder))
-        if not images:
-            raise BadInput(f"{folder}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
-        captioned = {image.with_suffix("") for image in images}
-        orphans = (path for path in _files_in(folder, CAPTION_EXTENSIONS) if path.with_suffix("") not in captioned)
-        self.paths = images + sorted(orphans)
+    def __init__(self, place: Place, sizes: Mapping[str, int]):
+        self.place, self.sizes = place, sizes
+        names = sorted(sizes, key=PurePosixPath)
+        images = [name for name in names if _extension(name) in IMAGE_EXTENSIONS]
+        captioned = {_stem(name) for name in images}
+        captions = [name for name in names if _extension(name) in CAPTION_EXTENSIONS]
+        # of two captions the .txt
+        self.captions = {_stem(name): name for name in sorted(captions, key=_extension)}
+        self.names = images + [name for name in captions if _stem(name) not in captioned]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        for path in self.paths[start:]:
-            name = path.relative_to(self.folder).as_posix()
-            if _extension(path) in CAPTION_EXTENSIONS:
-                yield SourceItem(name, _no_image_for(path), lambda: "")
-            else:
-                yield SourceItem(name, _file_reader(path), _caption_beside(path))
+        for at in range(start, len(self), AHEAD):
+            names = self.names[at : at + AHEAD]
+            captions = [self.captions[stem] for stem in map(_stem, names) if stem in self.captions]
+            self.place.ahead(list(dict.fromkeys([*names, *captions])))
+            for name in names:
+                if _extension(name) in CAPTION_EXTENSIONS:
+                    yield SourceItem(name, _no_image_for(name), lambda: "")
+                else:
+                    yield SourceItem(name, partial(self.place.read, name), partial(self._caption, name))
+
+    def _caption(self, image: str) -> str:
+        name = self.captions.get(_stem(image))
+        if name is None:
+            stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
+            raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
+        return self.place.read(name).decode("utf-8-sig", "surrogateescape")
 
     def fingerprint(self) -> str:
-        return fingerprint_text(
-            "\n".join(f"{path.relative_to(self.folder)} {path.stat().st_size}" for path in self.paths)
-        )
+        return fingerprint_text("\n".join(f"{name} {self.sizes[name]}" for name in self.names))
 
 
 class TableSource:
@@ -117,12 +142,13 @@ class TableSource:
     the caption; every other column is kept as JSON. BadInput, with the line's number, for a table that cannot be read.
     """
 
-    def __init__(self, table: Path):
-        self.table = table
+    def __init__(self, place: Place, name: str):
+        self.place, self.name = place, name
+        self.table = f"{place.address}/{name}"
         rows = self._rows()
         first = next(rows, None)
         if first is None:
-            raise BadInput(f"{table}: an empty table; it needs rows with file_name and text")
+            raise BadInput(f"{self.table}: an empty table; it needs rows with file_name and text")
         self.image_column = self._column(first[1], IMAGE_COLUMNS, "the image's path")
         self.caption_column = self._column(first[1], CAPTION_COLUMNS, "the caption")
         self._length = 1 + sum(1 for _ in rows)
@@ -131,20 +157,27 @@ class TableSource:
         return self._length
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        for line, row in islice(self._rows(), start, None):
-            name, caption = row.get(self.image_column), row.get(self.caption_column)
-            extra = {key: value for key, value in row.items() if key not in (self.image_column, self.caption_column)}
-            if isinstance(name, str) and name:
-                yield SourceItem(name, _file_reader(self.table.parent / name), _text_reader(caption), extra)
-            else:
-                where = f"line {line:,} of {self.table.name}"
-                yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
+        rows = islice(self._rows(), start, None)
+        while some := list(islice(rows, AHEAD)):
+            names = [row.get(self.image_column) for _, row in some]
+            self.place.ahead([name for name in names if isinstance(name, str) and name])
+            for (line, row), name in zip(some, names, strict=True):
+                caption = row.get(self.caption_column)
+                extra = {key: v for key, v in row.items() if key not in (self.image_column, self.caption_column)}
+                if isinstance(name, str) and name:
+                    yield SourceItem(name, partial(self.place.read, name), _text_reader(caption), extra)
+                else:
+                    where = f"line {line:,} of {self.name}"
+                    yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
 
     def fingerprint(self) -> str:
-        return hash_file(self.table)
+        with self.place.open(self.name) as file:
+            return hash_stream(file)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        return _jsonl_rows(self.table) if self.table.suffix.lower() == ".jsonl" else _csv_rows(self.table)
+        rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
+        with self.place.open(self.name) as file:
+            yield from rows(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), self.table)
 
     def _column(self, row: Mapping[str, Any], known: Iterable[str], what: str) -> str:
         for column in known:
@@ -158,10 +191,10 @@ class ParquetSource:
     """Parquet files: a column with the image (bytes, a path beside the table, or both as Hugging Face has them), one
     with the caption; other columns that JSON can hold are kept."""
 
-    def __init__(self, path: Path):
-        self.table = ParquetTable(path)
+    def __init__(self, place: Place, names: Sequence[str]):
+        self.place, self.table = place, ParquetTable(place, names)
         if not len(self.table):
-            raise BadInput(f"{path}: the table has no rows")
+            raise BadInput(f"{self.table.address}: the table has no rows")
         self.image_column = self._column(PICTURE_COLUMNS, "the image (bytes or a path)")
         self.caption_column = self._column(CAPTION_COLUMNS, "the caption")
 
@@ -169,14 +202,13 @@ class ParquetSource:
         return len(self.table)
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        folder = self.table.path if self.table.path.is_dir() else self.table.path.parent
         for where, row in self.table.rows(start):
             extra = {
                 key: value
                 for key, value in row.items()
                 if key not in (self.image_column, self.caption_column) and isinstance(value, str | int | float | bool)
             }
-            picture = partial(picture_of, row[self.image_column], folder, where)
+            picture = partial(picture_of, row[self.image_column], self.place, where)
             yield SourceItem(where, picture, _text_reader(row[self.caption_column]), extra)
 
     def fingerprint(self) -> str:
@@ -186,16 +218,17 @@ class ParquetSource:
         by_name = {name.lower(): name for name in self.table.columns}
         if (found := next((by_name[name] for name in known if name in by_name), None)) is not None:
             return found
+        table = self.table.address
         if any(name in self.table.columns for name in URL_COLUMNS) and known is PICTURE_COLUMNS:
-            raise BadInput(f"{self.table.path}: holds addresses of pictures, not pictures; fetch them with img2dataset")
+            raise BadInput(f"{table}: holds addresses of pictures, not pictures; fetch them with img2dataset")
         names = ", ".join(self.table.columns[:8]) or "(none)"
-        raise BadInput(f"{self.table.path}: no column for {what} among {names}; name it one of {', '.join(known)}")
+        raise BadInput(f"{table}: no column for {what} among {names}; name it one of {', '.join(known)}")
 
 
 class TarSource:
     """WebDataset tars: in each sample an image, and a caption as .txt, .caption or an entry of the .json."""
 
-    def __init__(self, tars: str | Path | list[Path]):
+    def __init__(self, tars: str | os.PathLike | list[Path]):
         self.shards = ShardSet(tars)
         if not len(self.shards):
             raise BadInput(f"{tars}: the tars hold no samples")
@@ -234,75 +267,40 @@ def _json_member(sample: Sample) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _jsonl_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(table, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise BadInput(f"{table}: line {number:,} is not JSON ({error}); mend or remove it") from None
-            if not isinstance(row, dict):
+def _jsonl_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{table}: line {number:,} is not JSON ({error}); mend or remove it") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{table}: line {number:,} is {type(row).__name__}, not a JSON object; mend or remove it")
+        yield number, row
+
+
+def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
                 raise BadInput(
-                    f"{table}: line {number:,} is {type(row).__name__}, not a JSON object; mend or remove it"
+                    f"{table}: line {reader.line_num:,} has not the header's {wanted} fields; mend its quotes"
                 )
-            yield number, row
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BadInput(f"{table}: line {reader.line_num:,} is not CSV ({error}); mend or remove it") from None
 
 
-def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    wanted = len(reader.fieldnames or ())
-                    raise BadInput(
-                        f"{table}: line {reader.line_num:,} has not the header's {wanted} fields; mend its quotes"
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise BadInput(f"{table}: line {reader.line_num:,} is not CSV ({error}); mend or remove it") from None
+def _extension(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
 
 
-def _files_in(folder: Path, extensions: Iterable[str]) -> Iterator[Path]:
-    """Files of these extensions at any depth, without hidden ones and what macOS puts beside files in archives."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        for name in names:
-            path = Path(parent, name)
-            if not name.startswith(".") and _extension(path) in extensions:
-                yield path
-
-
-def _images_in(folder: Path) -> Iterator[Path]:
-    return _files_in(folder, IMAGE_EXTENSIONS)
-
-
-def _extension(path: Path) -> str:
-    return path.suffix[1:].lower()
-
-
-def _file_reader(path: Path) -> Callable[[], bytes]:
-    def read() -> bytes:
-        try:
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
-            reason = "missing image" if not os.path.lexists(path) else "unreadable file"
-            raise BadSample(reason, f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-    return read
-
-
-def _caption_beside(image: Path) -> Callable[[], str]:
-    def read() -> str:
-        for extension in CAPTION_EXTENSIONS:
-            path = image.with_suffix(f".{extension}")
-            if path.exists():
-                return path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        raise BadSample("missing caption", f"no {image.stem}.txt or {image.stem}.caption beside {image.name}")
-
-    return read
+def _stem(name: str) -> str:
+    """A name without its extension."""
+    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _text_reader(value: Any) -> Callable[[], str]:
@@ -316,8 +314,8 @@ def _text_reader(value: Any) -> Callable[[], str]:
     return read
 
 
-def _no_image_for(caption: Path) -> Callable[[], bytes]:
-    return _raiser("missing image", f"{caption.name} is a caption without an image of the same name")
+def _no_image_for(caption: str) -> Callable[[], bytes]:
+    return _raiser("missing image", f"{PurePosixPath(caption).name} is a caption without an image of the same name")
 
 
 def _raiser(reason: str, detail: str) -> Callable[[], bytes]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from threading import Event
@@ -53,4 +53,9 @@ def sha256_files(paths: Iterable[str | os.PathLike], stop: "Event | None" = None
 def hash_file(path: str | os.PathLike) -> str:
     """Hex fingerprint of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()
+        return hash_stream(file)
+
+
+def hash_stream(file: BinaryIO) -> str:
+    """The same of a file that is open, from where it stands."""
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()  # type: ignore

@@ -1,0 +1,180 @@
+"""Sources of single files from afar give what the same files give here."""
+
+import functools
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import fsspec
+import pytest
+
+from latentsmith.cli import main
+from latentsmith.data.errors import BadSample
+from latentsmith.data.places import AHEAD, Far, Here
+from latentsmith.data.sources import FolderSource, ParquetSource, TableSource, open_source
+from latentsmith.files.errors import BadInput
+
+COUNT = AHEAD + 7
+
+
+def folder_of_pictures(folder, png):
+    for number in range(COUNT):
+        path = folder / f"part {number % 3}" / f"{number:03}[a].png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(seed=number))
+        path.with_suffix(".txt").write_text(f"\ufeffcaption {number}", encoding="utf-8")
+    (folder / "lost.txt").write_text("no picture")
+    (folder / "mute.png").write_bytes(png())
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.png").write_bytes(png())
+
+
+def table_of_pictures(folder, png, kind):
+    folder.mkdir(exist_ok=True)
+    rows = [{"file_name": f"{n}.png", "text": f"caption\n{n}", "n": str(n)} for n in range(COUNT)]
+    for number in range(COUNT):
+        if number != 5:
+            (folder / f"{number}.png").write_bytes(png(seed=number))
+    if kind == "jsonl":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        quoted = [f'{row["file_name"]},"{row["text"]}",{row["n"]}' for row in rows]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,text,n", *quoted]))
+
+
+def parquets(folder, png):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    (folder / "beside.png").write_bytes(png())
+    for name, rows in (
+        ("b", [{"image": {"bytes": png(seed=9), "path": None}, "text": "last"}]),
+        ("a", [{"image": {"bytes": None, "path": "beside.png"}, "text": "first"},
+               {"image": {"bytes": None, "path": "gone.png"}, "text": "second"}]),
+    ):  # fmt: skip
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+MAKE = {
+    "folder": (folder_of_pictures, FolderSource),
+    "jsonl": (functools.partial(table_of_pictures, kind="jsonl"), TableSource),
+    "csv": (functools.partial(table_of_pictures, kind="csv"), TableSource),
+}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+
+class Listening(ThreadingHTTPServer):
+    request_queue_size = AHEAD  # of connections that may wait: with Python's five, others wait for a retransmission
+
+
+@pytest.fixture
+def addresses(tmp_path):
+    """Addresses of the folder `source` in memory and, over HTTP, on a web server that lists it."""
+    pytest.importorskip("aiohttp")
+
+    def upload():
+        memory = fsspec.filesystem("memory")
+        for path in (tmp_path / "source").rglob("*"):
+            if path.is_file():
+                memory.pipe_file(f"/places/{path.relative_to(tmp_path)}", path.read_bytes())
+
+    with Listening(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_address[1]}/source"
+        yield lambda: (upload(), {"memory": "memory://places/source", "http": web})[1]
+        server.shutdown()
+    fsspec.filesystem("memory").store.clear()
+
+
+def content(source, start=0):
+    found = []
+    for item in source.items(start):
+        entry = [item.name, dict(item.extra)]
+        for read in (item.image, item.caption):
+            try:
+                entry.append(read())
+            except BadSample as error:
+                entry.append(error.reason)
+        found.append(entry)
+    return found
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_same_as_here(tmp_path, png, addresses, kind):
+    make, wanted = MAKE[kind]
+    make(tmp_path / "source", png)
+    here = open_source(tmp_path / "source")
+    assert isinstance(here, wanted) and len(here) >= COUNT
+    for where, url in addresses().items():
+        if where == "http" and kind == "folder":
+            continue  # a web server's listing escapes names
+        far = open_source(url)
+        assert isinstance(far, wanted) and len(far) == len(here)
+        for start in (0, 3, AHEAD + 1):
+            assert content(far, start) == content(here, start)
+        assert far.fingerprint() == here.fingerprint() == open_source(url).fingerprint()
+
+
+def test_files_come_many_at_once(tmp_path, png, addresses, monkeypatch):
+    table_of_pictures(tmp_path / "source", png, "jsonl")
+    source = open_source(addresses()["memory"])
+    asked, cat = [], fsspec.implementations.memory.MemoryFileSystem.cat
+    monkeypatch.setattr(
+        fsspec.implementations.memory.MemoryFileSystem,
+        "cat",
+        lambda self, paths, **options: asked.append(len(paths)) or cat(self, paths, **options),
+    )
+    assert len(content(source)) == COUNT and asked == [AHEAD, COUNT - AHEAD]
+
+
+def test_parquet(tmp_path, png, addresses):
+    parquets(tmp_path / "source", png)
+    here = ParquetSource(Here(tmp_path / "source"), ["a.parquet", "b.parquet"])
+    far = open_source(addresses()["memory"] + "/a.parquet")
+    assert content(far) == content(here)[:2] and content(far)[1][2] == "missing image"
+    (tmp_path / "source" / "beside.png").unlink()
+    fsspec.filesystem("memory").store.clear()
+    everything = open_source(addresses()["memory"])
+    assert isinstance(everything, ParquetSource)
+    assert [row[3] for row in content(everything)] == ["first", "second", "last"]
+    assert everything.fingerprint() == open_source(tmp_path / "source").fingerprint()
+
+
+def test_the_command(tmp_path, png, addresses, capsys):
+    folder_of_pictures(tmp_path / "source", png)
+    assert main(["data", "import", str(tmp_path / "source"), str(tmp_path / "here")]) == 0
+    assert main(["data", "import", addresses()["memory"], str(tmp_path / "far")]) == 0
+    assert "2 set aside" in capsys.readouterr().out
+    names = [path.name for path in sorted((tmp_path / "here").glob("*.tar"))]
+    assert names and all((tmp_path / "far" / n).read_bytes() == (tmp_path / "here" / n).read_bytes() for n in names)
+
+
+def test_a_network_that_fails_is_no_bad_sample(tmp_path, png, addresses, monkeypatch):
+    table_of_pictures(tmp_path / "source", png, "jsonl")
+    source = open_source(addresses()["memory"])
+
+    def refuse(self, *words, **options):
+        raise PermissionError("403")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "cat_file", refuse)
+    with pytest.raises(BadInput, match=r"memory://places/source.*403"):
+        content(source)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "nowhere.parquet", ""])
+def test_nothing_there(name):
+    with pytest.raises(BadInput, match=r"memory://places-none"):
+        open_source(f"memory://places-none/{name}".rstrip("/"))
+
+
+def test_what_is_hidden_does_not_count():
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/hidden-ones/__MACOSX/a.png", b"x")
+    memory.pipe_file("/hidden-ones/b/.c.png", b"x")
+    memory.pipe_file("/hidden-ones/b/d.png", b"xyz")
+    assert Far("memory://hidden-ones").sizes() == {"b/d.png": 3}
+    memory.store.clear()
