@@ -120,6 +120,25 @@ def test_a_batch_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypat
     assert len(seen) == 12 and max(seen) <= 5
 
 
+@pytest.mark.parametrize("order", [("image_encoded", "captions_encoded"), ("captions_encoded", "image_encoded")])
+@pytest.mark.parametrize("between", [b"", b"x" * 9000])
+def test_members_wherever_they_lie(tmp_path, source, order, between):
+    """One call reads those that follow one another; others, in another order or far apart, cost one each."""
+    made = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    with ShardWriter(tmp_path / "other") as writer:
+        for index in range(10):
+            arrays = made[index]
+            first, last = ((f"{name}.npy", npy_bytes(arrays[name])) for name in order)
+            writer.write(f"{index:03}", dict([first, ("bin", between), last]))
+    write_set_file(tmp_path / "other", writer.finished)
+    for name in ("cache.json", "empty_prompt.npy"):
+        (tmp_path / "other" / name).write_bytes((tmp_path / "c" / name).read_bytes())
+    cache = LatentCache(tmp_path / "other")
+    batch = cache.read_batch([7, 0, 3])
+    for row, index in enumerate([7, 0, 3]):
+        assert same({name: array[row] for name, array in batch.items()}, expected(source, index))
+
+
 def test_batch_size_changes_nothing(tmp_path, source):
     write_cache(source, tmp_path / "1", TRANSFORMS, encoders(), batch_size=1)
     write_cache(source, tmp_path / "7", TRANSFORMS, encoders(), batch_size=7)

@@ -24,6 +24,8 @@ class ForeignCache(LatentCache):
     the first sample holds. Nothing says which networks and transforms made them.
     """
 
+    plain = False
+
     def __init__(self, shards: ShardSet):
         self.shards = shards
         self.folder = shards.paths[0].parent
@@ -48,13 +50,6 @@ class ForeignCache(LatentCache):
                 first = f"{member['shape']} {member['dtype']} in the first sample of the set"
                 raise BadInput(f"{what}: {name} is {now['shape']} {now['dtype']}, but {first}")
         return found
-
-    def read_into(
-        self, arrays: Mapping[str, np.ndarray], shard: Shard, inside: int, sample: Sample | None, variant: int
-    ) -> None:
-        found = self.encodings(shard, sample or shard[inside])
-        for name, array in arrays.items():
-            array[...] = found[name]
 
 
 def _described(array: np.ndarray) -> dict[str, Any]:

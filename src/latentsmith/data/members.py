@@ -1,7 +1,6 @@
 """The members of a sample: its picture, its caption, its arrays."""
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from math import prod
@@ -43,44 +42,47 @@ def caption_of(shard: Shard, sample: Sample) -> str:
     raise BadInput(f"{shard.path}: sample {sample.key!r} has no .txt caption; import the set first")
 
 
-def array_of(shard: Shard, sample: Sample, name: str) -> np.ndarray:
-    """The member `NAME.npy` of a sample as a read-only view of its bytes; BadInput if there is no such array."""
+def array_of(shard: Shard, sample: Sample, extension: str) -> np.ndarray:
+    """A .npy member of a sample as a read-only view of its bytes; BadInput if there is no such array."""
     try:
-        data = sample.members[f"{name}.npy"]
+        data = sample.members[extension]
         start = 10 + int.from_bytes(data[8:10], "little")
         dtype, shape = parsed_header(bytes(data[:start]))
         return np.frombuffer(data, dtype, prod(shape), start).reshape(shape)
     except KeyError:
-        raise BadInput(f"{shard.path}: sample {sample.key!r} has no .{name}.npy member") from None
+        raise BadInput(f"{shard.path}: sample {sample.key!r} has no .{extension} member") from None
     except ValueError as error:
-        raise BadInput(f"{shard.path}: {sample.key}.{name}.npy is not a plain array ({error})") from None
+        raise BadInput(f"{shard.path}: {sample.key}.{extension} is not a plain array ({error})") from None
 
 
-def read_arrays(shard: Shard, number: int, arrays: Mapping[str, np.ndarray], sample: Sample | None = None) -> None:
-    """Read the members `NAME.npy` of sample `number` into `arrays`, contiguous, faster than a copy from the mapped
-    file; `sample` itself, where it is at hand, saves asking for it again. ValueError if shape or dtype of one are
-    others; BadInput as `array_of`."""
-    for name, out in arrays.items():
-        if _read_at_once(shard, number, name, out):
-            continue
-        sample = sample or shard[number]
-        held = array_of(shard, sample, name)
-        if (held.shape, held.dtype) != (out.shape, out.dtype):
-            now, wanted = f"{held.dtype} {held.shape}", f"{out.dtype} {out.shape}"
-            raise ValueError(f"{name} of sample {sample.key!r} has not the same shape and type: {now}, not {wanted}")
-        out[...] = held
+class Column:
+    """`rows`, (count, ...): one array of each of several samples, of the shape and dtype of `first`, a file of which
+    has `head` bytes before its numbers."""
 
+    def __init__(self, count: int, first: np.ndarray, head: int):
+        self.rows = np.empty((count, *first.shape), first.dtype)
+        self.kind, self.nbytes = (first.dtype, first.shape), first.nbytes
+        self.flat = self.rows.reshape(-1).view(np.uint8).data
+        self.head, self.good_head = bytearray(head), b""
 
-def _read_at_once(shard: Shard, number: int, name: str, out: np.ndarray) -> bool:
-    """Whether one call could read header and numbers where they belong: of a file here, in the form we write."""
-    offset, size = shard.span(number, f"{name}.npy")
-    head = bytearray(max(size - out.nbytes, 0))
-    if shard.file is None or len(head) < 10:
-        return False
-    done = os.preadv(shard.file.fileno(), [head, out.view(np.uint8).data], offset)
-    with suppress(ValueError):
-        return done == size and parsed_header(bytes(head)) == (out.dtype, out.shape)
-    return False
+    def place(self, row: int) -> memoryview:
+        """Where the numbers of a row belong."""
+        return self.flat[row * self.nbytes : (row + 1) * self.nbytes]
+
+    def head_fits(self) -> bool:
+        """Whether what was read into `head` says that these numbers are of this shape and dtype."""
+        if self.head != self.good_head:
+            with suppress(ValueError):
+                if parsed_header(bytes(self.head)) == self.kind:
+                    self.good_head = bytes(self.head)
+        return self.head == self.good_head
+
+    def take(self, row: int, held: np.ndarray, what: str) -> None:
+        """Copy an array that was read otherwise; ValueError naming `what` if its shape or dtype are others."""
+        if (held.dtype, held.shape) != self.kind:
+            now, wanted = f"{held.dtype} {held.shape}", f"{self.kind[0]} {self.kind[1]}"
+            raise ValueError(f"{what} has not the same shape and type: {now}, not {wanted}")
+        self.rows[row] = held
 
 
 def parsed_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:

@@ -45,12 +45,13 @@ class DiffusionDraws:
         offset, perturbation = torch.empty(count, shape[0], 1, 1), torch.empty(count, *shape)
         wanted = 4 if self.input_perturbation else 3 if self.offset_noise else 2  # an option changes only what it adds
         generator = torch.Generator("cpu")
-        rows = [tensor.unbind() for tensor in (chances, timesteps, noise, posterior_noise, offset, perturbation)]
+        normals = (noise, posterior_noise, offset, perturbation)[:wanted]
+        rows = [tensor.unbind() for tensor in (chances, timesteps, *normals)]
         for position, chance, timestep, *normal in zip(positions, *rows, strict=True):
             seeded(generator, self.seed, position)
             chance.uniform_(generator=generator)
             timestep.random_(self.schedule.timesteps, generator=generator)
-            for one in normal[:wanted]:
+            for one in normal:
                 one.normal_(generator=generator)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)
         drawn = {
