@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -42,6 +43,32 @@ def test_the_losses_and_weights_of_one_process(world, processes, strategy):
     weights = [open_tensors(world.newest(run) / "unet.safetensors") for run in (alone, together)]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 2e-4, name
+
+
+def test_as_srun_starts_them(world):
+    """Two tasks of a SLURM job, by what srun tells each in its environment; no SLURM was at hand."""
+    given = world.command("cached", "srun", "trainer.devices=2", "model.global_batch_size=4",
+                          "model.micro_batch_size=2")  # fmt: skip
+    words = [word.replace("ROOT", str(world.root)) for word in given]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+           "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_STEP_NODELIST": "127.0.0.1",
+           "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "latentsmith", *words],
+            env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [task.communicate(timeout=180)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    alone = world.train("cached", "srun-alone", "model.global_batch_size=4", "model.micro_batch_size=4")
+    assert world.losses(world.root / "runs" / "srun") == pytest.approx(world.losses(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize(
