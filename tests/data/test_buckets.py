@@ -146,7 +146,7 @@ def test_every_sample_of_a_mixture_comes_in_its_turn(numbers):
 def test_a_set_of_a_mixture_of_which_nothing_is_left(numbers, left):
     gone = numbers.copy()
     gone[slice(*left)] = LEFT_OUT
-    with pytest.raises(BadInput, match=f"nothing of set {1 + (left[0] > 0)}"):
+    with pytest.raises(BadInput, match=f"left of set {1 + (left[0] > 0)}"):
         MixedBuckets(gone, 5, 8, (700, 300), (1, 1))
 
 

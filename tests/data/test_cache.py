@@ -120,6 +120,22 @@ def test_a_batch_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypat
     assert len(seen) == 12 and max(seen) <= 5
 
 
+def test_bytes_after_the_numbers_do_not_shift_them(tmp_path, source):
+    """Nobody's writer leaves some, but what reads header and numbers at once would take them for a longer header."""
+    made = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
+    with ShardWriter(tmp_path / "other") as writer:
+        for index in range(4):
+            arrays = made[index].items()
+            writer.write(f"{index}", {f"{name}.npy": npy_bytes(array) + bytes(16) for name, array in arrays})
+    write_set_file(tmp_path / "other", writer.finished)
+    for name in ("cache.json", "empty_prompt.npy"):
+        (tmp_path / "other" / name).write_bytes((tmp_path / "c" / name).read_bytes())
+    batch = LatentCache(tmp_path / "other").read_batch([2, 1])
+    assert all(
+        same({name: array[row] for name, array in batch.items()}, made[index]) for row, index in ((0, 2), (1, 1))
+    )
+
+
 @pytest.mark.parametrize("order", [("image_encoded", "captions_encoded"), ("captions_encoded", "image_encoded")])
 @pytest.mark.parametrize("between", [b"", b"x" * 9000])
 def test_members_wherever_they_lie(tmp_path, source, order, between):

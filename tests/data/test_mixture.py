@@ -43,6 +43,13 @@ def test_each_block_holds_the_shares_and_each_set_goes_through_all_its_samples(w
         assert max(counts.values()) - min(counts.values()) <= 2 and len(counts) == high - low
 
 
+@pytest.mark.parametrize("weights", [[39] + [1] * 39, [199] + [1] * 199, [1] * 40])
+def test_sets_of_equal_weight_do_not_come_in_clumps(weights):
+    turns = Turns(weights, seed=1)
+    large = [sum(turns(block * BLOCK + i)[0] == 0 for i in range(BLOCK)) for block in range(10)]
+    assert large == pytest.approx([BLOCK * weights[0] / sum(weights)] * 10, abs=1)
+
+
 def test_the_order_within_a_block_is_shuffled():
     turns = Turns((1, 1), seed=0)
     numbers = [turns(position)[0] for position in range(20 * BLOCK)]

@@ -37,6 +37,12 @@ def test_rows_in_order_and_from_any_on(tmp_path, rows):
     assert source.fingerprint() == open_source(tmp_path).fingerprint()
 
 
+def test_files_come_in_the_order_of_their_folders(tmp_path, rows):
+    for name, row in (("a-b/x", rows[1]), ("a/x", rows[0])):
+        write(tmp_path / f"{name}.parquet", [row])
+    assert [item.caption() for item in open_source(tmp_path).items()] == ["caption 0", "caption 1"]
+
+
 @pytest.mark.parametrize("column", ["image", "jpg", "IMAGE_BYTES"])
 def test_bytes_or_paths(tmp_path, png, column):
     (tmp_path / "in").mkdir()

@@ -30,8 +30,9 @@ def folder_of_pictures(folder, png):
 
 
 def table_of_pictures(folder, png, kind):
-    folder.mkdir(exist_ok=True)
-    rows = [{"file_name": f"{n}.png", "text": f"caption\n{n}", "n": str(n)} for n in range(COUNT)]
+    for within in (folder / "0", folder / "1"):
+        within.mkdir(parents=True)
+    rows = [{"file_name": f"./{n % 2}/../{n}.png", "text": f"caption\n{n}", "n": str(n)} for n in range(COUNT)]
     for number in range(COUNT):
         if number != 5:
             (folder / f"{number}.png").write_bytes(png(seed=number))
@@ -163,6 +164,39 @@ def test_a_network_that_fails_is_no_bad_sample(tmp_path, png, addresses, monkeyp
     monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "cat_file", refuse)
     with pytest.raises(BadInput, match=r"memory://places/source.*403"):
         content(source)
+
+
+def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_path, png, addresses, monkeypatch):
+    """A status is no file that is not there: a table would become a folder of pictures."""
+    table_of_pictures(tmp_path / "source", png, "jsonl")
+    answers = [503, 503]
+
+    class Busy(Quiet):
+        def send_head(self):
+            if answers and self.path.endswith("metadata.jsonl"):
+                self.send_error(answers.pop())
+                return None
+            return super().send_head()
+
+    monkeypatch.setattr("latentsmith.data.remote.time.sleep", lambda seconds: None)
+    with Listening(("127.0.0.1", 0), functools.partial(Busy, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/source"
+        assert isinstance(open_source(url), TableSource) and not answers
+        answers += [403] * 20
+        with pytest.raises(BadInput, match=r"source.*403"):
+            open_source(url)
+        server.shutdown()
+
+
+def test_a_folder_named_as_a_file(tmp_path, png, addresses):
+    parquets(tmp_path / "source", png)
+    (tmp_path / "source").rename(tmp_path / "whole.parquet")
+    (tmp_path / "source").mkdir()
+    (tmp_path / "whole.parquet").rename(tmp_path / "source" / "whole.parquet")
+    (tmp_path / "source" / "whole.parquet" / "beside.png").unlink()
+    source = open_source(addresses()["memory"] + "/whole.parquet")
+    assert isinstance(source, ParquetSource) and len(source) == 3
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "nowhere.parquet", ""])

@@ -47,6 +47,11 @@ WRONG = {  # kind of run, overrides, what the line says
         "eular",
     ),
     "paged moments on a CPU": ("cached", ["model.optim.name=paged_adamw"], "without CUDA take fused_adam"),
+    "8-bit moments, channels last": (
+        "cached",
+        ["model.optim.name=adamw8bit", "model.channels_last=true"],
+        "set model.channels_last=false",
+    ),
     "8-bit moments of shards": (
         "cached",
         ["model.optim.name=adamw8bit", "trainer.strategy=model_parallel"],
@@ -93,6 +98,12 @@ def test_a_dry_run_says_it_too(world, capsys, case):
         pytest.skip("a VAE's training has no dry run")
     assert world.call(*world.command(kind, "wrong-dry", *overrides), "--dry-run") == 2
     assert expected in one_line(capsys)
+
+
+def test_eight_bit_moments_without_the_library(world, capsys, monkeypatch):
+    monkeypatch.setattr("latentsmith.runs.pieces.find_spec", lambda name: None)
+    assert world.call(*world.command("cached", "wrong", "model.optim.name=adamw8bit")) == 2
+    assert "pip install 'latentsmith[bitsandbytes]'" in one_line(capsys)
 
 
 def test_a_cache_whose_latents_do_not_fit(world, capsys):

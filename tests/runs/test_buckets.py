@@ -1,16 +1,16 @@
 """Training on pictures of several shapes, through the command line."""
 
-import shutil
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from latentsmith import load_config
 from latentsmith.data.cache import LatentCache
+from latentsmith.runs.train import prepared
 from latentsmith.training.checkpoint import read_state
 from latentsmith.training.log import read_rows
 
-from .conftest import TEXT, VAE
+from .conftest import KINDS, TEXT, VAE
 
 SHAPES = ((40, 40), (60, 30), (30, 60), (40, 44), (90, 30))  # width, height
 WAYS = "model.data.train.augmentations"
@@ -22,18 +22,23 @@ ENCODED = ("model.first_stage_key=image_encoded", "model.cond_stage_key=captions
 
 @pytest.fixture(scope="module")
 def pictures(world, tmp_path_factory):
-    """20 pictures of five shapes, imported; and their cache, made with shards' batches sorted by bucket."""
+    """20 pictures of five shapes, imported, and their cache, made with shards' batches sorted by bucket; and `second`,
+    7 others of one shape, and `second-cache`."""
     folder = tmp_path_factory.mktemp("shapes")
-    (folder / "source").mkdir()
-    for number in range(20):
-        width, height = SHAPES[number % len(SHAPES)]
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "source" / f"{number:02}.png")
-        (folder / "source" / f"{number:02}.txt").write_text(f"a small red circle {number}")
-    assert world.call("data", "import", folder / "source", folder / "shards", "--samples-per-shard", 8) == 0
-    data = f"model.data.train.dataset_path={folder / 'shards'}"
-    config = ("--config", "ROOT/tiny.yaml", "--out", folder / "cache", data, *BUCKETS, VAE, TEXT)
-    assert world.call("precache", *config) == 0
+    for name, cache, numbers, shapes in (
+        ("shards", "cache", range(20), SHAPES),
+        ("second", "second-cache", range(100, 107), SHAPES[:1]),
+    ):
+        (folder / f"{name}-source").mkdir()
+        for number in numbers:
+            width, height = shapes[number % len(shapes)]
+            pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{name}-source" / f"{number:03}.png")
+            (folder / f"{name}-source" / f"{number:03}.txt").write_text(f"a small red circle {number}")
+        assert world.call("data", "import", folder / f"{name}-source", folder / name, "--samples-per-shard", 8) == 0
+        data = f"model.data.train.dataset_path={folder / name}"
+        config = ("--config", "ROOT/tiny.yaml", "--out", folder / cache, data, *BUCKETS, VAE, TEXT)
+        assert world.call("precache", *config) == 0
     return folder
 
 
@@ -95,11 +100,7 @@ def test_another_bucket_size_is_another_cache(world, pictures, capsys):
 
 @pytest.mark.parametrize("kind", ["pictures", "cached"])
 def test_sets_are_mixed_within_buckets(world, pictures, kind):
-    """Two sets of the same pictures, the second with a weight of 3; its cache is one of two that train together."""
-    second = pictures / "second"
-    if not second.exists():
-        shutil.copytree(pictures / "shards", second)
-        shutil.copytree(pictures / "cache", pictures / "second-cache")
+    """The second set with a weight of 3; its cache is one of two that train together."""
     sets = ("shards", "second") if kind == "pictures" else ("cache", "second-cache")
     data = f"model.data.train.dataset_path=[{','.join(str(pictures / one) for one in sets)}]"
     given = (data, "model.data.train.weights=[1,3]", *BUCKETS, *STEPS)
@@ -107,6 +108,26 @@ def test_sets_are_mixed_within_buckets(world, pictures, kind):
     halves = world.train(kind, f"mixed-halves-{kind}", *given, "trainer.max_steps=3")
     world.train(kind, f"mixed-halves-{kind}", *given, "model.data.num_workers=2")
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv") and len(world.losses(whole)) == 8
+
+
+def test_a_sample_of_several_caches_is_that_of_its_own(world, pictures):
+    """The second one's pictures have one size, so that its cache does not say that sizes differ; both have buckets."""
+    folders = (pictures / "cache", pictures / "second-cache")
+    words = [f"model.data.train.dataset_path=[{folders[0]},{folders[1]}]", "model.scale_factor=measured",
+             "model.caption_dropout_rate=0.5", *BUCKETS, *KINDS["cached"][:2], VAE, TEXT]  # fmt: skip
+    held_out = f"model.data.validation.dataset_path=[{folders[1]},{folders[0]}]"
+    config = load_config(str(world.root / "tiny.yaml"), [word.replace("ROOT", str(world.root)) for word in words])
+    samples = prepared(config).samples
+    caches = [LatentCache(folder) for folder in folders]
+    assert [len(cache) for cache in caches] == [20, 7]
+    for index in range(27):
+        one = samples.read([index], [0])
+        wanted = caches[index >= 20][index - 20 * (index >= 20)]
+        assert (one["moments"][0].numpy() == wanted["image_encoded"]).all()
+        assert (one["context"][0].numpy() == wanted["captions_encoded"]).all()
+    options = [*words[:4], *BUCKETS, *STEPS, held_out, "trainer.val_check_interval=4"]
+    made = world.train("cached", "several-caches", *options)
+    assert len(read_rows(made / "validation.csv")) == 2
 
 
 def test_caches_that_do_not_train_together(world, pictures, capsys):
@@ -119,10 +140,11 @@ def test_caches_that_do_not_train_together(world, pictures, capsys):
         assert world.call(*world.command("cached", "unlike", sets, *BUCKETS)) == 2
         said = capsys.readouterr().err
         assert message in said and said.strip().count("\n") == 0
-    parts = f"model.data.train.dataset_path=[{pictures / 'cache'}/shard-000000.tar,{pictures / 'second-cache'}]"
-    shutil.copytree(pictures / "cache", pictures / "second-cache", dirs_exist_ok=True)
-    assert world.call(*world.command("cached", "parts", parts, *BUCKETS)) == 2
-    assert "give whole folders" in capsys.readouterr().err
+    first = f"{pictures / 'cache'}/shard-000000.tar"
+    for parts in (first, f"[{first},{pictures / 'second-cache'}]", f"[{pictures / 'cache'},{pictures / 'cache'}]"):
+        given = f"model.data.train.dataset_path={parts}"
+        assert world.call(*world.command("cached", "parts", given, *BUCKETS)) == 2
+        assert "taken whole" in capsys.readouterr().err
 
 
 def test_filterings_take_large_pictures(world, pictures, capsys):

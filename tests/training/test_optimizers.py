@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from latentsmith.training.optimizers import build_optimizer, lr_schedule
+from latentsmith.config import schema_model
+from latentsmith.training.optimizers import BITSANDBYTES, build_optimizer, lr_schedule
 
 
 def rates(name, steps=range(13), **options):
@@ -67,6 +68,10 @@ def test_fused_adam_is_adamw():
 def test_what_is_no_optimizer(name):
     with pytest.raises(ValueError, match=r"is neither fused_adam, adamw nor a class of torch\.optim"):
         build_optimizer(name, [nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+def test_the_config_knows_the_same_optimizers():
+    assert tuple(BITSANDBYTES) == schema_model.BITSANDBYTES
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw", "paged_adamw8bit"])

@@ -72,7 +72,8 @@ class BucketOrder:
 
     def __init__(self, numbers: np.ndarray, seed: int, batch: int):
         self.numbers, self.seed, self.batch = numbers, seed, batch
-        self.tallies = _tallies(numbers)  # (buckets, blocks + 1), samples of each bucket before each block
+        buckets = int(numbers[numbers != LEFT_OUT].max(initial=0)) + 1
+        self.tallies = _tallies(numbers, buckets)  # (buckets, blocks + 1), samples of each bucket before each block
         self.counts = self.tallies[:, -1].tolist()
         self._latest = (-1, 0, 0)  # a step, its bucket and number: the positions of one step come together
         if not sum(self.counts):
@@ -136,11 +137,9 @@ class MixedBuckets(BucketOrder):
     def __init__(self, numbers: np.ndarray, seed: int, batch: int, lengths: Sequence[int], weights: Sequence[float]):
         super().__init__(numbers, seed, batch)
         parts = np.split(numbers, np.cumsum(lengths)[:-1])
-        held = np.array([np.bincount(part, minlength=LEFT_OUT + 1)[: len(self.counts)] for part in parts])
+        held = np.array([_tallies(part, len(self.counts))[:, -1] for part in parts])
         if not (kept := held.sum(axis=1)).all():
-            raise BadInput(
-                f"filterings leave nothing of set {int(kept.argmin()) + 1}, which has a weight; leave it out"
-            )
+            raise BadInput(f"nothing is left of set {int(kept.argmin()) + 1} by filterings; take it off the list")
         self.held, self.before = held.tolist(), (np.cumsum(held, axis=0) - held).tolist()  # by set and bucket
         share = np.asarray(weights)[:, None] * held / kept[:, None]
         self.steps = Turns(share.sum(axis=0).tolist(), seed ^ 0xB0C4)
@@ -155,8 +154,7 @@ class MixedBuckets(BucketOrder):
         return self.before[number][bucket] + index_at(key, own, self.held[number][bucket])
 
 
-def _tallies(numbers: np.ndarray) -> np.ndarray:
-    kept = int(numbers[numbers != LEFT_OUT].max(initial=0)) + 1
+def _tallies(numbers: np.ndarray, kept: int) -> np.ndarray:
     blocks = [numbers[at : at + BLOCK] for at in range(0, len(numbers), BLOCK)]
     rows = [np.bincount(block, minlength=LEFT_OUT + 1)[:kept] for block in blocks]
     tallies = np.concatenate([np.zeros((1, kept), np.int64), np.cumsum(rows, axis=0, dtype=np.int64)])

@@ -23,6 +23,7 @@ EMPTY_PROMPT_FILE = "empty_prompt.npy"
 IMAGE_KEY = "image_encoded"
 CAPTION_KEY = "captions_encoded"
 BUCKETS_FILE = "buckets.npy"
+MADE_BY = {IMAGE_KEY: ("vae", "transforms"), CAPTION_KEY: ("text_encoder", "layer", "tokenizer")}  # fingerprints
 
 
 class LatentCache:
@@ -65,6 +66,16 @@ class LatentCache:
     def holds_means(self) -> bool:
         """Whether image_encoded is the mean alone, not mean and log variance."""
         return self.info.get("latents", "").endswith("means")
+
+    def common(self, names: Sequence[str]) -> dict[str, Any]:
+        """What caches whose members `names` train together agree on: all but the sizes that buckets leave open."""
+        members = {name: dict(self.info["members"].get(name, {})) for name in names}
+        if "buckets" in self.info and members.get(IMAGE_KEY):
+            members[IMAGE_KEY]["shape"] = members[IMAGE_KEY]["shape"][:1]
+        made_by = {name: value for key in names for name, value in self.info["fingerprints"].items()
+                   if name in MADE_BY[key]}  # fmt: skip
+        kept = (self.variants, self.holds_means, self.info.get("buckets")) if IMAGE_KEY in names else ()
+        return {"members": members, "fingerprints": made_by, "kinds": list(kept)}
 
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
         """The bucket of each sample, (samples,) uint8, mapped, and the buckets' sizes in pixels (height, width); None
@@ -120,23 +131,22 @@ class LatentCache:
 
 
 class JoinedCaches(LatentCache):
-    """Caches of the same encoders as one, their samples one after the other; BadInput for others. shards: all theirs.
+    """Caches made alike, as one: their samples one after the other. shards: all theirs. names: the members that are
+    read. BadInput for caches whose members, transforms or encoders of these are others.
 
     `info` is the first one's, whose source and counts say nothing of the others.
     """
 
-    def __init__(self, caches: Sequence[LatentCache], shards: ShardSet):
+    def __init__(self, caches: Sequence[LatentCache], shards: ShardSet, names: Sequence[str]):
         self.caches, self.shards = caches, shards
         first = caches[0]
         self.folder, self.info, self.empty_prompt = first.folder, first.info, first.empty_prompt
         for other in caches[1:]:
-            if difference := first_difference(_of_any_source(first.info), _of_any_source(other.info)):
+            if difference := first_difference(first.common(names), other.common(names)):
                 name, here, there = difference
                 raise BadInput(
                     f"{other.folder}: {name} is {there!r}, and {here!r} in {first.folder}: precache both alike"
                 )
-        if (found := sum(map(len, caches))) != len(shards):
-            raise BadInput(f"{first.folder} and others: {len(shards):,} samples of {found:,}: give whole folders")
 
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
         found = [each for cache in self.caches if (each := cache.buckets())]
@@ -205,13 +215,6 @@ def variant_name(number: int) -> str:
 def _member(name: str, variant: int) -> str:
     """The extension of an encoded member."""
     return f"{variant_name(variant) if variant and name == IMAGE_KEY else name}.npy"
-
-
-def _of_any_source(info: Mapping[str, Any]) -> dict[str, Any]:
-    """What caches that train together have in common."""
-    names = ("members", "variants", "latents", "buckets")
-    made_by = {name: value for name, value in info["fingerprints"].items() if name != "source"}
-    return {**{name: info.get(name) for name in names}, "fingerprints": made_by}
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

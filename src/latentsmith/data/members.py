@@ -73,7 +73,8 @@ class Column:
         """Whether what was read into `head` says that these numbers are of this shape and dtype."""
         if self.head != self.good_head:
             with suppress(ValueError):
-                if parsed_header(bytes(self.head)) == self.kind:
+                whole = 10 + int.from_bytes(self.head[8:10], "little") == len(self.head)
+                if whole and parsed_header(bytes(self.head)) == self.kind:
                     self.good_head = bytes(self.head)
         return self.head == self.good_head
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heapreplace
 
 from latentsmith.data.order import index_at
 from latentsmith.files.errors import BadInput
@@ -12,9 +13,10 @@ ONE = 1 << 64  # turns are timed in parts of this
 
 
 class Turns:
-    """Whose turn it is at a position, in proportion to weights: as evenly as can be, each block of BLOCK shuffled.
+    """Whose turn it is at a position, in proportion to weights: evenly, but that each block of BLOCK is shuffled.
 
-    Number n of one with share s has its turn at time (n + 1/2) / s, and turns are taken in the order of their times.
+    Turn n of number i of k, with share s, is at time (n + (i + 1/2) / k) / s, so that equal ones do not come together;
+    turns are taken in the order of their times.
     """
 
     def __init__(self, weights: Sequence[float], seed: int):
@@ -29,13 +31,20 @@ class Turns:
 
     def unshuffled(self, place: int) -> tuple[int, int]:
         """The same in the order of times. Integers alone, so that no two places ever have the same turn."""
-        before = place - len(self.rates)  # by which time no more than `place` turns are over
-        past = 2 * before * ONE // self.total + 1
-        done = [((past * rate - 1) // ONE + 1) // 2 if before > 0 else 0 for rate in self.rates]
-        able = [number for number, rate in enumerate(self.rates) if rate]
+        parts = 2 * len(self.rates)  # of the time between two turns, which number i takes after 2 * i + 1
+        before = max(0, place - len(self.rates))  # by which time no more than `place` turns are over
+        past = parts * before * ONE // self.total + 1
+        done = [((past * rate - 1) // ONE - 2 * i - 1) // parts + 1 for i, rate in enumerate(self.rates)]
+
+        def next_turn(i: int) -> tuple[int, int]:
+            return (parts * done[i] + 2 * i + 1) * ONE // self.rates[i], i
+
+        coming = [next_turn(i) for i, rate in enumerate(self.rates) if rate]
+        heapify(coming)
         for _ in range(place - sum(done) + 1):
-            number = min(able, key=lambda one: (2 * done[one] + 1) * ONE // self.rates[one])
+            number = coming[0][1]
             done[number] += 1
+            heapreplace(coming, next_turn(number))
         return number, done[number] - 1
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -27,14 +28,21 @@ class ParquetTable:
             import pyarrow.parquet as parquet
         except ModuleNotFoundError:
             raise BadInput(f"{self.address}: parquet needs pyarrow; pip install 'latentsmith[parquet]'") from None
-        try:
+        with self._read():
             opened = [place.open(name) for name in names]
             self.sizes = [file.seek(0, os.SEEK_END) for file in opened]
             self.files = [parquet.ParquetFile(file) for file in opened]
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        self.columns = list(self.files[0].schema_arrow.names)
+
+    @contextmanager
+    def _read(self) -> Iterator[None]:
+        try:
+            yield
+        except BadInput:
+            raise
+        except Exception as error:  # of pyarrow, the file system, or the protocol behind it
             what = " ".join(str(error).split())[:160]
             raise BadInput(f"{self.address}: not readable as parquet ({what})") from None
-        self.columns = list(self.files[0].schema_arrow.names)
 
     def __len__(self) -> int:
         return sum(file.metadata.num_rows for file in self.files)
@@ -52,7 +60,12 @@ class ParquetTable:
                     groups = list(range(group, file.num_row_groups))
                     break
                 number += rows
-            for batch in file.iter_batches(ROWS, row_groups=groups):
+            batches = file.iter_batches(ROWS, row_groups=groups)
+            while True:
+                with self._read():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 skipped = min(max(0, start - number), batch.num_rows)
                 for offset, row in enumerate(batch.slice(skipped).to_pylist(), skipped):
                     yield f"row {number + offset:,} of {PurePosixPath(name).name}", row

@@ -1,10 +1,11 @@
 """Where the files of a source lie: a folder here, or any address that fsspec opens. Names are posix paths below it."""
 
 import os
+import posixpath
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from latentsmith.data.errors import BadSample
 from latentsmith.data.remote import attempted, file_system, reported
@@ -43,7 +44,9 @@ class Here:
         for parent, folders, names in os.walk(self.folder):
             folders[:] = [name for name in folders if not hidden(name)]
             for path in (Path(parent, name) for name in names if not hidden(name)):
-                found[path.relative_to(self.folder).as_posix()] = path.stat().st_size if path.exists() else 0
+                found[path.relative_to(self.folder).as_posix()] = 0  # of a link to nothing
+                with suppress(OSError):
+                    found[path.relative_to(self.folder).as_posix()] = path.stat().st_size
         return found
 
     def has(self, name: str) -> bool:
@@ -81,30 +84,37 @@ class Far:
 
     def has(self, name: str) -> bool:
         with reported(self.address):
-            system, root = file_system(self.address)
-            return attempted(lambda: system.exists(f"{root}/{name}"))
+            system, path = self._found(name)
+            with suppress(FileNotFoundError):
+                return bool(attempted(lambda: system.info(path)))
+        return False
 
     def open(self, name: str) -> BinaryIO:
         with reported(f"{self.address}/{name}"):
-            system, root = file_system(self.address)
-            return system.open(f"{root}/{name}", "rb")
+            system, path = self._found(name)
+            return attempted(lambda: system.open(path, "rb"))
 
     def read(self, name: str) -> bytes:
         if name in self.came:
             return self.came.pop(name)
         with reported(f"{self.address}/{name}"):
-            system, root = file_system(self.address)
+            system, path = self._found(name)
             with suppress(FileNotFoundError, IsADirectoryError):
-                return attempted(lambda: system.cat_file(f"{root}/{name}"))
+                return attempted(lambda: system.cat_file(path))
         raise BadSample("missing image", f"{self.address}/{name}: No such file")
 
     def ahead(self, names: Sequence[str]) -> None:
         """Ask for them all at once. What does not come is asked for again, and told of, when it is read."""
         with reported(self.address):
-            system, root = file_system(self.address)
-            paths = {f"{root}/{name}": name for name in names if not PATTERN.intersection(name)}
-            answers = system.cat(list(paths), on_error="return") if paths else {}
-        self.came = {paths[path]: data for path, data in answers.items() if isinstance(data, bytes)}
+            system, _ = file_system(self.address)
+            paths = {name: self._found(name)[1] for name in names if not PATTERN.intersection(name)}
+            answers = system.cat(list(paths.values()), on_error="return") if paths else {}
+        self.came = {name: data for name, path in paths.items() if isinstance(data := answers.get(path), bytes)}
+
+    def _found(self, name: str) -> tuple[Any, str]:
+        """The file system, and a file's path in it."""
+        system, root = file_system(self.address)  # asked for each time: after a fork it is another
+        return system, f"{root}/{posixpath.normpath(name)}"
 
 
 def hidden(name: str) -> bool:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -19,7 +20,7 @@ from latentsmith.data.errors import BadSample
 from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, picture_of
 from latentsmith.data.places import AHEAD, Far, Here, Place
-from latentsmith.data.remote import is_remote
+from latentsmith.data.remote import attempted, file_system, is_remote, reported, tars_at
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
@@ -58,9 +59,9 @@ def open_source(path: str | os.PathLike) -> Source:
     captions beside the images, or tars), a .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of
     tars, or, here, NeMo's wdinfo.pkl beside them. BadInput if it is none of these or has nothing in it."""
     name, suffix = str(path), PurePosixPath(path).suffix.lower()
-    if suffix == ".tar" or (is_remote(path) and "*" in name.rpartition("/")[2]):
+    if suffix == ".tar" or (is_remote(path) and set("*{").intersection(name.rpartition("/")[2])):
         return TarSource(path)
-    if suffix in (".jsonl", ".csv", ".parquet") and not Path(path).is_dir():
+    if suffix in (".jsonl", ".csv", ".parquet") and not is_folder(path):
         folder, name = os.path.split(path)
         place = place_at(folder)
         if not place.has(name):
@@ -77,6 +78,17 @@ def open_source(path: str | os.PathLike) -> Source:
     )
 
 
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether there is a folder at a path or an address."""
+    if not is_remote(path):
+        return Path(path).is_dir()
+    with reported(str(path)):
+        system, inside = file_system(str(path))
+        with suppress(FileNotFoundError):
+            return attempted(lambda: system.info(inside))["type"] == "directory"
+    return False
+
+
 def place_at(path: str | os.PathLike) -> Place:
     return Far(str(path)) if is_remote(path) else Here(Path(path))
 
@@ -88,13 +100,15 @@ def folder_source(path: str | os.PathLike) -> Source:
         return TableSource(place, tables[0])
     if place.has(SET_FILE) or place.has(UNFINISHED_FILE):
         return TarSource(path)
+    if is_remote(path) and tars_at(f"{str(path).rstrip('/')}/*.tar"):
+        return TarSource(path)
     sizes = place.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
         return FolderSource(place, sizes)
     # img2dataset leaves a .parquet beside each of its tars
     if any("/" not in name and _extension(name) == "tar" for name in sizes):
         return TarSource(path)
-    if parquets := [name for name in sorted(sizes) if _extension(name) == "parquet"]:
+    if parquets := [name for name in sorted(sizes, key=PurePosixPath) if _extension(name) == "parquet"]:
         return ParquetSource(place, parquets)
     raise BadInput(f"{place.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
 
@@ -131,7 +145,10 @@ class FolderSource:
         if name is None:
             stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
             raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
-        return self.place.read(name).decode("utf-8-sig", "surrogateescape")
+        try:
+            return self.place.read(name).decode("utf-8-sig", "surrogateescape")
+        except BadSample as error:
+            raise BadSample("missing caption", str(error)) from None
 
     def fingerprint(self) -> str:
         return fingerprint_text("\n".join(f"{name} {self.sizes[name]}" for name in self.names))
@@ -176,7 +193,7 @@ class TableSource:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
-        with self.place.open(self.name) as file:
+        with reported(self.table), self.place.open(self.name) as file:
             yield from rows(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), self.table)
 
     def _column(self, row: Mapping[str, Any], known: Iterable[str], what: str) -> str:

@@ -4,7 +4,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,17 @@ def mixture(config: DictConfig) -> Mixture | None:
         )
     copies = local_copies(config)
     lengths = [len(ShardSet(located(config, one), copies)) for one in listed(train.dataset_path)]
-    try:
+    with of_key("model.data.train.weights"):
         return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """BadInput names the key of the config that is to blame."""
+    try:
+        yield
     except BadInput as error:
-        raise BadInput(f"model.data.train.weights: {error}") from None
+        raise BadInput(f"{key}: {error}") from None
 
 
 def listed(paths: Any) -> list[str]:
@@ -214,9 +222,11 @@ def check_bitsandbytes(config: DictConfig) -> None:
     """BadInput where an optimizer of bitsandbytes cannot work."""
     name = f"model.optim.name={config.model.optim.name}"
     if find_spec("bitsandbytes") is None:
-        raise BadInput(f"{name}: bitsandbytes is not installed; pip install bitsandbytes")
+        raise BadInput(f"{name}: bitsandbytes is not installed; pip install 'latentsmith[bitsandbytes]'")
     if "paged" in name and (on_cpu(config) or not torch.cuda.is_available()):
         raise BadInput(f"{name} moves moments between a GPU's memory and the CPU's; without CUDA take fused_adam")
+    if config.model.channels_last:
+        raise BadInput(f"{name}: bitsandbytes lays weights out anew as it steps; set model.channels_last=false")
     if config.trainer.strategy == "model_parallel":
         raise BadInput(f"{name}: bitsandbytes knows no sharded weights; take fused_adam, whose moments are sharded")
 

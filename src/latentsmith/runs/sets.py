@@ -15,7 +15,7 @@ from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, JoinedCaches, LatentC
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.members import caption_of, image_member, named
 from latentsmith.data.mixture import Mixture
-from latentsmith.data.order import integer_below, sample_seed
+from latentsmith.data.order import index_at, integer_below, sample_seed
 from latentsmith.data.picture_sizes import picture_sizes
 from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.data.transforms import Transforms
@@ -45,6 +45,10 @@ class TrainingSet:
     latent_shape: tuple[int, int, int]
     sizes: Sequence[tuple[int, int]] = ()
     order: BucketOrder | Mixture | None = None
+
+    def index(self, position: int, seed: int) -> int:
+        """Which sample comes at a position of a run."""
+        return self.order(position) if self.order else index_at(seed, position, len(self.shards))
 
     @property
     def count(self) -> int:
@@ -76,9 +80,15 @@ def open_set(
         )
     folders = dict.fromkeys(shard.parent for shard in shards.paths)
     caches = [LatentCache(folder) for folder in folders] if is_cache else []
+    if caches:
+        made_by = wanted_fingerprints(config, encoded, networks, words, data)
     for one in caches:
-        check_cache(config, one, encoded, networks, words, data)
-    cache = JoinedCaches(caches, shards) if len(caches) > 1 else caches[0] if caches else None
+        check_members(config, one, encoded)
+        one.check(made_by)
+    names = [name for name, wanted in encoded.items() if wanted]
+    cache = JoinedCaches(caches, shards, names) if len(caches) > 1 else caches[0] if caches else None
+    if caches and "buckets" in caches[0].info and shards.paths != [path for one in caches for path in one.shards.paths]:
+        raise BadInput(f"{caches[0].folder}: a cache with buckets is taken whole: give its folder, and once")
     return readable(config, shards, cache, encoded, data)
 
 
@@ -124,7 +134,8 @@ def order_of(config: DictConfig, shards: ShardSet, numbers: np.ndarray | None) -
         return mixed
     batch = pieces.global_batch(config, pieces.process_count(config))
     if mixed is not None:
-        return MixedBuckets(numbers, model.seed, batch, mixed.lengths, mixed.weights)
+        with pieces.of_key("model.data.train.weights"):
+            return MixedBuckets(numbers, model.seed, batch, mixed.lengths, mixed.weights)
     return BucketOrder(numbers, model.seed, batch)
 
 
@@ -165,26 +176,22 @@ def check_members(config: DictConfig, cache: LatentCache, encoded: Mapping[str, 
     cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
 
 
-def check_cache(
+def wanted_fingerprints(
     config: DictConfig,
-    cache: LatentCache,
     encoded: Mapping[str, bool],
     networks: Mapping[str, nn.Module],
     words: Tokenizer | None,
     data: str,
-) -> None:
-    """Refuse a cache as `check_members` does, and one that was made by something else."""
-    check_members(config, cache, encoded)
+) -> dict[str, Any]:
+    """What has to have made a cache; None for what the config does not say."""
     text = encoded[CAPTION_KEY] and "text_encoder" in networks
-    cache.check(
-        {
-            "vae": fingerprint(networks["vae"]) if "vae" in networks else None,
-            "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
-            "layer": layer_of(config) if text else None,
-            "tokenizer": words.fingerprint() if text and words else None,
-            "transforms": stated_transforms(config, data),
-        }
-    )
+    return {
+        "vae": fingerprint(networks["vae"]) if "vae" in networks else None,
+        "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
+        "layer": layer_of(config) if text else None,
+        "tokenizer": words.fingerprint() if text and words else None,
+        "transforms": stated_transforms(config, data),
+    }
 
 
 def stated_transforms(config: DictConfig, data: str) -> Any:

@@ -231,7 +231,7 @@ def measured_scale(
     seed: int,
     begun: float | None,
 ) -> Callable[[], float]:
-    """Measures 1 / the standard deviation of the latents of the set's first samples: it gives them unit variance.
+    """Measures 1 / the standard deviation of the latents of the run's first samples: it gives them unit variance.
 
     begun: the scale of a run that goes on, which is not measured again.
     """
@@ -242,13 +242,13 @@ def measured_scale(
         if begun is not None:
             return begun
         drawn = []
-        for index in range(min(MEASURED_SAMPLES, len(samples.shards))):
-            one = read([index], [index])
+        for position in range(min(MEASURED_SAMPLES, samples.count)):
+            one = read([samples.index(position, seed)], [position])
             if "vae_latents" in one:
                 drawn.append(one["vae_latents"].float().flatten())
                 continue
             moments = one["moments"].float() if "moments" in one else vae.encode(one["images"])
-            noise = PosteriorDraws(seed, one.get("latent_shape", samples.latent_shape))([index])["posterior_noise"]
+            noise = PosteriorDraws(seed, one.get("latent_shape", samples.latent_shape))([position])["posterior_noise"]
             drawn.append(AutoencoderKL.sample(moments, noise).flatten())
         return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
 

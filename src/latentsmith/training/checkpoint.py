@@ -185,7 +185,7 @@ def fill_optimizer(optimizer: Any, path: Path) -> None:
     """Load an optimizer's state, each tensor in the memory order of its parameter: fused kernels read them side by
     side, whatever their strides say."""
     if hasattr(optimizer, "init_state"):
-        return fill_bitsandbytes(optimizer, open_tensors(path))
+        return fill_bitsandbytes(optimizer, path)
     parameters = parameters_of(optimizer)
     rows: dict[int, dict[str, Tensor]] = {}
     for key, value in open_tensors(path).items():
@@ -203,18 +203,25 @@ def fill_optimizer(optimizer: Any, path: Path) -> None:
 
 
 @torch.no_grad()
-def fill_bitsandbytes(optimizer: Any, saved: Mapping[str, Tensor]) -> None:
+def fill_bitsandbytes(optimizer: Any, path: Path) -> None:
     """The same for one of bitsandbytes, in the memory that it asks for itself: what it loads would never be paged."""
-    number = 0
+    saved, number = open_tensors(path), 0
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
             if f"{number}.step" in saved:
                 optimizer.init_state(group, parameter, i, j)
                 row = optimizer.state[parameter]
                 for key, value in row.items():
-                    kept = saved[f"{number}.{key}"]
-                    row[key] = value.copy_(kept) if isinstance(value, Tensor) else kept.item()
+                    row[key] = filled(value, saved.get(f"{number}.{key}"), f"{path}: {number}.{key}")
             number += 1
+
+
+def filled(value: Any, saved: Tensor | None, what: str) -> Any:
+    """A tensor filled with the saved one, or the saved number; BadInput where it is of another kind."""
+    like = torch.as_tensor(value)
+    if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
+        raise BadInput(f"{what} is not as this bitsandbytes keeps it; install the version that wrote it")
+    return value.copy_(saved) if isinstance(value, Tensor) else saved.item()
 
 
 def fill(module: torch.nn.Module, path: Path) -> None:

@@ -5,7 +5,7 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from .progress_bar import DataWait, ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
 from .saving import Checkpointing, SaveCheckpoints
 from .stopping import StopOnSignal
+
+JOIN_SECONDS = 5  # for a process that was killed; one that waits for a dead disk cannot go
 
 
 class Resume(L.Callback):
@@ -135,10 +137,12 @@ def no_worker_left() -> Iterator[None]:
     try:
         yield
     finally:
-        for child in multiprocessing.active_children():
-            if child.daemon and child not in before:
+        left = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
+        with suppress(RuntimeError):  # torch's answer to a worker's death, in the place of what ended the training
+            for child in left:
                 child.kill()
-                child.join()
+            for child in left:
+                child.join(JOIN_SECONDS)
 
 
 def leave_group() -> None:
