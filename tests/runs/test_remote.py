@@ -43,3 +43,18 @@ def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, kind):
     batch = samples[[0, 1, 2, 3]]
     assert len(asked) == len(batch["keys"]) == 4
     memory.rm("/bucket", recursive=True)
+
+
+def test_a_set_from_afar_is_inspected(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LATENTSMITH_DATA_CACHE", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    for name in ("shards", "cache"):
+        memory.put(str(world.root / name), f"/bucket/{name}", recursive=True)
+    for name, wanted in (("shards", "22 samples in 3 shards"), ("cache", "latent cache, 22 samples in 3 shards")):
+        assert world.call("inspect", f"memory://bucket/{name}") == 0
+        assert wanted in capsys.readouterr().out
+    assert world.call("inspect", "memory://bucket/cache", "--verify") == 2
+    assert "run it where the files lie" in capsys.readouterr().err
+    assert world.call("inspect", "memory://bucket/nothing") == 2
+    assert "memory://bucket/nothing: no set.json and no .tar shards here" in capsys.readouterr().err
+    memory.rm("/bucket", recursive=True)

@@ -11,7 +11,9 @@ app = typer.Typer(help="Make sets of captioned pictures.", no_args_is_help=True,
 
 Source = Annotated[
     str,
-    typer.Argument(help="Folder of pictures with captions, a CSV, JSONL or parquet table, or tars; here or at s3://..."),
+    typer.Argument(
+        help="Folder of pictures with captions, a CSV, JSONL or parquet table, or tars; here or at s3://..."
+    ),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from .convert import Weights
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Checkpoint, shard, set, cache or run folder.")],
+    path: Annotated[str, typer.Argument(help="Checkpoint, shard, set, cache or run folder; sets also at s3://...")],
     weights: Annotated[Weights, typer.Option(help="The average or the trained weights, where both are there.")] = (
         Weights.ema
     ),

@@ -13,6 +13,7 @@ from latentsmith.checkpoints.spec import SPEC_KEY
 from latentsmith.data.cache import CACHE_FILE, LatentCache
 from latentsmith.data.importing import REPORT_FILE, read_report
 from latentsmith.data.members import caption_of
+from latentsmith.data.remote import REMOTE_FILE, LocalCopies, is_remote
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, ShardSet, read_set_file
 from latentsmith.files.archives import is_archive, safe_members
 from latentsmith.files.errors import BadInput
@@ -41,8 +42,14 @@ def inspect(path: str | Path, *, weights: str = "ema", verify: bool = False) -> 
     weights: "ema" or "raw", of a checkpoint that has both.
     verify: read everything; shards are compared with the checksums of set.json, checkpoints of ours with those of
     state.json, the tensors of any other checkpoint are looked through for values that are not finite.
-    Returns what verifying found damaged, a line for each, printed too. Raises BadInput if `path` is none of these.
+    Returns what verifying found damaged, a line for each, printed too. Raises BadInput if `path` is none of these, or
+    the address of anything but a set or a cache.
     """
+    if is_remote(path):
+        if verify:
+            raise BadInput(f"{path}: --verify reads everything; run it where the files lie")
+        print(path)
+        path = LocalCopies.default().stand_in(str(path))
     path = Path(path)
     say, check = handlers(path, weights)
     for line in say(path):
@@ -70,7 +77,8 @@ def handlers(path: Path, weights: str) -> tuple[Any, Any]:
 def is_shards(path: Path) -> bool:
     """Whether `path` means tar shards: a folder of them, one tar that is no .nemo, or a pattern."""
     if path.is_dir():
-        return (path / SET_FILE).exists() or (path / UNFINISHED_FILE).exists() or any(path.glob("*.tar"))
+        marks = (SET_FILE, UNFINISHED_FILE, REMOTE_FILE)
+        return any((path / mark).exists() for mark in marks) or any(path.glob("*.tar"))
     if path.is_file():
         return is_archive(path) and path.suffix == ".tar" and "model_config.yaml" not in safe_members(path, path)
     return any(mark in path.name for mark in "*{")
@@ -81,8 +89,7 @@ def is_shards(path: Path) -> bool:
 
 def say_shards(path: Path) -> Iterator[str]:
     samples = ShardSet(path)
-    size = sum(one.stat().st_size for one in samples.paths)
-    yield f"{path}: {len(samples):,} samples in {len(samples.paths):,} shards, {size / 2**20:,.1f} MiB"
+    yield f"{path}: {len(samples):,} samples in {len(samples.paths):,} shards, {samples.bytes / 2**20:,.1f} MiB"
     yield f"  members   {', '.join(samples.shard(0).extensions)}"
     yield from say_captions(samples)
     if (path / REPORT_FILE).is_file():
@@ -105,8 +112,8 @@ def say_captions(samples: ShardSet) -> Iterator[str]:
 
 def say_cache(path: Path) -> Iterator[str]:
     cache = LatentCache(path)
-    size = sum(one.stat().st_size for one in cache.shards.paths)
-    yield f"{path}: latent cache, {len(cache):,} samples in {len(cache.shards.paths):,} shards, {size / 2**20:,.1f} MiB"
+    shards = f"{len(cache):,} samples in {len(cache.shards.paths):,} shards, {cache.shards.bytes / 2**20:,.1f} MiB"
+    yield f"{path}: latent cache, {shards}"
     for name, member in cache.info["members"].items():
         yield f"  {name} {tuple(member['shape'])} {member['dtype']}"
     yield from say_captions(cache.shards)
