@@ -2,6 +2,7 @@
 
 import functools
 import json
+import socket
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -187,6 +188,24 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_p
         with pytest.raises(BadInput, match=r"source.*403"):
             open_source(url)
         server.shutdown()
+
+
+def test_nobody_at_the_address_is_not_nothing_there(monkeypatch):
+    monkeypatch.setattr("latentsmith.data.remote.time.sleep", lambda seconds: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    for address in (f"{url}/folder", f"{url}/t.csv"):
+        with pytest.raises(BadInput, match="cannot be read"):
+            open_source(address)
+
+
+def test_a_table_may_point_beside_its_folder(tmp_path, png, addresses):
+    (tmp_path / "source" / "captions").mkdir(parents=True)
+    (tmp_path / "source" / "a.png").write_bytes(png())
+    (tmp_path / "source" / "captions" / "t.csv").write_text("file_name,text\n../a.png,one\n")
+    for url in addresses().values():
+        assert content(open_source(f"{url}/captions/t.csv")) == [["../a.png", {}, png(), "one"]]
 
 
 def test_a_folder_named_as_a_file(tmp_path, png, addresses):

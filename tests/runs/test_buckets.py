@@ -130,6 +130,24 @@ def test_a_sample_of_several_caches_is_that_of_its_own(world, pictures):
     assert len(read_rows(made / "validation.csv")) == 2
 
 
+def test_a_cache_of_captions_alone_trains_on_its_pictures(world, tmp_path):
+    half = ("model.first_stage_key=images", "model.cond_stage_key=captions_encoded", VAE, TEXT)
+    assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", tmp_path / "captions", *half) == 0
+    data = f"model.data.train.dataset_path={tmp_path / 'captions'}"
+    still = ("model.optim.lr=0", "model.unet_config.from_pretrained=ROOT/runs/text")
+    made = world.train("pictures", "captions-cached", data, *half, *still)
+    plain = world.train("pictures", "nothing-cached", *still)
+    assert world.losses(made) == pytest.approx(world.losses(plain), rel=2e-3)
+
+
+def test_caches_of_more_than_is_read_train_with_others(world, tmp_path):
+    """One with both encodings and one of pictures alone, whose captions are read as text."""
+    sets = [f"model.data.train.dataset_path=[{one}]" for one in ("ROOT/cache,ROOT/latents", "ROOT/latents,ROOT/cache")]
+    for number, data in enumerate(sets):
+        made = world.train("text", f"more-{number}", data, "trainer.max_steps=12")
+        assert len(world.losses(made)) == 12
+
+
 def test_caches_that_do_not_train_together(world, pictures, capsys):
     given = (*BUCKETS, VAE, TEXT)
     data = f"model.data.train.dataset_path={pictures / 'shards'}"

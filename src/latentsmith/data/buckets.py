@@ -157,7 +157,7 @@ class MixedBuckets(BucketOrder):
 def _tallies(numbers: np.ndarray, kept: int) -> np.ndarray:
     blocks = [numbers[at : at + BLOCK] for at in range(0, len(numbers), BLOCK)]
     rows = [np.bincount(block, minlength=LEFT_OUT + 1)[:kept] for block in blocks]
-    tallies = np.concatenate([np.zeros((1, kept), np.int64), np.cumsum(rows, axis=0, dtype=np.int64)])
+    tallies = np.cumsum([np.zeros(kept, np.int64), *rows], axis=0)
     return np.ascontiguousarray(tallies.T)
 
 

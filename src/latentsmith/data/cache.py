@@ -23,7 +23,10 @@ EMPTY_PROMPT_FILE = "empty_prompt.npy"
 IMAGE_KEY = "image_encoded"
 CAPTION_KEY = "captions_encoded"
 BUCKETS_FILE = "buckets.npy"
-MADE_BY = {IMAGE_KEY: ("vae", "transforms"), CAPTION_KEY: ("text_encoder", "layer", "tokenizer")}  # fingerprints
+MADE_BY = {  # fingerprints
+    IMAGE_KEY: ("vae", "transforms", "precision"),
+    CAPTION_KEY: ("text_encoder", "layer", "tokenizer", "precision"),
+}
 
 
 class LatentCache:
@@ -140,7 +143,8 @@ class JoinedCaches(LatentCache):
     def __init__(self, caches: Sequence[LatentCache], shards: ShardSet, names: Sequence[str]):
         self.caches, self.shards = caches, shards
         first = caches[0]
-        self.folder, self.info, self.empty_prompt = first.folder, first.info, first.empty_prompt
+        self.folder, self.empty_prompt = first.folder, first.empty_prompt
+        self.info = {**first.info, "members": {name: first.info["members"][name] for name in names}}
         for other in caches[1:]:
             if difference := first_difference(first.common(names), other.common(names)):
                 name, here, there = difference

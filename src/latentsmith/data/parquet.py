@@ -38,10 +38,10 @@ class ParquetTable:
     def _read(self) -> Iterator[None]:
         try:
             yield
-        except BadInput:
+        except (BadInput, MemoryError):
             raise
         except Exception as error:  # of pyarrow, the file system, or the protocol behind it
-            what = " ".join(str(error).split())[:160]
+            what = " ".join(str(error).split())[:160] or type(error).__name__
             raise BadInput(f"{self.address}: not readable as parquet ({what})") from None
 
     def __len__(self) -> int:

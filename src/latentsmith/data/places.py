@@ -72,7 +72,7 @@ class Far:
     server refuses, after some tries, is BadInput: it says nothing of the sample."""
 
     def __init__(self, url: str):
-        self.address = url.rstrip("/")
+        self.address = url.rstrip("/") if not url.endswith("://") else url
         self.came: dict[str, bytes] = {}
 
     def sizes(self) -> dict[str, int]:
@@ -114,7 +114,14 @@ class Far:
     def _found(self, name: str) -> tuple[Any, str]:
         """The file system, and a file's path in it."""
         system, root = file_system(self.address)  # asked for each time: after a fork it is another
-        return system, f"{root}/{posixpath.normpath(name)}"
+        path = f"{root}/{name}"
+        return system, resolved(path) if {".", ".."} & set(name.split("/")) else path
+
+
+def resolved(path: str) -> str:
+    """A path without `.` and `..`, behind its protocol if it has one."""
+    protocol, mark, rest = path.rpartition("://")
+    return protocol + mark + posixpath.normpath(rest)
 
 
 def hidden(name: str) -> bool:

@@ -50,14 +50,14 @@ class LocalCopies:
         small: dict[str, bytes] = {}
         with reported(url):
             if parent == head:
-                found = tars_at(url)
+                found = _tars(url)
             elif listed := _read(f"{parent}/set.json"):
                 found = {shard["file"]: (shard["bytes"], "") for shard in json.loads(listed)["shards"]}
                 small = {name: data for name in SMALL_FILES if (data := _read(f"{parent}/{name}")) is not None}
             elif _read(f"{parent}/unfinished.json") is not None:
                 raise BadInput(f"{url}: unfinished; run the command that filled it again, then copy it")
             else:
-                found = tars_at(f"{parent}/*.tar")
+                found = _tars(f"{parent}/*.tar")
         if not found:
             raise BadInput(f"{url}: no set.json and no .tar shards here")
         if outside := [name for name in found if PurePosixPath(name).name != name]:
@@ -184,7 +184,7 @@ def _read(url: str) -> bytes | None:
         return None
 
 
-def tars_at(pattern: str) -> dict[str, tuple[int, str]]:
+def _tars(pattern: str) -> dict[str, tuple[int, str]]:
     """Bytes of the tars that a pattern names, or one name, and what tells whether each has changed."""
     system, path = file_system(pattern)
     found = {}
@@ -196,16 +196,28 @@ def tars_at(pattern: str) -> dict[str, tuple[int, str]]:
 
 def attempted(request: Any) -> Any:
     """What a request answers; asked again a few times if the network fails or the server is busy. FileNotFoundError
-    means that there is no such file, not that a server refused to say."""
+    means that there is no such file, not that nobody could be asked."""
     for wait in (*(0.5 * 2**i for i in range(TRIES - 1)), None):
         try:
             return request()
         except Exception as error:
-            status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)  # of aiohttp's
-            if isinstance(error, FileNotFoundError | IsADirectoryError) and status in (None, 404, 410):
-                raise
-            for_good = isinstance(error, PermissionError) or not isinstance(error, OSError)
-            if wait is None or (status < 500 if status else for_good):
-                raise PermissionError(f"status {status}") if isinstance(error, FileNotFoundError) else error from None
+            cause = error.__cause__  # over HTTP fsspec has FileNotFoundError for whatever went wrong
+            unknown = isinstance(error, FileNotFoundError) and of_network(cause)
+            real = cause if cause and unknown and getattr(cause, "status", None) not in (404, 410) else error
+            if wait is None or not passing(real):
+                raise real from None
             time.sleep(wait)
     raise AssertionError
+
+
+def of_network(error: BaseException | None) -> bool:
+    """Whether an error is one of talking to a server."""
+    return isinstance(error, TimeoutError) or type(error).__module__.startswith("aiohttp")
+
+
+def passing(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed a moment later."""
+    if status := getattr(error, "status", None):
+        return status >= 500 or status in (408, 425, 429)
+    gone = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
+    return not gone and (isinstance(error, OSError) or of_network(error))

@@ -20,7 +20,7 @@ from latentsmith.data.errors import BadSample
 from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, picture_of
 from latentsmith.data.places import AHEAD, Far, Here, Place
-from latentsmith.data.remote import attempted, file_system, is_remote, reported, tars_at
+from latentsmith.data.remote import attempted, file_system, is_remote, reported
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
@@ -96,12 +96,10 @@ def place_at(path: str | os.PathLike) -> Place:
 def folder_source(path: str | os.PathLike) -> Source:
     """What a folder is a source of, by the files in it."""
     place = place_at(path)
-    if tables := [name for name in TABLES if place.has(name)]:
-        return TableSource(place, tables[0])
     if place.has(SET_FILE) or place.has(UNFINISHED_FILE):
         return TarSource(path)
-    if is_remote(path) and tars_at(f"{str(path).rstrip('/')}/*.tar"):
-        return TarSource(path)
+    if tables := [name for name in TABLES if place.has(name)]:
+        return TableSource(place, tables[0])
     sizes = place.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
         return FolderSource(place, sizes)
@@ -188,7 +186,7 @@ class TableSource:
                     yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
 
     def fingerprint(self) -> str:
-        with self.place.open(self.name) as file:
+        with reported(self.table), self.place.open(self.name) as file:
             return hash_stream(file)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -87,7 +87,8 @@ def open_set(
         one.check(made_by)
     names = [name for name, wanted in encoded.items() if wanted]
     cache = JoinedCaches(caches, shards, names) if len(caches) > 1 else caches[0] if caches else None
-    if caches and "buckets" in caches[0].info and shards.paths != [path for one in caches for path in one.shards.paths]:
+    whole = data == "train" and caches and "buckets" in caches[0].info
+    if whole and shards.paths != [path for one in caches for path in one.shards.paths]:
         raise BadInput(f"{caches[0].folder}: a cache with buckets is taken whole: give its folder, and once")
     return readable(config, shards, cache, encoded, data)
 
@@ -170,7 +171,7 @@ def check_members(config: DictConfig, cache: LatentCache, encoded: Mapping[str, 
     for name, wanted in encoded.items():
         if wanted and name not in cache.encoded:
             raise BadInput(f"{cache.folder}: holds no {name}, only {', '.join(cache.encoded)}")
-        if not wanted and name == IMAGE_KEY:
+        if not wanted and name == IMAGE_KEY and IMAGE_KEY in cache.encoded:
             raise BadInput(f"{cache.folder}: a latent cache holds no pictures; set model.first_stage_key=image_encoded")
     unet = config.model.unet_config
     cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
@@ -185,12 +186,13 @@ def wanted_fingerprints(
 ) -> dict[str, Any]:
     """What has to have made a cache; None for what the config does not say."""
     text = encoded[CAPTION_KEY] and "text_encoder" in networks
+    pictures = encoded[IMAGE_KEY]
     return {
-        "vae": fingerprint(networks["vae"]) if "vae" in networks else None,
+        "vae": fingerprint(networks["vae"]) if pictures and "vae" in networks else None,
         "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
         "layer": layer_of(config) if text else None,
         "tokenizer": words.fingerprint() if text and words else None,
-        "transforms": stated_transforms(config, data),
+        "transforms": stated_transforms(config, data) if pictures else None,
     }
 
 

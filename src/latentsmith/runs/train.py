@@ -231,7 +231,7 @@ def measured_scale(
     seed: int,
     begun: float | None,
 ) -> Callable[[], float]:
-    """Measures 1 / the standard deviation of the latents of the run's first samples: it gives them unit variance.
+    """Measures 1 / the standard deviation of the latents of the run's samples: it gives them unit variance.
 
     begun: the scale of a run that goes on, which is not measured again.
     """
@@ -242,7 +242,8 @@ def measured_scale(
         if begun is not None:
             return begun
         drawn = []
-        for position in range(min(MEASURED_SAMPLES, samples.count)):
+        apart = max(1, samples.count // MEASURED_SAMPLES)  # steps of one size follow one another
+        for position in range(0, apart * min(MEASURED_SAMPLES, samples.count), apart):
             one = read([samples.index(position, seed)], [position])
             if "vae_latents" in one:
                 drawn.append(one["vae_latents"].float().flatten())

@@ -138,11 +138,10 @@ def no_worker_left() -> Iterator[None]:
         yield
     finally:
         left = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
-        with suppress(RuntimeError):  # torch's answer to a worker's death, in the place of what ended the training
+        for act in (lambda child: child.kill(), lambda child: child.join(JOIN_SECONDS)):
             for child in left:
-                child.kill()
-            for child in left:
-                child.join(JOIN_SECONDS)
+                with suppress(RuntimeError):  # torch's answer to a worker's death, in the place of what ended all
+                    act(child)
 
 
 def leave_group() -> None:
