@@ -127,7 +127,7 @@ def test_convert_inspect_demo(call):
     assert calls[1][1] == {"weights": "ema", "dtype": "bf16", "prediction_type": "v", "tokenizer": None, "verify": True}
     calls = call("inspect", "inspect")
     assert main(["inspect", "a", "--verify"]) == 0
-    assert calls == [((Path("a"),), {"weights": "ema", "verify": True})]
+    assert calls == [(("a",), {"weights": "ema", "verify": True})]
     calls = call("demo", "demo")
     assert main(["demo", "--from-scratch"]) == 0
     assert calls == [((Path("runs/demo"),), {"from_scratch": True})]

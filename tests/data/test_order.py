@@ -23,6 +23,10 @@ def test_one_by_one_equals_all_at_once_in_any_shape():
     assert indices.shape == positions.shape and indices.dtype == np.int64
     assert [[index_at(7, int(p), 100) for p in row] for row in positions] == indices.tolist()
     assert type(index_at(7, 3, 100)) is int
+    positions = np.random.default_rng(0).integers(0, 10**6, 300)
+    for length in (255, 256, 257, 70_001):
+        singly = [index_at(7, int(p), length) for p in positions]
+        assert singly == index_at(7, positions, length).tolist() and {type(index) for index in singly} == {int}
 
 
 def test_values_are_fixed_for_good():
@@ -63,6 +67,17 @@ def test_huge_sets_cost_nothing():
 def test_an_empty_set_has_no_order():
     with pytest.raises(ValueError, match="0 samples"):
         index_at(0, 0, 0)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**64 - 1])
+def test_sample_seeds_are_numpys(seed):
+    for position in (0, 1, 255, 256, 12_345, 2**32 - 1, 2**32, 2**33 + 1, 2**40):
+        for stream in (0, 1, 7, 2**32):
+            wanted = np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)
+            assert sample_seed(seed, position, stream) == wanted[0]
+    with pytest.raises(ValueError, match="is no seed"):
+        sample_seed(-1, 0)
 
 
 def test_sample_seeds_differ_in_every_argument():

@@ -12,6 +12,7 @@ import numpy as np
 
 ROUNDS = 8  # four already pass as random to a bounded observer (Luby & Rackoff 1988); halves as short as ours want more
 MIN_BITS = 6  # over 4 bits the orders of five samples are measurably uneven; over 8 the walk back into them is long
+SOME = 256  # positions whose indices are computed together, where single ones are asked for
 WORD = (1 << 64) - 1
 
 
@@ -27,9 +28,11 @@ def index_at(seed, position, length):
     """
     if length < 1:
         raise ValueError(f"a set of {length} samples has no order")
-    if np.ndim(position) == 0:
+    if np.ndim(position) == 0 and length < SOME:
         epoch, place = divmod(int(position), length)
         return _permuted_one(place, length, _word(seed, epoch))
+    if np.ndim(position) == 0:
+        return _some_indices(seed, int(position) // SOME, length)[int(position) % SOME]
     positions = np.asarray(position, dtype=np.int64)
     epochs, places = np.divmod(positions.reshape(-1), length)
     indices = np.empty(places.shape, dtype=np.int64)
@@ -37,6 +40,12 @@ def index_at(seed, position, length):
         chosen = epochs == epoch
         indices[chosen] = permuted(places[chosen], length, _word(seed, int(epoch)))
     return indices.reshape(positions.shape)
+
+
+@lru_cache(maxsize=256)
+def _some_indices(seed: int, block: int, length: int) -> list[int]:
+    """The indices at SOME positions: what asks for one mostly goes on to ask for the next."""
+    return index_at(seed, np.arange(block * SOME, (block + 1) * SOME), length).tolist()
 
 
 def permuted(places: np.ndarray, length: int, key: int) -> np.ndarray:
@@ -51,7 +60,49 @@ def permuted(places: np.ndarray, length: int, key: int) -> np.ndarray:
 
 def sample_seed(seed: int, position: int, stream: int = 0) -> int:
     """A 64-bit seed for the sample at `position` of the run; `stream` tells independent uses of one position apart."""
-    return int(np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0])
+    return _some_seeds(seed, position // SOME, stream)[position % SOME]
+
+
+@lru_cache(maxsize=64)
+def _some_seeds(seed: int, block: int, stream: int) -> list[int]:
+    """Seeds of SOME positions, by what NumPy's SeedSequence makes of [seed, position, stream] (M. E. O'Neill's
+    seed_seq_fe128), for all of them at once."""
+    positions = np.arange(block * SOME, (block + 1) * SOME, dtype=np.uint64)
+    parts = [positions.astype(np.uint32)] + ([(positions >> np.uint64(32)).astype(np.uint32)] if block >> 24 else [])
+    entropy = [*_words(seed), *parts, *_words(stream)]
+    entropy += [*_words(0)] * (4 - len(entropy))
+    factor = 0x43B0D7E5
+
+    def hashed(value):
+        nonlocal factor
+        value, factor = value ^ np.uint32(factor), factor * 0x931E8875 & 0xFFFFFFFF
+        value = value * np.uint32(factor)
+        return value ^ (value >> np.uint32(16))
+
+    def mixed(a, b):
+        value = a * np.uint32(0xCA01F9DD) - b * np.uint32(0x4973F715)
+        return value ^ (value >> np.uint32(16))
+
+    pool = [hashed(word) for word in entropy[:4]]
+    for i in range(4):
+        for j in (j for j in range(4) if j != i):
+            pool[j] = mixed(pool[j], hashed(pool[i]))
+    for word in entropy[4:]:
+        pool = [mixed(one, hashed(word)) for one in pool]
+    halves, factor = [], 0x8B51F9DD
+    for one in pool[:2]:
+        value, factor = one ^ np.uint32(factor), factor * 0x58F38DED & 0xFFFFFFFF
+        value = value * np.uint32(factor)
+        halves.append((value ^ (value >> np.uint32(16))).astype(np.uint64))
+    return (halves[0] | halves[1] << np.uint64(32)).tolist()
+
+
+def _words(number: int) -> list[np.ndarray]:
+    """A number in words of 32 bits, the lowest first, each an array of one. ValueError for a negative one."""
+    if number < 0:
+        raise ValueError(f"{number} is no seed: it has to be 0 or more")
+    count = max(1, (number.bit_length() + 31) // 32)
+    return [np.array([number >> (32 * i) & 0xFFFFFFFF], np.uint32) for i in range(count)]
 
 
 def integer_below(bound: int, seed: int, stream: int = 0) -> int:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from latentsmith.data.order import index_at, sample_seed
 
 from .draws import DROPOUT, Shape
 
+# What is read at a time where no worker reads: a step leaves nothing of this code in the processor's caches.
+AHEAD, SAMPLES_AHEAD = 8, 128  # batches, but no more than so many samples
 Record = dict[str, Any]
 Positions = Sequence[int]
 Reader = Callable[[Sequence[int], Positions], Record]
@@ -72,12 +75,40 @@ class RunPositions(Sampler):
             first += self.global_batch
 
 
-def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> DataLoader:
+@dataclass(frozen=True)
+class Several(Sampler, Dataset):
+    """Several batches at a time: as a sampler their positions, as a data set what is read of them."""
+
+    samples: RunSamples
+    positions: RunPositions
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        positions, at_once = iter(self.positions), min(AHEAD, max(1, SAMPLES_AHEAD // self.positions.micro_batch))
+        while True:
+            yield list(islice(positions, at_once))
+
+    def __getitem__(self, several: list[list[int]]) -> list[Record]:
+        return [self.samples[positions] for positions in several]
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """The batches of a loader that gives several at a time."""
+
+    loader: DataLoader
+
+    def __iter__(self) -> Iterator[Record]:
+        for several in self.loader:
+            yield from several
+
+
+def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> DataLoader | OneByOne:
     """Batches of a run; the number of workers changes nothing but speed."""
-    return DataLoader(
-        samples,
-        batch_size=None,  # a sample of this loader is a batch: it is read and drawn as one
-        sampler=positions,
+    several = Several(samples, positions)
+    loader: DataLoader = DataLoader(
+        samples if num_workers else several,
+        batch_size=None,  # a sample of this loader is a batch, or several: it is read and drawn as one
+        sampler=positions if num_workers else several,
         collate_fn=as_it_is,  # type: ignore[arg-type]
         num_workers=num_workers,
         worker_init_fn=leave_signals_to_training,
@@ -85,10 +116,11 @@ def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if num_workers else None,
     )
+    return loader if num_workers else OneByOne(loader)
 
 
-def as_it_is(batch: Record) -> Record:
-    return batch
+def as_it_is(read: Any) -> Any:
+    return read
 
 
 def on_device(batch: Record, device: torch.device) -> Record:
