@@ -113,7 +113,9 @@ def test_a_batch_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypat
     seen, alive = [], weakref.WeakSet()
     opened = Shard.__init__
     monkeypatch.setattr(
-        Shard, "__init__", lambda self, path: (alive.add(self), seen.append(len(alive)), opened(self, path))[2]
+        Shard,
+        "__init__",
+        lambda self, path, remote=None: (alive.add(self), seen.append(len(alive)), opened(self, path, remote))[2],
     )
     cache = LatentCache(tmp_path / "c")
     assert cache.read_batch(range(12))["image_encoded"].shape == (12, 4, 4, 4)

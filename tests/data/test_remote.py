@@ -1,6 +1,9 @@
 """Sets behind fsspec: the same samples as here, whole or in ranges, with no more on this disk than allowed."""
 
 import functools
+import json
+import os
+import pickle
 import re
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -8,12 +11,15 @@ from typing import ClassVar
 
 import fsspec
 import pytest
+from omegaconf import OmegaConf
 
 from latentsmith.data import remote
-from latentsmith.data.remote import LocalCopies, Ranges, read_about
+from latentsmith.data.remote import LocalCopies, Ranges
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.sources import open_source
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_text
+from latentsmith.runs.pieces import located
 
 
 @pytest.fixture
@@ -180,11 +186,112 @@ def test_a_plain_tar_of_the_same_size_is_not_taken_for_its_copy(memory, tmp_path
         assert opened("memory://bucket/plain", tmp_path)[0].text("txt") == text.decode()
 
 
-def test_no_file_outside_the_copies_is_written(folder, memory, tmp_path):
-    listed = memory.cat_file("/bucket/set/set.json").replace(b'"shard-000001.tar"', b'"../../stray.tar"')
+@pytest.mark.parametrize("name", ["../../stray.tar", "/stray.tar", "..", "remote.json"])
+def test_no_file_outside_the_copies_is_written(folder, memory, tmp_path, name):
+    listed = memory.cat_file("/bucket/set/set.json").replace(b'"shard-000001.tar"', json.dumps(name).encode())
     memory.pipe_file("/bucket/set/set.json", listed)
-    with pytest.raises(BadInput, match=r"names '\.\./\.\./stray\.tar', which is not a file beside it"):
+    with pytest.raises(BadInput, match=rf"names '{re.escape(name)}', which is not a \.tar beside it"):
         opened("memory://bucket/set", tmp_path)
+
+
+def everything(folder):
+    """The files below a folder, links not followed, with their bytes or where they lead."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def hostile_remote_json(url, names):
+    """remote.json as this cache wrote it before, and as it writes it now, in one."""
+    sizes = dict.fromkeys(names, 1)
+    old = {"url": url, "sizes": sizes, "whole": True, "limit": 0}
+    return json.dumps({**old, "tars": {name: [1, ""] for name in names}})
+
+
+@pytest.fixture
+def data(folder, tmp_path):
+    """A user's data: a set, and beside it a folder from elsewhere whose remote.json asks for fetching and deleting."""
+    root = tmp_path / "data"
+    for name in ("mine", "hostile"):
+        (root / name).mkdir(parents=True)
+        for path in folder.glob("*.tar"):
+            (root / name / path.name).write_bytes(path.read_bytes())
+        for path in folder.glob("*.index.npy"):
+            (root / name / path.name).write_bytes(path.read_bytes())
+    names = [path.name for path in folder.glob("*.tar")]
+    (root / "hostile" / "remote.json").write_text(hostile_remote_json(f"file://{folder}", [*names, "more.tar"]))
+    return root
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "in the cache folder", "linked into the cache folder"])
+def test_a_remote_json_found_in_data_is_not_obeyed(data, folder, tmp_path, place):
+    """Such a folder is a plain folder of tars, and no file of it or beside it is deleted, changed or fetched."""
+    copies, hostile = LocalCopies(tmp_path / "copies", 2**30), data / "hostile"
+    if place == "in the cache folder":
+        copies = LocalCopies(data, 0)
+    if place == "linked into the cache folder":
+        copies.folder.mkdir()
+        about = json.loads((hostile / "remote.json").read_text())
+        name = fingerprint_text(json.dumps([about["url"], about["tars"]]))[:24]
+        hostile = hostile.rename(data / name)
+        assert LocalCopies(data).copy_in(hostile) is not None  # as if it was made here, but for the link
+        (copies.folder / name).symlink_to(hostile)
+        hostile = copies.folder / name
+    (hostile / "shard-000000.tar").unlink()  # which obeying would fetch
+    before = everything(data)
+    assert contents(ShardSet(hostile, copies)) == contents(ShardSet(folder))[10:]
+    assert contents(ShardSet(hostile / "shard-000001.tar", copies)) == contents(ShardSet(folder))[10:20]
+    assert everything(data) == before
+
+
+def test_only_tars_that_the_cache_fetched_are_deleted(data, folder, memory, tmp_path):
+    """In a cache folder that holds a user's data too: other folders, other tars beside a copy, and links stay."""
+    memory.put(str(folder), "/bucket/other", recursive=True)
+    copies = LocalCopies(data, ShardSet(folder).bytes)
+    before = everything(data)
+    first = ShardSet("memory://bucket/set", copies)
+    assert contents(first) == contents(ShardSet(folder))
+    copy = first.paths[0].parent
+    (copy / "mine.tar").write_bytes(b"of the user")
+    (copy / "shard-000002.tar").unlink()
+    (copy / "shard-000002.tar").symlink_to(data / "mine" / "shard-000002.tar")
+    (data / ("0" * 24)).symlink_to(data / "mine")
+    assert contents(ShardSet("memory://bucket/other", copies)) == contents(first)
+    assert {path.name for path in copy.glob("*.tar")} == {"mine.tar", "shard-000002.tar"}
+    assert before.items() <= everything(data).items()
+
+
+def test_the_limit_is_that_of_the_running_config(folder, tmp_path):
+    assert not isinstance(opened("memory://bucket/set", tmp_path).shard(0).bytes, Ranges)
+    for path in (tmp_path / "copies").iterdir():
+        assert isinstance(ShardSet(path, LocalCopies(tmp_path / "copies", 1000)).shard(0).bytes, Ranges)
+
+
+def test_nothing_is_written_through_a_link_in_the_cache(folder, tmp_path):
+    copy = opened("memory://bucket/set", tmp_path).paths[0].parent
+    copy.rename(tmp_path / "moved")
+    copy.symlink_to(tmp_path / "moved")
+    before = everything(tmp_path)
+    with pytest.raises(BadInput, match="a symbolic link in the cache of remote sets"):
+        opened("memory://bucket/set", tmp_path)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["../mine/shard-000001.tar", "/etc/hostname", ".."])
+def test_a_set_json_names_files_beside_it_alone(folder, name):
+    listed = (folder / "set.json").read_text().replace('"shard-000001.tar"', json.dumps(name))
+    (folder / "set.json").write_text(listed)
+    with pytest.raises(BadInput, match=rf"names '{re.escape(name)}', which is not a file beside it"):
+        ShardSet(folder)
+
+
+def test_a_wdinfo_names_no_address(tmp_path):
+    (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": ["a.tar", "file:///etc/b.tar"]}))
+    config = OmegaConf.create({"model": {"data": {"webdataset": {"local_root_path": None}}}})
+    with pytest.raises(BadInput, match=r"lists file:///etc/b\.tar, and only the config may name an address"):
+        located(config, str(tmp_path / "wdinfo.pkl"))
 
 
 def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
@@ -232,4 +339,5 @@ def test_tars_are_imported_from_afar(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTSMITH_DATA_CACHE", str(tmp_path / "copies"))
     items = list(open_source("memory://bucket/set").items())
     assert len(items) == 30 and items[3].caption() == "caption 3"
-    assert read_about(next((tmp_path / "copies").iterdir()))["url"] == "memory://bucket/set"
+    copies = LocalCopies(tmp_path / "copies")
+    assert [copies.copy_in(path).url for path in copies.folder.iterdir()] == ["memory://bucket/set"]

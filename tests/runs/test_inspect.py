@@ -142,6 +142,36 @@ def test_one_tar_and_a_pattern(capsys, shards):
         assert lines[-1] == "verified: nothing, there are no checksums without set.json"
 
 
+@pytest.mark.parametrize("with_tars", [True, False])
+def test_a_remote_json_found_in_data_deletes_and_fetches_nothing(capsys, tmp_path, shards, with_tars):
+    """A folder from elsewhere whose remote.json claims to be a local copy of a remote set, beside a user's set."""
+    mine, hostile = tmp_path / "mine", tmp_path / "hostile"
+    mine.mkdir()
+    hostile.mkdir()
+    for file in shards.iterdir():
+        (mine / file.name).write_bytes(file.read_bytes())
+    if with_tars:
+        for name in ("shard-000001.tar", "shard-000001.index.npy"):
+            (hostile / name).write_bytes((shards / name).read_bytes())
+    sizes = {path.name: 1 for path in shards.glob("*.tar")}
+    about = {"url": f"file://{shards}", "sizes": sizes, "whole": True, "limit": 0}
+    (hostile / "remote.json").write_text(json.dumps(about))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, lines = said(capsys, hostile)
+    assert (code, bool(lines)) == ((0, True) if with_tars else (2, False))
+    assert not with_tars or lines[0].startswith(f"{hostile}: 2 samples in 1 shards, ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["../../../secret", "/etc/hostname"])
+def test_a_state_json_names_files_of_its_checkpoint_alone(capsys, run, name):
+    place = run / "checkpoints" / "step-00000010" / "state.json"
+    state = json.loads(place.read_text())
+    place.write_text(json.dumps({**state, "checksums": {name: "0" * 32}}))
+    assert main(["inspect", str(run), "--verify"]) == 2
+    assert f"names '{name}', which is not a file of this checkpoint" in capsys.readouterr().err
+
+
 def test_a_latent_cache(capsys, tmp_path, shards):
     encoders = Encoders(
         images=lambda images: np.zeros((len(images), 8, 4, 4), np.float32),

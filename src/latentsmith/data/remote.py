@@ -2,17 +2,20 @@
 
 A folder in the local cache stands for the remote one: its small files are there, with `remote.json`, which says where
 the tars are. A set that fits into the cache has its tars fetched whole, each when it is first touched; of a larger one
-samples are read as ranges of bytes. Tars touched least recently give way to new ones.
+samples are read as ranges of bytes. Tars touched least recently give way to new ones. Only folders that the cache made
+are filled and emptied: a `remote.json` found elsewhere is ignored.
 """
 
 import json
 import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any
 
 from latentsmith.files.atomic import write_bytes, write_text
@@ -21,6 +24,8 @@ from latentsmith.files.hashing import fingerprint_text
 
 REMOTE_FILE = "remote.json"
 SMALL_FILES = ("set.json", "cache.json", "empty_prompt.npy", "buckets.npy")
+TAR_NAME = re.compile(r"[^/\\\0]+\.tar")  # a file beside remote.json, never a path
+NAME_LENGTH = 24  # hex digits
 TRIES = 4  # of one request; the waits between them double from half a second
 GIB = 2**30
 
@@ -31,102 +36,138 @@ def is_remote(path: Any) -> bool:
 
 @dataclass(frozen=True)
 class LocalCopies:
-    """Where copies of remote files lie, and how many bytes of tars at most."""
+    """The local cache of remote sets: its folder, and how many bytes of tars it holds at most.
+
+    Each remote set has a folder directly below `folder`. A `remote.json` anywhere else is data and is never obeyed.
+    """
 
     folder: Path
     limit: int = 50 * GIB
 
     @classmethod
     def default(cls) -> "LocalCopies":
-        """The folder of $LATENTSMITH_DATA_CACHE, or `latentsmith/data` in the user's cache."""
+        """Return the cache in $LATENTSMITH_DATA_CACHE, or in `latentsmith/data` of the user's cache folder."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cls(Path(os.environ.get("LATENTSMITH_DATA_CACHE") or cache / "latentsmith" / "data"))
 
     def stand_in(self, url: str) -> Path:
-        """A local folder for the remote folder `url`, or for some tars in it named by a pattern; BadInput if there is
-        nothing. Its name is that of the content: a set that has changed since gets another folder."""
+        """Make a local folder for the remote folder `url`, or for some tars in it named by a pattern.
+
+        The folder's name is a fingerprint of the content: a set that has changed gets another folder. BadInput if there
+        is nothing at `url`.
+        """
         head, _, last = url.rstrip("/").rpartition("/")
         parent = head if "*" in last or last.endswith(".tar") else url.rstrip("/")
         small: dict[str, bytes] = {}
         with reported(url):
             if parent == head:
-                found = _tars(url)
+                tars = _tars(url)
             elif listed := _read(f"{parent}/set.json"):
-                found = {shard["file"]: (shard["bytes"], "") for shard in json.loads(listed)["shards"]}
+                tars = {shard["file"]: (int(shard["bytes"]), "") for shard in json.loads(listed)["shards"]}
                 small = {name: data for name in SMALL_FILES if (data := _read(f"{parent}/{name}")) is not None}
             elif _read(f"{parent}/unfinished.json") is not None:
                 raise BadInput(f"{url}: unfinished; run the command that filled it again, then copy it")
             else:
-                found = _tars(f"{parent}/*.tar")
-        if not found:
+                tars = _tars(f"{parent}/*.tar")
+            if outside := [name for name in tars if not TAR_NAME.fullmatch(name)]:
+                raise BadInput(f"{url}: names {outside[0]!r}, which is not a .tar beside it")
+        if not tars:
             raise BadInput(f"{url}: no set.json and no .tar shards here")
-        if outside := [name for name in found if PurePosixPath(name).name != name]:
-            raise BadInput(f"{url}: set.json names {outside[0]!r}, which is not a file beside it")
-        sizes = {name: size for name, (size, _) in found.items()}
-        content = json.dumps([parent, found, self.limit]) + small.get("set.json", b"").decode()
-        folder = self.folder / fingerprint_text(content)[:24]
-        if not (folder / REMOTE_FILE).exists():
+        folder = self.folder / _fingerprint(parent, tars, small.get("set.json", b""))
+        if folder.is_symlink():
+            raise BadInput(f"{folder}: a symbolic link in the cache of remote sets; delete it")
+        if self.copy_in(folder) is None:
             for name, data in small.items():
                 write_bytes(folder / name, data)
-            whole = sum(sizes.values()) <= self.limit
-            about = {"url": parent, "sizes": sizes, "whole": whole, "limit": self.limit}
-            write_text(folder / REMOTE_FILE, json.dumps(about) + "\n")
+            write_text(folder / REMOTE_FILE, json.dumps({"url": parent, "tars": tars}) + "\n")
         return folder
 
+    def copy_in(self, folder: Path) -> "RemoteCopy | None":
+        """Return the copy that `stand_in` made in `folder`; None for any other folder.
 
-def tars_of(folder: Path) -> list[Path]:
-    """The tars that a stand-in stands for, there or not, in the order of their names."""
-    about = read_about(folder)
-    return [folder / name for name in sorted(about["sizes"])] if about else []
-
-
-def read_about(folder: Path) -> dict[str, Any] | None:
-    """What remote.json of a stand-in says; None for any other folder."""
-    try:
-        return json.loads((folder / REMOTE_FILE).read_text("utf-8"))
-    except FileNotFoundError:
-        return None
-
-
-def fetched(path: Path) -> "Ranges | None":
-    """Have a tar of a stand-in here, whole; or, of a set that is too large for that, its bytes to be read in parts.
-
-    None where the file lies at `path`, or is none of a stand-in. BadInput if it cannot be read.
-    """
-    about = read_about(path.parent)
-    if about is None:
-        return None
-    url, index = f"{about['url']}/{path.name}", path.with_suffix(".index.npy")
-    with reported(url):
-        if not index.exists() and (data := _read(f"{about['url']}/{index.name}")) is not None:
-            write_bytes(index, data)
-        if not about["whole"]:
-            return Ranges(url, about["sizes"][path.name])
-        if path.exists():
-            os.utime(path)
-            return None
-        make_room(path.parent.parent, about["limit"] - about["sizes"][path.name])
-        aside = path.with_name(f"{path.name}.{os.getpid()}.fetching")
+        Proof that it was made here: it lies directly below the cache folder, not through a symbolic link, and its name
+        is the fingerprint of what its remote.json and set.json say.
+        """
         try:
-            attempted(lambda: file_system(url)[0].get_file(file_system(url)[1], str(aside)))
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    return None
+            if len(folder.name) != NAME_LENGTH or folder.resolve() != self.folder.resolve() / folder.name:
+                return None
+            about = json.loads((folder / REMOTE_FILE).read_text("utf-8"))
+            url, tars = about["url"], {name: (size, state) for name, (size, state) in about["tars"].items()}
+            listing = folder / "set.json"
+            is_ours = folder.name == _fingerprint(url, tars, listing.read_bytes() if listing.exists() else b"")
+            if not is_ours or not all(TAR_NAME.fullmatch(name) for name in tars):
+                return None
+            return RemoteCopy(self, folder, url, {name: int(size) for name, (size, _) in tars.items()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # the last: a loop of links
+            return None
+
+    def make_room(self, size: int) -> None:
+        """Delete the tars touched least recently until `size` more bytes fit within the limit.
+
+        Only regular files that the remote.json of a folder made here lists are counted and deleted.
+        """
+        found = []
+        for copy in filter(None, map(self.copy_in, self.folder.iterdir())):
+            for path in (copy.folder / name for name in copy.sizes):
+                with suppress(FileNotFoundError):  # not fetched, or another process makes room too
+                    stat = path.lstat()
+                    if S_ISREG(stat.st_mode):
+                        found.append((stat.st_mtime, stat.st_size, path))
+        held = sum(size for _, size, _ in found)
+        for _, freed, path in sorted(found):
+            if held + size <= self.limit:
+                return
+            path.unlink(missing_ok=True)  # a process that has it mapped keeps its bytes
+            held -= freed
 
 
-def make_room(folder: Path, limit: int) -> None:
-    """Delete the tars in the local cache that were touched least recently, until at most `limit` bytes are left."""
-    found = []
-    for path in folder.glob("*/*.tar"):
-        with suppress(FileNotFoundError):  # another process makes room too
-            found.append((path.stat().st_mtime, path.stat().st_size, path))
-    held = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if held <= limit:
-            return
-        path.unlink(missing_ok=True)  # a process that has it mapped keeps its bytes
-        held -= size
+@dataclass(frozen=True)
+class RemoteCopy:
+    """A folder of the local cache that stands for the remote folder `url`. sizes: bytes of each of its tars, by name.
+
+    Comes from `LocalCopies.copy_in` alone, which checks that the cache made the folder.
+    """
+
+    copies: LocalCopies
+    folder: Path
+    url: str
+    sizes: Mapping[str, int]
+
+    @property
+    def tars(self) -> list[Path]:
+        """The paths of its tars, fetched or not, sorted by name."""
+        return [self.folder / name for name in sorted(self.sizes)]
+
+    def fetch(self, name: str) -> "Ranges | None":
+        """Fetch a tar whole and return None; of a set larger than the cache's limit return its bytes as ranges.
+
+        Its index is fetched too. A name that the set does not list is left alone. BadInput if it cannot be read.
+        """
+        if name not in self.sizes:
+            return None
+        url, path = f"{self.url}/{name}", self.folder / name
+        index = path.with_suffix(".index.npy")
+        with reported(url):
+            if not index.exists() and (data := _read(f"{self.url}/{index.name}")) is not None:
+                write_bytes(index, data)
+            if sum(self.sizes.values()) > self.copies.limit:
+                return Ranges(url, self.sizes[name])
+            if path.exists():
+                os.utime(path)
+                return None
+            self.copies.make_room(self.sizes[name])
+            aside = path.with_name(f"{name}.{os.getpid()}.fetching")
+            try:
+                attempted(lambda: file_system(url)[0].get_file(file_system(url)[1], str(aside)))
+                aside.replace(path)
+            finally:
+                aside.unlink(missing_ok=True)
+        return None
+
+
+def _fingerprint(url: str, tars: Mapping[str, tuple[int, str]], listing: bytes) -> str:
+    """Name of the local folder of a remote set. tars: (bytes, state) by name. listing: its set.json, or nothing."""
+    return fingerprint_text(json.dumps([url, tars]) + listing.decode())[:NAME_LENGTH]
 
 
 class Ranges(Sequence):

@@ -23,7 +23,7 @@ from typing import IO
 
 import numpy as np
 
-from latentsmith.data.remote import LocalCopies, Ranges, fetched, is_remote, tars_of
+from latentsmith.data.remote import LocalCopies, Ranges, RemoteCopy, is_remote
 from latentsmith.data.tar_index import (
     SAMPLE_NAME,
     Row,
@@ -69,15 +69,16 @@ class ShardRecord:
 class Shard:
     """One tar, memory-mapped, with its index; builds the index if there is none or it is of another tar.
 
+    remote: the local copy of a remote set that the tar belongs to; it is fetched if need be.
     BadInput, naming the tar and the byte, if it is missing, empty, truncated or garbage.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, remote: RemoteCopy | None = None):
         self.path = Path(path)
         self.file: IO[bytes] | None = None
         self.bytes: mmap.mmap | Ranges
-        if afar := fetched(self.path):
-            self.bytes = afar
+        if ranges := remote.fetch(self.path.name) if remote else None:
+            self.bytes = ranges
         else:
             self.file, self.bytes = _map_file(self.path)
         self.descriptor = self.file.fileno() if self.file else None
@@ -129,7 +130,8 @@ class ShardSet(Sequence):
     """
 
     def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike], copies: LocalCopies | None = None):
-        shards = _find_shards(source, copies or LocalCopies.default())
+        self._copies = copies or LocalCopies.default()
+        shards = _find_shards(source, self._copies)
         if not shards:
             raise BadInput(
                 f"{source}: no .tar shards here; `latentsmith data import` makes them of images and captions"
@@ -137,6 +139,7 @@ class ShardSet(Sequence):
         self.paths = [path for path, _ in shards]
         self.records = [record for _, record in shards]
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._remote: dict[Path, RemoteCopy | None] = {}  # by folder
         self.counts = [record.samples if record else len(self.shard(i)) for i, record in enumerate(self.records)]
         self._ends = list(accumulate(self.counts))
 
@@ -168,11 +171,17 @@ class ShardSet(Sequence):
         """Shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
         shard = self._open.get(number)
         if shard is None:
-            shard = self._open[number] = _checked(Shard(self.paths[number]), self.records[number])
+            path = self.paths[number]
+            shard = self._open[number] = _checked(Shard(path, self._remote_copy(path.parent)), self.records[number])
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return shard
+
+    def _remote_copy(self, folder: Path) -> RemoteCopy | None:
+        if folder not in self._remote:
+            self._remote[folder] = self._copies.copy_in(folder)
+        return self._remote[folder]
 
     def fingerprint(self) -> str:
         """Names the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
@@ -302,8 +311,11 @@ def read_set_file(folder: Path) -> list[ShardRecord]:
     path = folder / SET_FILE
     try:
         shards = [ShardRecord(**shard) for shard in json.loads(path.read_text("utf-8"))["shards"]]
+        outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or shard.file == ".."]
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: not a listing of shards ({error}); delete the folder and make it again") from None
+    if outside:
+        raise BadInput(f"{path}: names {outside[0]!r}, which is not a file beside it; make the set again")
     return shards
 
 
@@ -353,10 +365,10 @@ def _find_shards(source, copies: LocalCopies) -> list[tuple[Path, ShardRecord | 
     if not isinstance(source, str | os.PathLike):
         return [shard for part in source for shard in _find_shards(part, copies)]
     if is_remote(source):
-        return [shard for url in expand_braces(str(source)) for shard in _folder_shards(copies.stand_in(url))]
+        return [shard for url in expand_braces(str(source)) for shard in _folder_shards(copies.stand_in(url), copies)]
     path = Path(source)
     if path.is_dir():
-        return _folder_shards(path)
+        return _folder_shards(path, copies)
     if path.is_file():
         return [(path, None)]
     tars = [tar for text in expand_braces(str(source)) for tar in _glob(Path(text))]
@@ -365,12 +377,13 @@ def _find_shards(source, copies: LocalCopies) -> list[tuple[Path, ShardRecord | 
     return [(tar, None) for tar in tars]
 
 
-def _folder_shards(folder: Path) -> list[tuple[Path, ShardRecord | None]]:
+def _folder_shards(folder: Path, copies: LocalCopies) -> list[tuple[Path, ShardRecord | None]]:
     if (folder / UNFINISHED_FILE).exists():
         raise BadInput(f"{folder}: unfinished; run the command that filled it again, and it goes on where it stopped")
     if (folder / SET_FILE).exists():
         return [(folder / record.file, record) for record in read_set_file(folder)]
-    return [(tar, None) for tar in tars_of(folder) or sorted(folder.glob("*.tar"))]
+    remote = copies.copy_in(folder)
+    return [(tar, None) for tar in (remote.tars if remote else sorted(folder.glob("*.tar")))]
 
 
 def _glob(pattern: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from latentsmith.checkpoints.spec import SPEC_KEY
 from latentsmith.data.cache import CACHE_FILE, LatentCache
 from latentsmith.data.importing import REPORT_FILE, read_report
 from latentsmith.data.members import caption_of
-from latentsmith.data.remote import REMOTE_FILE, LocalCopies, is_remote
+from latentsmith.data.remote import LocalCopies, is_remote
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, ShardSet, read_set_file
 from latentsmith.files.archives import is_archive, safe_members
 from latentsmith.files.errors import BadInput
@@ -77,8 +77,8 @@ def handlers(path: Path, weights: str) -> tuple[Any, Any]:
 def is_shards(path: Path) -> bool:
     """Whether `path` means tar shards: a folder of them, one tar that is no .nemo, or a pattern."""
     if path.is_dir():
-        marks = (SET_FILE, UNFINISHED_FILE, REMOTE_FILE)
-        return any((path / mark).exists() for mark in marks) or any(path.glob("*.tar"))
+        is_set = any((path / mark).exists() for mark in (SET_FILE, UNFINISHED_FILE)) or any(path.glob("*.tar"))
+        return is_set or LocalCopies.default().copy_in(path) is not None
     if path.is_file():
         return is_archive(path) and path.suffix == ".tar" and "model_config.yaml" not in safe_members(path, path)
     return any(mark in path.name for mark in "*{")
@@ -175,6 +175,8 @@ def say_state(path: Path, of: str = "") -> Iterator[str]:
 def stored_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE_FILE).read_text("utf-8"))
+        if outside := [name for name in state["checksums"] if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise BadInput(f"{path / STATE_FILE}: names {outside[0]!r}, which is not a file of this checkpoint")
         return {**state, "checksums": dict(state["checksums"]), "global_step": int(state["global_step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path / STATE_FILE}: not the state of a checkpoint ({error})") from None

@@ -78,10 +78,12 @@ def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
 def located(config: DictConfig, path: str) -> list[str]:
     """The tars or folder that a dataset_path means, a relative one from model.data.webdataset.local_root_path."""
     root = config.model.data.webdataset.local_root_path or ""
-    return [
-        one if is_remote(one) else os.path.join(root, one)
-        for one in (read_wdinfo(Path(path)) if path.endswith(".pkl") else [path])
-    ]
+    if not path.endswith(".pkl"):
+        return [path if is_remote(path) else os.path.join(root, path)]
+    tars = read_wdinfo(Path(path))
+    if remote := [tar for tar in tars if is_remote(tar)]:
+        raise BadInput(f"{path}: lists {remote[0]}, and only the config may name an address: give it in dataset_path")
+    return [os.path.join(root, tar) for tar in tars]
 
 
 def local_copies(config: DictConfig) -> LocalCopies:
