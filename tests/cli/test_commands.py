@@ -95,6 +95,7 @@ def test_data(call):
     positional, keywords = calls[0]
     assert positional == ("photos", Path("shards"))
     unfiltered = dict(min_size=1, max_size=None, max_aspect=None, min_caption=1, max_caption=None, where=())
+    unfiltered |= {"follow_links": False, "allow_outside": False}
     assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True, **unfiltered}
     calls = call("data_import", "write_scenes")
     assert main(["data", "scenes", "out", "--count", "5", "--seed", "7", "--doodles", "0.5"]) == 0

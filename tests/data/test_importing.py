@@ -1,20 +1,25 @@
 import errno
 import io
 import json
+import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
+from latentsmith.cli import main
 from latentsmith.data import work_folder
 from latentsmith.data.filters import Filters
 from latentsmith.data.images import decode_image
 from latentsmith.data.importing import checked_caption, import_dataset
+from latentsmith.data.places import OUTSIDE
 from latentsmith.data.shards import ShardSet
 from latentsmith.files.errors import BadInput
 
@@ -240,6 +245,113 @@ def test_full_disk_is_one_line_and_can_go_on(tmp_path, png, monkeypatch):
         with pytest.raises(BadInput, match="out: the disk is full; free some space and run the command again"):
             import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2)
     assert import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2).good == 5
+
+
+@pytest.fixture
+def limited():
+    """Fail a test that blocks, or takes 2 GiB, instead of letting it go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked for a minute"))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, hard))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"
+
+
+def hostile_folder(tmp_path, png):
+    """A folder of images and captions, some of them links to what is outside it or no regular files."""
+    folder = tmp_path / "in"
+    fill(folder, ["good.png", "out-caption.png", "fifo-caption.png", "zero-caption.png"], png)
+    (tmp_path / "secret").write_text(SECRET)
+    fill(tmp_path / "other", ["z.png"], png)
+    for caption in ("out-caption", "fifo-caption", "zero-caption"):
+        (folder / f"{caption}.txt").unlink()
+    for name in ("out-image", "fifo-image", "zero-image", "inside", "inside-2"):
+        (folder / f"{name}.txt").write_text("words")
+    for name, target in (
+        ("out-caption.txt", "../secret"),
+        ("out-image.png", tmp_path / "other" / "z.png"),
+        ("zero-caption.txt", "/dev/zero"),
+        ("zero-image.png", "/dev/zero"),
+        ("inside.png", "good.png"),
+        ("inside-2.png", folder / "good.png"),
+        ("a-folder", "../other"),
+    ):
+        (folder / name).symlink_to(target)
+    for name in ("fifo-image.png", "fifo-caption.txt"):
+        os.mkfifo(folder / name)
+    return folder
+
+
+def test_links_and_special_files_are_counted_and_not_read(tmp_path, png, limited):
+    folder = hostile_folder(tmp_path, png)
+    report = import_dataset(folder, tmp_path / "out", samples_per_shard=2)
+    assert (report.good, report.reasons) == (3, {OUTSIDE: 5, "not a regular file": 2})
+    listing = json.loads(report.path.read_text())
+    assert {entry["name"] for entry in listing["samples"] if entry["reason"] == OUTSIDE} == {
+        "out-caption.png", "out-image.png", "zero-caption.png", "zero-image.png", "a-folder",
+    }  # fmt: skip
+    assert listing["reasons"] == report.reasons
+    assert SECRET.encode() not in b"".join(everything(tmp_path / "out").values())
+    names = [json.loads(sample.text("json"))["original_name"] for sample in ShardSet(tmp_path / "out")]
+    assert names == ["good.png", "inside-2.png", "inside.png"]
+
+
+def test_links_are_followed_on_request(tmp_path, png, limited, capsys):
+    folder = hostile_folder(tmp_path, png)
+    assert main(["data", "import", str(folder), str(tmp_path / "out"), "--follow-links"]) == 0
+    assert "4 not a regular file" in capsys.readouterr().out
+    samples = list(ShardSet(tmp_path / "out"))
+    names = [json.loads(sample.text("json"))["original_name"] for sample in samples]
+    assert names == ["a-folder/z.png", "good.png", "inside-2.png", "inside.png", "out-caption.png", "out-image.png"]
+    assert samples[4].text("txt") == SECRET
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_table_entries_outside_are_read_on_request(tmp_path, png, limited, kind, capsys):
+    (tmp_path / "in").mkdir()
+    for folder in ("in", "."):
+        (tmp_path / folder / "a.png").write_bytes(png())
+    os.mkfifo(tmp_path / "in" / "fifo")
+    (tmp_path / "in" / "link").symlink_to("../a.png")
+    names = ["a.png", "../a.png", str(tmp_path / "a.png"), "/dev/zero", "/proc/self/mem", "fifo", "link"]
+    table, rows = tmp_path / "in" / f"t.{kind}", [{"image": name, "text": name} for name in names]
+    if kind == "jsonl":
+        table.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), table)
+    report = import_dataset(table, tmp_path / "out")
+    assert (report.good, report.reasons) == (1, {OUTSIDE: 5, "not a regular file": 1})
+    assert main(["data", "import", str(table), str(tmp_path / "outside"), "--allow-outside"]) == 0
+    out = capsys.readouterr().out
+    assert "3 samples" in out and "1 outside the source folder" in out and "2 not a regular file" in out
+    with pytest.raises(BadInput, match=r"options\.follow_links \(absent\), and now it is true"):
+        import_dataset(table, tmp_path / "out", follow_links=True)
+
+
+def test_nothing_imported_names_the_first_causes(tmp_path, png):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / "in" / f"{name}.png").symlink_to(f"../{name}.png")
+    (tmp_path / "in" / "c.png").write_bytes(b"")
+    (tmp_path / "in" / "c.txt").write_text("words")
+    message = r"2 outside .*; nothing was imported; first causes: .*in/a\.png: a link .*--follow-links.*; c\.png: the"
+    with pytest.raises(BadInput, match=message):
+        import_dataset(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_long_caption_file_is_not_read(tmp_path, png):
+    fill(tmp_path / "in", ["a.png", "b.png"], png)
+    (tmp_path / "in" / "a.txt").write_bytes(b" " * (2**20 + 1))
+    assert import_dataset(tmp_path / "in", tmp_path / "out").reasons == {"too many bytes": 1}
 
 
 @pytest.mark.parametrize("text", ["Größe 12 \N{MULTIPLICATION SIGN} 3", "a\tb\nc", "\N{DOG FACE} x"])

@@ -11,11 +11,13 @@ import pytest
 
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
-from latentsmith.data.places import AHEAD, Far, Here
+from latentsmith.data.places import AHEAD, OUTSIDE, Access, Far, Here
 from latentsmith.data.sources import FolderSource, ParquetSource, TableSource, open_source
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import CAPTION
 
 COUNT = AHEAD + 7
+OUTSIDE_TOO = Access(allow_outside=True)  # the tables made here have names with `..`
 
 
 def folder_of_pictures(folder, png):
@@ -109,12 +111,12 @@ def content(source, start=0):
 def test_the_same_as_here(tmp_path, png, addresses, kind):
     make, wanted = MAKE[kind]
     make(tmp_path / "source", png)
-    here = open_source(tmp_path / "source")
+    here = open_source(tmp_path / "source", OUTSIDE_TOO)
     assert isinstance(here, wanted) and len(here) >= COUNT
     for where, url in addresses().items():
         if where == "http" and kind == "folder":
             continue  # a web server's listing escapes names
-        far = open_source(url)
+        far = open_source(url, OUTSIDE_TOO)
         assert isinstance(far, wanted) and len(far) == len(here)
         for start in (0, 3, AHEAD + 1):
             assert content(far, start) == content(here, start)
@@ -123,7 +125,7 @@ def test_the_same_as_here(tmp_path, png, addresses, kind):
 
 def test_files_come_many_at_once(tmp_path, png, addresses, monkeypatch):
     table_of_pictures(tmp_path / "source", png, "jsonl")
-    source = open_source(addresses()["memory"])
+    source = open_source(addresses()["memory"], OUTSIDE_TOO)
     asked, cat = [], fsspec.implementations.memory.MemoryFileSystem.cat
     monkeypatch.setattr(
         fsspec.implementations.memory.MemoryFileSystem,
@@ -157,7 +159,7 @@ def test_the_command(tmp_path, png, addresses, capsys):
 
 def test_a_network_that_fails_is_no_bad_sample(tmp_path, png, addresses, monkeypatch):
     table_of_pictures(tmp_path / "source", png, "jsonl")
-    source = open_source(addresses()["memory"])
+    source = open_source(addresses()["memory"], OUTSIDE_TOO)
 
     def refuse(self, *words, **options):
         raise PermissionError("403")
@@ -205,7 +207,99 @@ def test_a_table_may_point_beside_its_folder(tmp_path, png, addresses):
     (tmp_path / "source" / "a.png").write_bytes(png())
     (tmp_path / "source" / "captions" / "t.csv").write_text("file_name,text\n../a.png,one\n")
     for url in addresses().values():
-        assert content(open_source(f"{url}/captions/t.csv")) == [["../a.png", {}, png(), "one"]]
+        table = f"{url}/captions/t.csv"
+        assert content(open_source(table, OUTSIDE_TOO)) == [["../a.png", {}, png(), "one"]]
+        assert content(open_source(table)) == [["../a.png", {}, OUTSIDE, "one"]]
+
+
+def test_large_files_far_away_are_not_fetched(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/large/a.txt", bytes(CAPTION.size + 1))
+    far = Far("memory://large")
+    with pytest.raises(BadSample, match=r"large/a\.txt: 1,048,577 bytes") as error:
+        far.read("a.txt", CAPTION)
+    assert error.value.reason == "too many bytes"
+    far.sizes()
+    monkeypatch.setattr(type(memory), "cat_file", None)
+    with pytest.raises(BadSample, match=r"large/a\.txt: 1,048,577 bytes"):
+        far.read("a.txt", CAPTION)
+    memory.store.clear()
+
+
+def reason_of(place, name):
+    try:
+        return place.read(name)
+    except BadSample as error:
+        return error.reason
+
+
+def test_names_stay_inside_the_folder(tmp_path):
+    """Names, links and links of folders: each is resolved before it is read."""
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "in-2.txt").write_text("not in the folder, whose name this one starts with")
+    for path in (folder / "sub" / "own.txt", tmp_path / "beside" / "other.txt"):
+        path.write_text(path.name)
+    for name, target in (
+        ("link.txt", "sub/own.txt"),
+        ("out.txt", "../beside/other.txt"),
+        ("twice.txt", "out.txt"),
+        ("folder", "../beside"),
+        ("prefix.txt", "../in-2.txt"),
+        ("self.txt", "self.txt"),
+        ("nowhere.txt", "/nowhere/a.txt"),
+    ):
+        (folder / name).symlink_to(target)
+    (tmp_path / "named").symlink_to(folder)  # the user's own name of the folder may be a link
+    absolute, up = str(folder / "sub" / "own.txt"), "sub/../sub/own.txt"
+    links = ["out.txt", "twice.txt", "folder/other.txt", "prefix.txt", "nowhere.txt"]
+    place = Here(tmp_path / "named")
+    assert place.read("link.txt") == place.read("sub/own.txt") == b"own.txt"
+    assert {name: reason_of(place, name) for name in [*links, absolute, up, "../beside/other.txt"]} == dict.fromkeys(
+        [*links, absolute, up, "../beside/other.txt"], OUTSIDE
+    )
+    assert reason_of(place, "self.txt") == "unreadable file" and reason_of(place, "gone.txt") == "missing image"
+    follows = Here(folder, Access(follow_links=True))
+    assert [follows.read(name) for name in links[:3]] == [b"other.txt"] * 3
+    assert reason_of(follows, up) == reason_of(follows, absolute) == OUTSIDE
+    outside = Here(folder, OUTSIDE_TOO)
+    assert outside.read(absolute) == outside.read(up) == b"own.txt" and outside.read("../in-2.txt")
+    assert all(reason_of(outside, name) == OUTSIDE for name in links)
+
+
+def test_linked_folders_are_walked_and_loops_end(tmp_path):
+    folder = tmp_path / "in"
+    for name in ("a/deep/x.txt", "b/y.txt", "../other/z.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+    for name, target in (
+        ("again", "a"),
+        ("a/up", ".."),
+        ("a/deep/self", "."),
+        ("a/to-b", "../b"),
+        ("b/to-a", "../a"),
+        ("out", "../other"),
+        ("a/out", str(tmp_path)),
+    ):
+        (folder / name).symlink_to(target)
+    place = Here(folder)
+    names = set(place.sizes())
+    assert names >= {"a/deep/x.txt", "again/deep/x.txt", "a/to-b/y.txt", "b/to-a/deep/x.txt"} and len(names) < 20
+    assert not any("out" in name for name in names)
+    assert {name.rpartition("/")[2] for name in place.refused} == {"out"} and {"out", "a/out"} <= set(place.refused)
+    follows = Here(folder, Access(follow_links=True))
+    assert "out/z.txt" in follows.sizes() and not follows.refused
+
+
+def test_links_that_multiply_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentsmith.data.places.MAX_LINKED_FOLDERS", 1000)
+    for number in range(40):
+        (tmp_path / f"{number}").mkdir()
+        for name in "xy":
+            (tmp_path / f"{number}" / name).symlink_to(f"../{number + 1}")
+    with pytest.raises(BadInput, match="more than 1,000 links to folders"):
+        Here(tmp_path).sizes()
 
 
 def test_a_folder_named_as_a_file(tmp_path, png, addresses):

@@ -1,15 +1,35 @@
 import csv
 import io
 import json
+import os
 import pickle
+import resource
+import signal
+from pathlib import Path
 
 import pytest
 import webdataset
 
 from latentsmith.data.errors import BadSample
+from latentsmith.data.places import OUTSIDE, Access
 from latentsmith.data.shards import ShardWriter
 from latentsmith.data.sources import open_source
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import TABLE_LINE
+
+
+@pytest.fixture
+def limited():
+    """Fail a test that blocks, or takes 2 GiB, instead of letting it go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked for a minute"))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, hard))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def listed(path, start=0):
@@ -147,3 +167,94 @@ def test_nemos_list_of_tars(tmp_path):
     listing = {"tar_files": ["shard-000001.tar"], "chunk_size": 2, "total_key_count": 2}
     (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps(listing))
     assert [item.name for item in open_source(tmp_path / "wdinfo.pkl").items()] == ["s2.jpg", "s3.jpg"]
+
+
+@pytest.mark.parametrize(
+    "name", ["metadata.jsonl", "metadata.csv", "t.jsonl", "t.csv", "t.parquet", "wdinfo.pkl", "t.tar"]
+)
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_what_is_no_regular_file_is_no_source(tmp_path, limited, name, kind):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    os.mkfifo(tmp_path / name) if kind == "FIFO" else (tmp_path / name).symlink_to("/dev/zero")
+    sources = [tmp_path / name]
+    if name.endswith(".tar"):
+        sources += [tmp_path, tmp_path / "t*.tar"]
+    elif name.startswith("metadata"):
+        sources += [tmp_path]
+    for source in sources:
+        with pytest.raises(BadInput, match=f"{name}: (is a {kind}|is a character device|a link out)"):
+            open_source(source)
+
+
+@pytest.mark.parametrize("name", ["set.json", "shard-000000.tar", "shard-000000.index.npy"])
+def test_no_file_of_a_set_may_be_a_fifo_or_lie_outside(tmp_path, png, limited, name):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with ShardWriter(folder) as writer:
+        writer.write("s", {"png": png(), "txt": b"words"})
+    if name == "set.json":
+        record = {"file": "shard-000000.tar", "samples": 1, "bytes": 0, "checksum": ""}
+        (folder / name).write_text(json.dumps({"shards": [record]}))
+    sources = [folder] if name == "set.json" else [folder, folder / "shard-*.tar"]
+    (folder / name).rename(tmp_path / "away")
+    os.mkfifo(folder / name)
+    for source in sources:
+        with pytest.raises(BadInput, match="is a FIFO"):
+            open_source(source)
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "away")
+    for source in sources:
+        with pytest.raises(BadInput, match="link out of the source folder; --follow-links"):
+            open_source(source)
+        assert len(open_source(source, Access(follow_links=True))) == 1
+
+
+@pytest.mark.parametrize("tar", ["../a.tar", "{tmp_path}/a.tar"])
+def test_lists_of_tars_stay_in_their_folder(tmp_path, tar):
+    (tmp_path / "in").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "a", "jpg": b"x", "txt": b"words"})
+    tar = tar.format(tmp_path=tmp_path)
+    (tmp_path / "in" / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": [tar]}))
+    with pytest.raises(BadInput, match="outside the source folder; --allow-outside"):
+        open_source(tmp_path / "in" / "wdinfo.pkl")
+    assert len(open_source(tmp_path / "in" / "wdinfo.pkl", Access(allow_outside=True))) == 1
+
+
+def test_the_user_may_name_a_link(tmp_path, png):
+    """What the command was given is read; what its folder holds decides the rest."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(png())
+    (tmp_path / "elsewhere").write_text("file_name,text\na.png,one\n")
+    (tmp_path / "in" / "t.csv").symlink_to("../elsewhere")
+    (tmp_path / "in" / "metadata.csv").symlink_to("../elsewhere")
+    (item,) = open_source(tmp_path / "in" / "t.csv").items()
+    assert item.image() == png()
+    with pytest.raises(BadInput, match=r"metadata\.csv: a link out of the source folder"):
+        open_source(tmp_path / "in")
+
+
+def test_an_address_of_this_machine_is_a_folder_of_it(tmp_path, png):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_bytes(png())
+    (tmp_path / "in" / "a.png").symlink_to("../secret")
+    (item,) = open_source(f"file://{tmp_path}/in").items()
+    with pytest.raises(BadSample) as error:
+        item.image()
+    assert error.value.reason == OUTSIDE
+
+
+def test_only_links_out_of_a_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "images").symlink_to("/")
+    with pytest.raises(BadInput, match="in/images: a link out of the source folder; --follow-links reads it"):
+        open_source(tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_table_without_line_ends_is_not_held_in_memory(tmp_path, limited, kind):
+    with open(tmp_path / f"t.{kind}", "wb") as file:
+        file.truncate(8 * 2**30)
+    with pytest.raises(BadInput, match=f"line 1 has more than {TABLE_LINE.size:,} characters"):
+        open_source(tmp_path / f"t.{kind}")

@@ -14,6 +14,7 @@ from latentsmith.files.atomic import INCOMPLETE
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import local_or_hub
 from latentsmith.files.pickles import LazyTensor
+from latentsmith.files.regular import JSON, read_regular
 from latentsmith.files.tensors import TensorFile, open_tensors
 
 OWN_SECTION = "latentsmith"  # of a NeMo model config: what NeMo has no key for
@@ -222,7 +223,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_regular(path, JSON))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: is not JSON ({str(error)[:80]})") from None
     if not isinstance(value, dict):

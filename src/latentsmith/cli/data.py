@@ -27,6 +27,10 @@ def import_(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 1000,
     max_bad: Annotated[int | None, typer.Option(min=0, help="Stop once more than this many are set aside.")] = None,
     no_duplicates: Annotated[bool, typer.Option("--no-duplicates", help="Keep the first of equal pictures.")] = False,
+    follow_links: Annotated[bool, typer.Option("--follow-links", help="Read links out of the source folder.")] = False,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="Read table entries that are absolute paths or use `..`.")
+    ] = False,
     min_size: Annotated[int, typer.Option(min=1, help="Pixels of the shorter side, at least.")] = 1,
     max_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the shorter side, at most.")] = None,
     max_aspect: Annotated[float | None, typer.Option(min=1, help="Longer over shorter side, at most.")] = None,
@@ -51,6 +55,8 @@ def import_(
         samples_per_shard=samples_per_shard,
         max_bad=max_bad,
         no_duplicates=no_duplicates,
+        follow_links=follow_links,
+        allow_outside=allow_outside,
         min_size=min_size,
         max_size=max_size,
         max_aspect=max_aspect,

@@ -10,6 +10,7 @@ import typer
 
 from latentsmith.cli.convert import Dtype, Weights
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import PROMPTS, read_regular
 
 
 class Syntax(StrEnum):
@@ -150,7 +151,7 @@ def _read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, PROMPTS).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--prompts-file {path}: {error}") from None
     return [line.strip() for line in lines if line.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from yaml import YAMLError
 
 from latentsmith.config import checks, overrides, schema, targets
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import CONFIG, read_regular
 
 PRESETS = Path(__file__).parent / "presets"
 NEMO_LR = 1e-3  # what its optimizers take where a file says `lr: null`
@@ -140,7 +142,8 @@ def _read_base(path: Path, base: Any, inside: tuple[Path, ...]) -> tuple[dict[st
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        text = io.StringIO(read_regular(path, CONFIG).decode("utf-8-sig"))
+        plain: Any = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
         plain = _without_params(plain)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise BadInput(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from None

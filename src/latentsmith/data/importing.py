@@ -14,6 +14,7 @@ from PIL import Image
 from latentsmith.data.errors import BadSample
 from latentsmith.data.filters import Filters
 from latentsmith.data.images import MAX_PIXELS, is_plain, load_image, rgb_of
+from latentsmith.data.places import Access
 from latentsmith.data.shards import ShardRecord, ShardWriter, read_set_file
 from latentsmith.data.sources import Source, SourceItem, open_source
 from latentsmith.data.work_folder import WorkFolder, full_disk_reported
@@ -23,6 +24,7 @@ from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
 
 REPORT_FILE = "import-report.json"
 MAX_CAPTION = 10_000  # characters; a text encoder reads about 300
+FIRST_CAUSES = 3  # in the error of an import without a good sample
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 PHOTO_FORMATS = ("JPEG", "MPO", "AVIF", "JPEG2000")  # lossy already: as PNG they would only grow
 
@@ -50,6 +52,8 @@ def import_dataset(
     max_bad: int | None = None,
     filters: Filters | None = None,
     keep_duplicates: bool = True,
+    follow_links: bool = False,
+    allow_outside: bool = False,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Write the good samples of `source` as shards in `out`, members KEY.jpg|png|webp, KEY.txt, KEY.json.
@@ -59,12 +63,17 @@ def import_dataset(
 
     max_bad: stop once more samples than this are bad. filters: what to leave out besides, each counted by its name.
     keep_duplicates: False drops a sample whose file and caption have both been seen.
+    follow_links: read what links in the source folder lead to out of it. allow_outside: read table entries that are
+    absolute paths or use `..`. Otherwise such samples are bad, "outside the source folder".
     Each bad sample is listed with its reason in `import-report.json`. An import that was interrupted goes on where it
     stopped when run again. BadInput if the source is wrong, has changed since the interruption, or has no good sample.
     """
-    listing = open_source(source)
+    access = Access(follow_links, allow_outside)
+    listing = open_source(source, access)
     filters = filters or Filters()
     options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
+    # Only those in use: imports made before there were these options have neither.
+    options |= {name: True for name, used in asdict(access).items() if used}
     work = WorkFolder(out, {"command": "data import", "source": listing.fingerprint(), "options": options})
     if not work.is_finished:
         with full_disk_reported(out):
@@ -111,9 +120,19 @@ class _Import:
                 self._record(writer, number + 1)
         if not self.shards:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-            raise BadInput(f"{self.work.folder}: no good sample in the source ({counts}); nothing was imported")
+            causes = "; ".join(self._first_causes())
+            nothing = f"no good sample in the source ({counts}); nothing was imported"
+            raise BadInput(f"{self.work.folder}: {nothing}{'; first causes: ' if causes else ''}{causes}")
         self._write_report()
         self.work.finish(self.shards)
+
+    def _first_causes(self) -> list[str]:
+        """Return the first bad sample of each reason since the last completed shard, at most FIRST_CAUSES of them."""
+        by_reason: dict[str, str] = {}
+        for entry in self.bad:
+            detail = entry["detail"] if entry["name"] in entry["detail"] else f"{entry['name']}: {entry['detail']}"
+            by_reason.setdefault(entry["reason"], detail)
+        return list(by_reason.values())[:FIRST_CAUSES]
 
     def _resume(self) -> int:
         """Take up the shards that are done; returns the number of the next item."""

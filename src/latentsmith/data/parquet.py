@@ -88,4 +88,4 @@ def picture_of(value: Any, place: Place, where: str) -> bytes:
     try:
         return place.read(value)
     except BadSample as error:
-        raise BadSample("missing image", f"{where}: {error}") from None
+        raise BadSample(error.reason, f"{where}: {error}") from None

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from latentsmith.data.errors import BadSample
 from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, picture_of
-from latentsmith.data.places import AHEAD, Far, Here, Place
+from latentsmith.data.places import AHEAD, INSIDE, Access, Far, Here, Place, link_refused
 from latentsmith.data.remote import attempted, file_system, is_remote, reported
-from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet
+from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
+from latentsmith.data.tar_index import index_path
 from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
+from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
@@ -54,25 +56,34 @@ class Source(Protocol):
         """Names the listing: another order, number or size of items gives another fingerprint."""
 
 
-def open_source(path: str | os.PathLike) -> Source:
+def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     """The source at `path`, here or at an address that fsspec opens: a folder (with `metadata.jsonl` or `.csv`, or
     captions beside the images, or tars), a .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of
-    tars, or, here, NeMo's wdinfo.pkl beside them. BadInput if it is none of these or has nothing in it."""
+    tars, or, here, NeMo's wdinfo.pkl beside them. BadInput if it is none of these or has nothing in it.
+
+    access: which files out of the source's folder may be read; the others are samples that raise BadSample.
+    """
+    path = _without_file_protocol(path)
     name, suffix = str(path), PurePosixPath(path).suffix.lower()
     if suffix == ".tar" or (is_remote(path) and set("*{").intersection(name.rpartition("/")[2])):
+        if not is_remote(path):
+            _check_pattern(name, access)
         return TarSource(path)
     if suffix in (".jsonl", ".csv", ".parquet") and not is_folder(path):
         folder, name = os.path.split(path)
-        place = place_at(folder)
+        place = place_at(folder, access, given=name)
         if not place.has(name):
             raise BadInput(f"{path}: no such folder or file")
         return ParquetSource(place, [name]) if suffix == ".parquet" else TableSource(place, name)
     if is_remote(path) or Path(path).is_dir():
-        return folder_source(path)
+        return folder_source(path, access)
     if not Path(path).exists():
         raise BadInput(f"{path}: no such folder or file")
     if suffix == ".pkl":
-        return TarSource([Path(path).parent / tar for tar in read_wdinfo(Path(path))])
+        open_regular(path, JSON).close()
+        folder, tars = Path(path).parent, read_wdinfo(Path(path))
+        _check_tars(Here(folder, access), tars)
+        return TarSource([folder / tar for tar in tars])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
     )
@@ -89,26 +100,83 @@ def is_folder(path: str | os.PathLike) -> bool:
     return False
 
 
-def place_at(path: str | os.PathLike) -> Place:
-    return Far(str(path)) if is_remote(path) else Here(Path(path))
+def place_at(path: str | os.PathLike, access: Access = INSIDE, given: str | None = None) -> Place:
+    return Far(str(path), access) if is_remote(path) else Here(Path(path), access, given)
 
 
-def folder_source(path: str | os.PathLike) -> Source:
+def _without_file_protocol(path: str | os.PathLike) -> str | os.PathLike:
+    """Return the path of a `file://` address: fsspec would follow its links and wait for its FIFOs."""
+    for protocol in ("file://", "local://"):
+        if isinstance(path, str) and path.startswith(protocol):
+            return path.removeprefix(protocol)
+    return path
+
+
+def _check_tars(place: Here, names: Iterable[str]) -> None:
+    """Raise BadInput for a tar, or an index beside one, that may not be read or is no regular file."""
+    for tar in names:
+        for name in (tar, str(index_path(Path(tar)))):
+            with suppress(FileNotFoundError):  # ShardSet reports a tar that is missing
+                check_regular(place.resolved(name), place.folder / name)
+
+
+def _check_pattern(pattern: str, access: Access) -> None:
+    """`_check_tars` for a tar that the user named, or those that a pattern names."""
+    for path in map(Path, expand_braces(pattern)):
+        if "*" not in path.name:
+            _check_tars(Here(path.parent, access, given=path.name), [path.name])
+        else:
+            _check_tars(Here(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
+
+
+def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     """What a folder is a source of, by the files in it."""
-    place = place_at(path)
+    place = place_at(path, access)
     if place.has(SET_FILE) or place.has(UNFINISHED_FILE):
+        if isinstance(place, Here) and place.has(SET_FILE):
+            open_regular(place.resolved(SET_FILE), JSON, place.folder / SET_FILE).close()
+            _check_tars(place, [record.file for record in read_set_file(place.folder)])
         return TarSource(path)
     if tables := [name for name in TABLES if place.has(name)]:
         return TableSource(place, tables[0])
     sizes = place.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
-        return FolderSource(place, sizes)
+        return _with_refused(FolderSource(place, sizes), place)
     # img2dataset leaves a .parquet beside each of its tars
-    if any("/" not in name and _extension(name) == "tar" for name in sizes):
+    if tars := [name for name in sizes if "/" not in name and _extension(name) == "tar"]:
+        if isinstance(place, Here):
+            _check_tars(place, tars)
         return TarSource(path)
     if parquets := [name for name in sorted(sizes, key=PurePosixPath) if _extension(name) == "parquet"]:
-        return ParquetSource(place, parquets)
+        return _with_refused(ParquetSource(place, parquets), place)
+    if place.refused:
+        raise link_refused(f"{place.address}/{place.refused[0]}")
     raise BadInput(f"{place.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
+
+
+def _with_refused(source: Source, place: Place) -> Source:
+    return RefusedLinks(source, place) if place.refused else source
+
+
+class RefusedLinks:
+    """A source, and after its items one for each linked folder that was left out: reading it raises BadSample."""
+
+    def __init__(self, source: Source, place: Place):
+        self.source, self.place, self.names = source, place, tuple(place.refused)
+
+    def __len__(self) -> int:
+        return len(self.source) + len(self.names)
+
+    def items(self, start: int = 0) -> Iterator[SourceItem]:
+        yield from self.source.items(start)
+        for name in self.names[max(0, start - len(self.source)) :]:
+            yield SourceItem(name, partial(self._refuse, name), lambda: "")
+
+    def fingerprint(self) -> str:
+        return fingerprint_text("\n".join([self.source.fingerprint(), *self.names]))
+
+    def _refuse(self, name: str) -> bytes:
+        raise link_refused(f"{self.place.address}/{name}")
 
 
 class FolderSource:
@@ -144,9 +212,10 @@ class FolderSource:
             stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
             raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
         try:
-            return self.place.read(name).decode("utf-8-sig", "surrogateescape")
+            return self.place.read(name, CAPTION).decode("utf-8-sig", "surrogateescape")
         except BadSample as error:
-            raise BadSample("missing caption", str(error)) from None
+            reason = "missing caption" if error.reason in ("missing image", "unreadable file") else error.reason
+            raise BadSample(reason, str(error)) from None
 
     def fingerprint(self) -> str:
         return fingerprint_text("\n".join(f"{name} {self.sizes[name]}" for name in self.names))
@@ -192,7 +261,8 @@ class TableSource:
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
         with reported(self.table), self.place.open(self.name) as file:
-            yield from rows(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""), self.table)
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            yield from rows(_lines(text, self.table), self.table)
 
     def _column(self, row: Mapping[str, Any], known: Iterable[str], what: str) -> str:
         for column in known:
@@ -280,6 +350,17 @@ def _json_member(sample: Sample) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _lines(file: io.TextIOWrapper, table: str) -> Iterator[str]:
+    """The lines of a table. Raises BadInput for one that is longer than TABLE_LINE."""
+    for number in count(1):
+        line = file.readline(TABLE_LINE.size + 1)
+        if len(line) > TABLE_LINE.size:
+            raise BadInput(f"{table}: line {number:,} has more than {TABLE_LINE.size:,} characters; mend or remove it")
+        if not line:
+            return
+        yield line
 
 
 def _jsonl_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:

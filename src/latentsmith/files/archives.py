@@ -14,18 +14,18 @@ import yaml
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import read_torch_zip
+from latentsmith.files.regular import CONFIG, open_regular, read_regular
 from latentsmith.files.tensors import TensorFile, tensors_of
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 2**30  # unpacked; the largest full NeMo checkpoint of an SD model is below 20 GiB
-MAX_CONFIG = 16 * 2**20
 MAX_RATIO = 200  # gzip of real weights gains 10 %; a bomb gains 1000-fold
 CHUNK = 2**20
 
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a tar or a gzipped one, by content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(512)
     return start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b"
 
@@ -37,7 +37,7 @@ def open_nemo(path: Path) -> tuple[TensorFile, dict[str, Any]]:
     and sharded or distributed weights.
     """
     if path.is_dir():
-        config = _parse_config(path, (path / "model_config.yaml").read_bytes())
+        config = _parse_config(path, read_regular(path / "model_config.yaml", CONFIG))
         _refuse_shards(path, [file.relative_to(path).as_posix() for file in path.rglob("*.ckpt")])
         return tensors_of(path, read_torch_zip(path / "model_weights.ckpt")), config
     plain = _decompressed(path)
@@ -56,7 +56,7 @@ def safe_members(path: Path, plain: Path) -> dict[str, tarfile.TarInfo]:
     members: dict[str, tarfile.TarInfo] = {}
     size = plain.stat().st_size
     try:
-        with tarfile.open(plain, "r:") as archive:
+        with open_regular(plain) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for count, member in enumerate(archive):
                 _check_member(path, member, count, size)
                 members[str(PurePosixPath(member.name))] = member
@@ -82,9 +82,9 @@ def _config_bytes(path: Path, plain: Path, members: dict[str, tarfile.TarInfo]) 
         if name not in members:
             raise BadInput(f"{path}: no {name} inside; not a .nemo archive")
     config = members["model_config.yaml"]
-    if config.size > MAX_CONFIG:
+    if config.size > CONFIG.size:
         raise BadInput(f"{path}: refused, its model_config.yaml has {config.size:,} bytes")
-    with plain.open("rb") as file:
+    with open_regular(plain) as file:
         file.seek(config.offset_data)
         return file.read(config.size)
 
@@ -110,7 +110,7 @@ def _refuse_shards(path: Path, names: list[str]) -> None:
 
 
 def _decompressed(path: Path) -> Path:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(2) != b"\x1f\x8b":
             return path
     stat = path.stat()
@@ -123,7 +123,7 @@ def _unpacked(path: Path, size: int, _modified: int) -> Any:
     limit = min(MAX_BYTES, MAX_RATIO * size + 64 * CHUNK)
     unpacked = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115  (lives as long as tensors may be read)
     try:
-        with gzip.open(path) as packed:
+        with open_regular(path) as file, gzip.open(file) as packed:
             while chunk := packed.read(CHUNK):
                 unpacked.write(chunk)
                 if unpacked.tell() > limit:

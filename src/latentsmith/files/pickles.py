@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import check_regular, open_regular
 
 INERT_PACKAGES = ("omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "nemo")
 INERT_NAMES = frozenset(
@@ -115,7 +116,7 @@ def read_torch_zip(path: Path, start: int = 0, length: int | None = None) -> Any
     start, length: byte range of the zip inside `path` (a member of an uncompressed tar); the whole file by default.
     Raises BadInput for a damaged file, compressed members (torch never writes any; a bomb might) and unlisted globals.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         window: Any = _Window(file, start, length) if length is not None else file
         try:
             return _unpickle(path, window, start)
@@ -246,7 +247,7 @@ def strided(flat: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offse
 
 def map_bytes(path: Path, at: int, size: int, dtype: torch.dtype) -> Tensor:
     """A 1-D tensor over `size` bytes at `at` of a file, mapped copy-on-write (copied where misaligned)."""
-    stat = path.stat()
+    stat = check_regular(path)
     if at + size > stat.st_size:
         raise BadInput(
             f"{path}: truncated ({stat.st_size:,} bytes, at least {at + size:,} expected); fetch or copy it again"

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor, map_bytes, read_torch_zip
+from latentsmith.files.regular import JSON, open_regular, read_regular
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -129,7 +130,7 @@ def _first_bytes(path: Path) -> bytes:
     if path.is_dir():
         raise BadInput(f"{path}: is a folder, a file was expected")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(512)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
@@ -154,7 +155,7 @@ def _what_it_looks_like(start: bytes) -> str:
 
 def _open_safetensors(path: Path) -> TensorFile:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > MAX_HEADER or 8 + length > size:
             raise BadInput(
@@ -202,7 +203,7 @@ def _mapped_entry(
 
 def _open_sharded(path: Path) -> TensorFile:
     try:
-        table = json.loads(path.read_text("utf-8"))["weight_map"]
+        table = json.loads(read_regular(path, JSON))["weight_map"]
         shards = sorted(set(table.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f'{path}: is no shard index (no "weight_map" of tensor names to files)') from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import cached_snapshots
+from latentsmith.files.regular import open_regular
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -240,7 +241,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with open_regular(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
             data = file.read(LARGEST_FILE + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({error}); get the file again") from error

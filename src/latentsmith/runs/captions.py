@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import PROMPTS, read_regular
 
 from .generate import generate
 
@@ -36,7 +37,8 @@ def read_captions(folder: Path, count: int | None) -> list[str]:
     captions: list[str] = []
     for file in files:
         try:
-            captions += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = read_regular(file, PROMPTS).decode("utf-8").splitlines()
+            captions += [line.strip() for line in lines if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{file}: cannot be read as captions ({error})") from None
         if count is not None and len(captions) >= count:

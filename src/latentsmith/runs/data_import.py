@@ -20,6 +20,8 @@ def import_data(
     samples_per_shard: int = 1000,
     max_bad: int | None = None,
     no_duplicates: bool = False,
+    follow_links: bool = False,
+    allow_outside: bool = False,
     **filters: Any,
 ) -> ImportReport:
     """Pictures and captions to indexed shards; prints what came in and what was set aside, by reason.
@@ -34,6 +36,8 @@ def import_data(
             max_bad=max_bad,
             filters=Filters(**filters),
             keep_duplicates=not no_duplicates,
+            follow_links=follow_links,
+            allow_outside=allow_outside,
             progress=tell,
         )
     print(f"{out}: {report.good:,} samples in {report.shards} shards, {report.bad:,} set aside")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from latentsmith.config import load_config
 from latentsmith.files.errors import BadInput
+from latentsmith.files.regular import JSON, read_regular
 from latentsmith.training.checkpoint import checkpoints_in, fill
 from latentsmith.training.module import TrainingModule
 from latentsmith.training.nonfinite import batch_of, first_bad
@@ -51,7 +52,7 @@ def config_of(file: Path) -> DictConfig:
 
 def read_description(file: Path) -> dict:
     try:
-        described = json.loads(file.read_text("utf-8"))
+        described = json.loads(read_regular(file, JSON))
         return {"step": int(described["step"]), "positions": [int(one) for one in described["positions"]],
                 "weights": described.get("weights")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
