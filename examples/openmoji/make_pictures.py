@@ -7,13 +7,14 @@ names). Only pictures that Unicode names are drawn; OpenMoji's own additions hav
 """
 
 import argparse
-import io
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+
+from latentsmith.files.images import open_image
 
 try:
     import emoji
@@ -91,7 +92,7 @@ def draw(svg: Path, size: int) -> Image.Image:
     png = resvg_py.svg_to_bytes(
         svg_string=svg.read_text("utf-8"), width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    return open_image(png).convert("RGB")
 
 
 def make_pictures(out: Path, size: int, limit: int | None) -> int:

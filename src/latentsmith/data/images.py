@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from latentsmith.data.errors import BadSample
+from latentsmith.files.images import MAX_PIXELS, BadImage, is_cut_short, open_image
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a GiB as RGB
 ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 as the operation that undoes each
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,7 +31,7 @@ def decode_image(
 
     smallest_side: pixels that will be wanted of the shorter side; lets a much larger JPEG be decoded at 1/2, 1/4 or 1/8
     of its size, never below this. Raises BadSample, which says what is wrong; its reason: "zero bytes", "not an image",
-    "truncated", "corrupt", "too many pixels", "unsupported pixels".
+    "unsupported format", "truncated", "corrupt", "too many pixels", "too many bytes", "unsupported pixels".
     """
     return rgb_of(load_image(data, max_pixels=max_pixels, smallest_side=smallest_side), data)
 
@@ -40,20 +40,12 @@ def load_image(
     data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
 ) -> Image.Image:
     """The first frame as the file has it, in its own mode, decoded. Arguments and errors as `decode_image`."""
-    if not len(data):
-        raise BadSample("zero bytes", "the image file is empty (0 bytes)")
     try:
-        image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
-        reason = "truncated" if _is_cut_short(data) else "not an image"
-        detail = f"{reason} in a known format" if reason == "not an image" else reason
-        raise BadSample(reason, f"{detail} ({len(data):,} bytes; {type(error).__name__})") from None
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadSample("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
+        image = open_image(data, max_pixels=max_pixels)
+    except BadImage as error:
+        raise BadSample(error.reason, str(error)) from None
     if smallest_side:
+        width, height = image.size
         scale = smallest_side / min(width, height)
         image.draft(None, (ceil(width * scale), ceil(height * scale)))  # type: ignore[arg-type]
     with _damage_reported(image, data):
@@ -103,15 +95,9 @@ def _damage_reported(image: Image.Image, data: bytes | memoryview) -> Iterator[N
         yield
     except BadSample:
         raise
-    except Exception as error:  # as above
-        reason = "truncated" if _is_cut_short(data) or "truncated" in str(error).lower() else "corrupt"
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for a damaged file
+        reason = "truncated" if is_cut_short(data) or "truncated" in str(error).lower() else "corrupt"
         raise BadSample(reason, f"{reason} {image.format} image ({len(data):,} bytes; {error})") from None
-
-
-def _is_cut_short(data: bytes | memoryview) -> bool:
-    """Whether a WebP file, whose decoder only says "no", announces more bytes than there are."""
-    head = bytes(data[:12])
-    return head[:4] == b"RIFF" and head[8:] == b"WEBP" and int.from_bytes(head[4:8], "little") + 8 > len(data)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -1,21 +1,19 @@
 """The size of every picture of a set, read from the headers of its files once and kept beside each tar."""
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from latentsmith.data.errors import BadSample
 from latentsmith.data.images import UPRIGHT, orientation_of
 from latentsmith.data.members import image_member
 from latentsmith.data.shards import Shard, ShardSet
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
+from latentsmith.files.images import open_image
 
 SIDEWAYS = {value for value in UPRIGHT if value >= 5}  # orientations that swap height and width
 
@@ -57,8 +55,8 @@ def _size(shard: Shard, number: int, imported: bool) -> tuple[int, int]:
         if "height" in known:
             return known["height"], known["width"]
     try:
-        with Image.open(io.BytesIO(image_member(sample)[1])) as image:
+        with open_image(image_member(sample)[1]) as image:
             width, height = image.size
             return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
-    except (BadSample, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BadInput as error:  # BadSample if there is none, BadImage if it cannot be opened
         raise BadInput(f"{shard.path}: sample {sample.key!r}: no picture ({error}); import the set first") from None

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
+from latentsmith.files.images import open_image
 
 OWN_KEY = "latentsmith"
 LONGEST_STEM = 60
@@ -84,11 +85,8 @@ def parameters_text(made: Mapping[str, Any], size: tuple[int, int]) -> str:
 
 def read_made(path: Path) -> dict[str, Any]:
     """What a picture says of how it was made; BadInput for a file that is no picture of ours."""
-    try:
-        with Image.open(path) as picture:
-            text = picture.info.get(OWN_KEY)
-    except (OSError, UnidentifiedImageError) as error:
-        raise BadInput(f"{path}: cannot be read as a picture ({error})") from None
+    with open_image(path) as picture:
+        text = picture.info.get(OWN_KEY)
     try:
         made = json.loads(text or "")
         model = {name: made["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}

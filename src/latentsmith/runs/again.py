@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.images import read_image
 from latentsmith.inference import SamplingOptions
 from latentsmith.inference.png import read_made
 
@@ -36,8 +36,7 @@ def again(picture: Path, out: Path, *, source: str | None = None, device: str = 
     )  # fmt: skip
     changed = list(differences(made, read_made(path)))
     print(*changed, sep="\n", end="\n" * bool(changed))
-    with Image.open(picture) as then, Image.open(path) as new:
-        pixels = [np.asarray(each.convert("RGB"), dtype=int) for each in (then, new)]
+    pixels = [np.asarray(read_image(each).convert("RGB"), dtype=int) for each in (picture, path)]
     if pixels[0].shape != pixels[1].shape:
         print(f"{path}: of another size")
         return False

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import sha256_files
+from latentsmith.files.images import read_image
 from latentsmith.inference import Drawing, Pipeline
 from latentsmith.inference.png import free_path, read_made, save_picture
 
@@ -185,14 +186,7 @@ def show(pipeline: Pipeline, drawing: Drawing, path: Path) -> None:
 
 
 def opened(path: Path | None) -> Image.Image | None:
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.copy()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: cannot be read as a picture ({error})") from None
+    return None if path is None else read_image(path)
 
 
 def described(path: Path | None) -> dict[str, str] | None:
@@ -226,7 +220,7 @@ def draw_sheets(
     out: Path, wishes: Sequence[Wish], paths: Mapping[Wish, Path], axes: Sequence[tuple[str, list[Any]]]
 ) -> None:
     """One sheet of all pictures, or one for each prompt and seed with the axes' values at its edges."""
-    pictures = {wish: np.asarray(Image.open(path)) for wish, path in paths.items()}
+    pictures = {wish: np.asarray(read_image(path)) for wish, path in paths.items()}
     if not axes:
         cells = [(pictures[wish], f"{wish.prompt} ({wish.seed})", False) for wish in wishes]
         write_sheet(labelled_sheet(cells, columns=min(8, len(cells)), zoom=1), out, "sheet")
