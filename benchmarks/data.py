@@ -28,14 +28,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from latentsmith.data.cache import LatentCache
-from latentsmith.data.caching import Encoders, write_cache
-from latentsmith.data.order import index_at
+from latentsmith.data.dataset import TrainingSet, reader
+from latentsmith.data.latent_cache import LatentCache
+from latentsmith.data.precache import Encoders, write_cache
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.shuffle import shuffled_index
 from latentsmith.data.transforms import Transforms
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.runs.sets import TrainingSet, reader
-from latentsmith.training.draws import DiffusionDraws
+from latentsmith.training.random_draws import DiffusionDraws
 from latentsmith.training.samples import RunPositions, RunSamples, run_loader
 
 MOMENTS, TEXT, BATCH = (8, 64, 64), (77, 768), 64
@@ -84,7 +84,7 @@ def make_cache(folder: Path, samples: int) -> LatentCache:
 
 def add_moments(folder: Path, generator: np.random.Generator) -> None:
     """Moments beside the embeddings of `texts`, in the three forms."""
-    from latentsmith.data.members import npy_bytes
+    from latentsmith.data.sample_io import npy_bytes
 
     texts = LatentCache(folder / "texts")
     (folder / "npy").mkdir()
@@ -127,7 +127,7 @@ def cache_rows(work: Path, samples: int, rounds: int) -> None:
     buffer = bytearray(max(record.bytes for record in cache.shards.records))  # to memory, as the others do
 
     def ours() -> int:
-        order = index_at(next(turn), np.arange(samples), samples)
+        order = shuffled_index(next(turn), np.arange(samples), samples)
         for at in range(0, samples - BATCH + 1, BATCH):
             batch = cache.read_batch(order[at : at + BATCH])
             _ = {name: torch.from_numpy(rows) for name, rows in batch.items()}
@@ -240,7 +240,7 @@ def open_rows(work: Path) -> None:
     opened = time.perf_counter() - start
     start = time.perf_counter()
     for position in range(1000):
-        _ = whole[index_at(0, position, len(whole))]
+        _ = whole[shuffled_index(0, position, len(whole))]
     each = (time.perf_counter() - start) / 1000
     FOUND["open"] = {"samples": len(whole), "seconds": opened, "seconds a sample": each}
     print(f"\na set of {len(whole):,} samples: opened in {opened:.2f} s, a sample anywhere in {1e6 * each:.0f} us")

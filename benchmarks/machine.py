@@ -87,7 +87,7 @@ from functools import partial
 kind, folder, pixels, tiling = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_grad_enabled(False)
 if kind == "latentsmith":
-    from latentsmith.cli.allocator import ask_for_huge_pages
+    from latentsmith.cpu.allocator import ask_for_huge_pages
     ask_for_huge_pages()
     from latentsmith import Pipeline
     pipeline = Pipeline.from_pretrained(folder)
@@ -139,7 +139,7 @@ CHECKPOINTING = """
 import torch, torch.nn.functional as F
 kind, folder, latents = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if kind != "diffusers":
-    from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+    from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
     ask_for_huge_pages()
     keep_freed_memory()
 if kind == "latentsmith":
@@ -178,7 +178,7 @@ LDM = """
 import torch, torch.nn.functional as F
 kind, place = sys.argv[1:3]
 if kind != "ldm":
-    from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+    from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
     ask_for_huge_pages()
     keep_freed_memory()
 if kind == "latentsmith":
@@ -287,7 +287,7 @@ def startup(work: Path) -> dict:
 
 COMPILE = """
 import torch
-from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 ask_for_huge_pages()
 keep_freed_memory()
 torch.manual_seed(0)
@@ -326,7 +326,7 @@ def compile(work: Path) -> dict:
 
 CURVE = """
 import torch
-from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 ask_for_huge_pages()
 keep_freed_memory()
 from latentsmith import UNetModel
@@ -384,7 +384,7 @@ def log_log(lines: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def ranks(work: Path) -> dict:
-    from latentsmith.training.log import read_rows
+    from latentsmith.training.metrics_log import read_rows
 
     told = {}
     for devices, threads in ((1, 2), (1, 1), (2, 1)):

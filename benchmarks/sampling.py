@@ -24,7 +24,7 @@ HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}
 PEERS = {"latentsmith": HUGE_PAGES, "diffusers": {}, "diffusers, huge pages": HUGE_PAGES}
 MAKE = """
 import json, sys, diffusers, torch, transformers
-from latentsmith.inference.tokenizer import Tokenizer
+from latentsmith.text.tokenizer import Tokenizer
 size, folder = json.loads(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 text = transformers.CLIPTextModel(transformers.CLIPTextConfig(

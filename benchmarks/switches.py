@@ -41,15 +41,15 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     import torch
 
     from latentsmith import load_config
-    from latentsmith.runs.networks import build_network
-    from latentsmith.runs.pieces import noise_schedule, optimisation, trainer_options
-    from latentsmith.runs.train import arranged
+    from latentsmith.training.checkpointing import Checkpointing
     from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-    from latentsmith.training.draws import DiffusionDraws
     from latentsmith.training.fit import Data, fit
     from latentsmith.training.module import StepCallback
+    from latentsmith.training.networks import build_network
+    from latentsmith.training.random_draws import DiffusionDraws
     from latentsmith.training.samples import RunSamples, one_by_one
-    from latentsmith.training.saving import Checkpointing
+    from latentsmith.training.setup import noise_schedule, optimisation, trainer_options
+    from latentsmith.training.train import arranged
 
     config = load_config("sd1", [*BASE, *changes, f"model.micro_batch_size={batch}"])
     shape = (4, size, size)

@@ -87,13 +87,13 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
     import torch
 
     from latentsmith import load_config
-    from latentsmith.runs.networks import build_network
-    from latentsmith.runs.pieces import optimisation, trainer_options
+    from latentsmith.training.checkpointing import Checkpointing
     from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
     from latentsmith.training.fit import Data, fit
     from latentsmith.training.module import StepCallback
+    from latentsmith.training.networks import build_network
     from latentsmith.training.samples import RunSamples
-    from latentsmith.training.saving import Checkpointing
+    from latentsmith.training.setup import optimisation, trainer_options
 
     shape = [f"model.unet_config.model_channels={widths[0]}", "model.unet_config.channel_mult=[1,2,4,4]",
              "model.unet_config.num_heads=8", "model.unet_config.num_head_channels=-1"]  # fmt: skip
@@ -158,7 +158,7 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
 
 def child(peer: str, size: str, folder: Path, steps: int) -> None:
     if peer != "diffusers":
-        from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+        from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 
         ask_for_huge_pages()
         keep_freed_memory()

@@ -14,9 +14,9 @@ from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
+from latentsmith.data.image_sizes import image_sizes
 from latentsmith.data.images import decode_image
-from latentsmith.data.importing import import_dataset
-from latentsmith.data.picture_sizes import picture_sizes
+from latentsmith.data.ingest import import_dataset
 from latentsmith.data.shards import ShardSet, ShardWriter
 from latentsmith.files import images
 from latentsmith.files.errors import BadInput
@@ -160,7 +160,7 @@ def test_member_of_a_set(marker, tmp_path, kind):
     with ShardWriter(tmp_path / "shards") as writer:
         writer.write("a", {"jpg": FILES[kind], "txt": b"x"})
     with pytest.raises(BadInput, match=r"shard-000000\.tar: sample 'a': no picture \(the format is PostScript"):
-        picture_sizes(ShardSet(tmp_path / "shards"))
+        image_sizes(ShardSet(tmp_path / "shards"))
     assert not marker.exists()
 
 

@@ -16,12 +16,12 @@ from latentsmith.checkpoints import ModelSpec, export_diffusers
 from latentsmith.cli import main
 from latentsmith.cli.main import app
 from latentsmith.config import schema
-from latentsmith.data.scenes import write_pictures
+from latentsmith.data.ingest_command import import_data
+from latentsmith.demo.scenes import write_pictures
 from latentsmith.files.errors import BadInput
-from latentsmith.inference.tokenizer import train_vocabulary
-from latentsmith.runs.data_import import import_data
-from latentsmith.runs.generate import AXES
-from latentsmith.runs.networks import settle_padding
+from latentsmith.inference.generate import AXES
+from latentsmith.text.tokenizer import train_vocabulary
+from latentsmith.training.networks import settle_padding
 
 ROOT = Path(__file__).parents[1]
 SIZES = {

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 import latentsmith
 from latentsmith.files.atomic import write_bytes
 from latentsmith.files.errors import BadInput
-from latentsmith.runs.sheet import labelled_sheet
+from latentsmith.inference.sheets import labelled_sheet
 
 TRAINED = [
     "grinning face",

@@ -99,7 +99,7 @@ def make_pictures(out: Path, size: int, limit: int | None) -> int:
     """Write pictures and captions, overwriting those of the same name; returns how many there are."""
     out.mkdir(parents=True, exist_ok=True)
     drawings = list(named_drawings())[:limit]
-    for svg, caption in track(drawings, description="Drawing"):
+    for svg, caption in track(drawings, description="SamplingStep"):
         draw(svg, size).save(out / f"{svg.stem}.png")
         (out / f"{svg.stem}.txt").write_text(caption + "\n", encoding="utf-8")
     return len(drawings)

@@ -7,13 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentsmith.checkpoints.convert import convert
     from latentsmith.config import build, load_config
+    from latentsmith.data.precache_command import precache
     from latentsmith.diffusion import NoiseSchedule
     from latentsmith.inference import Pipeline
     from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
-    from latentsmith.runs.convert import convert
-    from latentsmith.runs.precache import precache
-    from latentsmith.runs.train import train
+    from latentsmith.training.train import train
 
 __version__ = "0.1.0"
 
@@ -30,24 +30,24 @@ __all__ = [
     "train",
 ]
 
-_ROOMS = {
+_MODULES = {
     "AutoencoderKL": "models",
     "ClipTextEncoder": "models",
     "NoiseSchedule": "diffusion",
     "Pipeline": "inference",
     "UNetModel": "models",
     "build": "config",
-    "convert": "runs.convert",
+    "convert": "checkpoints.convert",
     "load_config": "config",
-    "precache": "runs.precache",
-    "train": "runs.train",
+    "precache": "data.precache_command",
+    "train": "training.train",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'latentsmith' has no attribute {name!r}")
-    return getattr(import_module(f"latentsmith.{_ROOMS[name]}"), name)
+    return getattr(import_module(f"latentsmith.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -10,16 +10,16 @@ import transformers
 from latentsmith.checkpoints import (
     ModelSpec,
     architecture,
+    clip,
     describe,
     load_component,
     open_checkpoint,
     prediction_of,
     spec_of,
-    text_keys,
     unet_keys,
     vae_keys,
 )
-from latentsmith.checkpoints.opening import Checkpoint, Part
+from latentsmith.checkpoints.open import Checkpoint, Part
 from latentsmith.checkpoints.spec import pads_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
@@ -82,7 +82,7 @@ def test_every_full_size_key_maps_one_to_one(full):
     assert len(changed) == 8 and all(".mid.attn_1." in name for name in changed)
     text = {name.removeprefix("text_model."): shape for name, shape in full.theirs["text_encoder"].items()}
     ours = full.ours["text_encoder"]
-    assert {slot.key: ours[name] for name, slot in text_keys.slots(ours, "hf", None).items()} == text
+    assert {slot.key: ours[name] for name, slot in clip.slots(ours, "hf", None).items()} == text
 
 
 def test_nemo_and_openclip_figures(full):
@@ -90,7 +90,7 @@ def test_nemo_and_openclip_figures(full):
     renamed = unet_keys.rename(names, unet_keys.NEMO_V2)
     assert sum(ours != theirs for ours, theirs in renamed.items()) == 250 and len(set(renamed.values())) == 686
     if full.v2:
-        assert len({slot.key for slot in text_keys.slots(full.ours["text_encoder"], "openclip", None).values()}) == 280
+        assert len({slot.key for slot in clip.slots(full.ours["text_encoder"], "openclip", None).values()}) == 280
 
 
 def checkpoint_of(full, path, kind="ldm", extras=None, metadata=None):

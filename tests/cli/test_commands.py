@@ -20,7 +20,7 @@ COMMANDS = ["demo", "train", "train-vae", "precache", "generate", "convert", "in
 
 @pytest.fixture
 def call(monkeypatch):
-    """call(module, function) replaces latentsmith.runs.MODULE.FUNCTION and returns the list of its calls."""
+    """call(module, function) replaces latentsmith.MODULE.FUNCTION and returns the list of its calls."""
 
     def replace(module: str, function: str, error: BaseException | None = None) -> list:
         calls = []
@@ -30,7 +30,7 @@ def call(monkeypatch):
             if error is not None:
                 raise error
 
-        stand_in = types.ModuleType(f"latentsmith.runs.{module}")
+        stand_in = types.ModuleType(f"latentsmith.{module}")
         setattr(stand_in, function, recorded)
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
         return calls
@@ -71,7 +71,7 @@ def test_python_dash_m():
 
 
 def test_train(call):
-    calls = call("train", "train")
+    calls = call("training.train", "train")
     arguments = ["train", "--config", "sd1", "trainer.precision=bf16", "--init", "a.ckpt", "~model.optim.weight_decay"]
     assert main([*arguments, "--dry-run"]) == 0
     ((config,), keywords) = calls[0]
@@ -81,7 +81,7 @@ def test_train(call):
 
 
 def test_train_vae_and_precache(call):
-    vae, cache = call("train_vae", "train_vae"), call("precache", "precache")
+    vae, cache = call("training.train_vae", "train_vae"), call("data.precache_command", "precache")
     assert main(["train-vae", "--config", "demo_vae", "model.seed=1"]) == 0
     assert vae[0][0][0].model.seed == 1
     assert main(["precache", "--config", "demo", "--out", "cache"]) == 0
@@ -89,7 +89,7 @@ def test_train_vae_and_precache(call):
 
 
 def test_data(call):
-    calls = call("data_import", "import_data")
+    calls = call("data.ingest_command", "import_data")
     options = ["--samples-per-shard", "10", "--max-bad", "3", "--no-duplicates"]
     assert main(["data", "import", "photos", "shards", *options]) == 0
     positional, keywords = calls[0]
@@ -97,39 +97,39 @@ def test_data(call):
     unfiltered = dict(min_size=1, max_size=None, max_aspect=None, min_caption=1, max_caption=None, where=())
     unfiltered |= {"follow_links": False, "allow_outside": False}
     assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True, **unfiltered}
-    calls = call("data_import", "write_scenes")
+    calls = call("data.ingest_command", "write_scenes")
     assert main(["data", "scenes", "out", "--count", "5", "--seed", "7", "--doodles", "0.5"]) == 0
     assert calls == [((Path("out"),), {"count": 5, "seed": 7, "doodles": 0.5})]
-    calls = call("data_import", "train_vocabulary")
+    calls = call("data.ingest_command", "train_vocabulary")
     assert main(["data", "vocabulary", "shards", "tokenizer", "--size", "200"]) == 0
     assert calls == [((Path("shards"), Path("tokenizer")), {"size": 200})]
 
 
 def test_generate(call, tmp_path):
     (tmp_path / "prompts.txt").write_text("two\n\n three \n")
-    calls = call("generate", "generate")
+    calls = call("inference.generate", "generate")
     arguments = ["generate", "--from", "run", "--out", "o", "--prompts-file", str(tmp_path / "prompts.txt"), "one"]
     assert main([*arguments, "--negative", "blurry", "--height", "64", "--seed", "3"]) == 0
     positional, keywords = calls[0]
     assert positional == ("run", ["one", "two", "three"], Path("o"))
     assert keywords == {"negative_prompt": "blurry", "height": 64, "seed": 3}
-    sys.modules["latentsmith.runs.generate"].AXES = {"guidance": "", "steps": ""}
+    sys.modules["latentsmith.inference.generate"].AXES = {"guidance": "", "steps": ""}
     assert main([*arguments, "--grid", "guidance=1,3", "steps=2", "--vae-tiling", "--prompt-syntax", "webui"]) == 0
     assert calls[1][0] == positional
     assert calls[1][1] == {"grid": ["guidance=1,3", "steps=2"], "vae_tiling": True, "prompt_syntax": "webui"}
 
 
 def test_convert_inspect_demo(call):
-    calls = call("convert", "convert")
+    calls = call("checkpoints.convert", "convert")
     assert main(["convert", "a", "b", "--to", "ldm", "--weights", "raw"]) == 0
     options = {"weights": "raw", "dtype": None, "prediction_type": None, "tokenizer": None, "verify": False}
     assert calls == [((Path("a"), Path("b"), "ldm"), options)]
     assert main(["convert", "a", "b", "--to", "ldm", "--dtype", "bf16", "--prediction-type", "v", "--verify"]) == 0
     assert calls[1][1] == {"weights": "ema", "dtype": "bf16", "prediction_type": "v", "tokenizer": None, "verify": True}
-    calls = call("inspect", "inspect")
+    calls = call("checkpoints.inspect", "inspect")
     assert main(["inspect", "a", "--verify"]) == 0
     assert calls == [(("a",), {"weights": "ema", "verify": True})]
-    calls = call("demo", "demo")
+    calls = call("demo.demo", "demo")
     assert main(["demo", "--from-scratch"]) == 0
     assert calls == [((Path("runs/demo"),), {"from_scratch": True})]
 
@@ -143,13 +143,13 @@ def test_convert_inspect_demo(call):
     ],
 )
 def test_errors_are_one_line_and_a_code(call, capsys, error, code, line):
-    call("inspect", "inspect", error)
+    call("checkpoints.inspect", "inspect", error)
     assert main(["inspect", "x"]) == code
     assert capsys.readouterr().err == line + "\n"
 
 
 def test_requeue_passes_through(call):
-    call("train", "train", SystemExit(75))
+    call("training.train", "train", SystemExit(75))
     with pytest.raises(SystemExit) as caught:
         main(["train", "--config", "demo"])
     assert caught.value.code == 75
@@ -157,7 +157,7 @@ def test_requeue_passes_through(call):
 
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_debug_shows_the_traceback(call, capsys, place):
-    call("inspect", "inspect", BadInput("wrong"))
+    call("checkpoints.inspect", "inspect", BadInput("wrong"))
     arguments = ["--debug", "inspect", "x"] if place == "first" else ["inspect", "x", "--debug"]
     assert main(arguments) == 2
     assert "Traceback" in capsys.readouterr().err
@@ -210,6 +210,6 @@ def test_config_validate_explain_diff(capsys):
 
 
 def test_options_without_effect_are_named_once_when_training(call, capsys):
-    call("train", "train")
+    call("training.train", "train")
     assert main(["train", "--config", "demo", "model.use_ema=True"]) == 0
     assert capsys.readouterr().err.endswith("says why): model.use_ema\n")

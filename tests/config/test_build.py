@@ -7,7 +7,7 @@ import torch
 from omegaconf import OmegaConf
 
 from latentsmith.config import build, load_config
-from latentsmith.config.targets import ALIASES, canonical, flatten
+from latentsmith.config.class_registry import ALIASES, canonical, flatten
 from latentsmith.files.errors import BadInput
 
 FILES = Path(__file__).parent / "yaml"

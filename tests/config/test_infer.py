@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from latentsmith.cli import main
 from latentsmith.config import compose, load_config
-from latentsmith.config.describe import explain, migrated
-from latentsmith.config.infer import read_infer
+from latentsmith.config.explain import explain, migrated
+from latentsmith.config.nemo_inference import read_infer
 from latentsmith.files.errors import BadInput
 
 FILES = sorted((Path(__file__).parent / "yaml_infer").glob("*.yaml"))

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from latentsmith.cli import main
 from latentsmith.config import compose, overrides, schema
-from latentsmith.config.describe import MOVED, migrated
+from latentsmith.config.explain import MOVED, migrated
 
 FILES = sorted((Path(__file__).parent / "yaml").glob("*.yaml"))
 

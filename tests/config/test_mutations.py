@@ -7,7 +7,7 @@ import yaml
 
 from latentsmith.cli import main
 from latentsmith.config import compose, load_config, overrides, schema
-from latentsmith.config.describe import migrated
+from latentsmith.config.explain import migrated
 from latentsmith.files.errors import BadInput
 
 UNET, VAE, TEXT = "model.unet_config", "model.first_stage_config", "model.cond_stage_config"

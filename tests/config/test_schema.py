@@ -1,6 +1,6 @@
 import pytest
 
-from latentsmith.config import describe, load_config, schema
+from latentsmith.config import explain, load_config, schema
 from latentsmith.files.errors import BadInput
 
 
@@ -41,25 +41,25 @@ def test_refused_takes_its_default_alone():
 
 
 def test_explain():
-    assert describe.explain("model.optim.lr").splitlines() == [
+    assert explain.explain("model.optim.lr").splitlines() == [
         "model.optim.lr",
         "  meaning  learning rate after warm-up (NeMo's null was 1e-3)",
         "  value    a number of at least 0",
         "  default  0.0001",
         "  fate     used",
     ]
-    assert "model.optim.sched.min_lr=0.0" in describe.explain("model.optim")
-    assert len(describe.explain().splitlines()) == len(schema.table())
+    assert "model.optim.sched.min_lr=0.0" in explain.explain("model.optim")
+    assert len(explain.explain().splitlines()) == len(schema.table())
     with pytest.raises(BadInput, match=r"did you mean model\.optim\.lr"):
-        describe.explain("model.optim.learning_rate")
+        explain.explain("model.optim.learning_rate")
 
 
 def test_reference_page_lists_every_option_once():
-    rows = [line for line in describe.reference_page().splitlines() if line.startswith("| `")]
+    rows = [line for line in explain.reference_page().splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(schema.table())
     assert all(row.count(" | ") == 4 for row in rows)
 
 
 def test_diff():
-    lines = describe.diff(load_config("sd1"), load_config("sd1", ["model.optim.lr=1"]))
+    lines = explain.diff(load_config("sd1"), load_config("sd1", ["model.optim.lr=1"]))
     assert lines == ["model.optim.lr: 0.0001 -> 1.0"]

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, MixedBuckets, listing
+from latentsmith.data.image_sizes import image_sizes, sizes_path
 from latentsmith.data.mixture import BLOCK as BLOCK_OF_TURNS
-from latentsmith.data.picture_sizes import picture_sizes, sizes_path
 from latentsmith.data.shards import ShardSet, ShardWriter
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
@@ -167,21 +167,21 @@ def test_sizes_of_pictures_are_read_once(tmp_path, png, monkeypatch):
         writer.write("b", {"jpg": (tmp_path / "turned.jpg").read_bytes(), "txt": b"x"})
         writer.write("c", {"png": png((7, 9)), "txt": b"x"})
     wanted = [[30, 40], [40, 30], [9, 7]]
-    assert picture_sizes(ShardSet(tmp_path)).tolist() == wanted
+    assert image_sizes(ShardSet(tmp_path)).tolist() == wanted
     with monkeypatch.context() as patched:
         patched.setattr("PIL.Image.open", None)
-        assert picture_sizes(ShardSet(tmp_path)).tolist() == wanted
+        assert image_sizes(ShardSet(tmp_path)).tolist() == wanted
     first = ShardSet(tmp_path).paths[0]
     first.with_suffix(".index.npy").unlink()
     first.unlink()
     with ShardWriter(tmp_path) as writer:  # another tar in its place, and of as many samples
         for key in "ab":
             writer.write(key, {"png": png((8, 8)), "txt": b"another"})
-    assert sizes_path(first).exists() and picture_sizes(ShardSet(tmp_path)).tolist() == [[8, 8], [8, 8], [9, 7]]
+    assert sizes_path(first).exists() and image_sizes(ShardSet(tmp_path)).tolist() == [[8, 8], [8, 8], [9, 7]]
 
 
 def test_a_sample_without_a_picture_is_named(tmp_path):
     with ShardWriter(tmp_path) as writer:
         writer.write("a", {"txt": b"x"})
     with pytest.raises(BadInput, match="sample 'a': no picture"):
-        picture_sizes(ShardSet(tmp_path))
+        image_sizes(ShardSet(tmp_path))

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import webdataset
 
-from latentsmith.data.cache import LatentCache, Rows
-from latentsmith.data.caching import CacheOptions, Encoders, write_cache
-from latentsmith.data.importing import import_dataset
-from latentsmith.data.members import npy_bytes, parsed_header
-from latentsmith.data.order import sample_seed
+from latentsmith.data.ingest import import_dataset
+from latentsmith.data.latent_cache import LatentCache, Rows
+from latentsmith.data.precache import CacheOptions, Encoders, write_cache
+from latentsmith.data.resumable_output import CLAIM_FILE, ResumableOutput
+from latentsmith.data.sample_io import npy_bytes, parsed_header
 from latentsmith.data.shards import Shard, ShardSet, ShardWriter, write_set_file
+from latentsmith.data.shuffle import sample_seed
 from latentsmith.data.tar_index import index_path, load_index
 from latentsmith.data.transforms import Transforms
-from latentsmith.data.work_folder import CLAIM_FILE, WorkFolder
 from latentsmith.files.errors import BadInput
 
 TRANSFORMS = Transforms(resize_smallest_side=16, center_crop_h_w="16, 16")
@@ -429,8 +429,8 @@ def test_a_lost_process_loses_its_open_shard_alone(tmp_path, source):
 
 
 def test_only_one_finishes_and_a_claim_lapses(tmp_path, source):
-    work = WorkFolder(tmp_path / "x", {"a": 1}, shared=True)
-    assert work.claim_finish() and not WorkFolder(tmp_path / "x", {"a": 1}, shared=True).claim_finish()
+    work = ResumableOutput(tmp_path / "x", {"a": 1}, shared=True)
+    assert work.claim_finish() and not ResumableOutput(tmp_path / "x", {"a": 1}, shared=True).claim_finish()
     os.utime(tmp_path / "x" / CLAIM_FILE, (1, 1))
     assert work.claim_finish() and not work.claim_finish()
     assert not (tmp_path / "x" / "set.json").exists()
@@ -440,8 +440,8 @@ def test_another_process_file_under_way_is_left_alone(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
     (folder / ".unfinished.json.1234.INCOMPLETE").write_text("{")
-    WorkFolder(folder, {"a": 1}, shared=True)
-    WorkFolder(folder, {"a": 1}, shared=True)
+    ResumableOutput(folder, {"a": 1}, shared=True)
+    ResumableOutput(folder, {"a": 1}, shared=True)
     assert (folder / ".unfinished.json.1234.INCOMPLETE").exists()
-    WorkFolder(folder, {"a": 1})
+    ResumableOutput(folder, {"a": 1})
     assert not (folder / ".unfinished.json.1234.INCOMPLETE").exists()

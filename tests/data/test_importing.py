@@ -15,12 +15,12 @@ import webdataset
 from PIL import Image
 
 from latentsmith.cli import main
-from latentsmith.data import work_folder
+from latentsmith.data import resumable_output
 from latentsmith.data.filters import Filters
 from latentsmith.data.images import decode_image
-from latentsmith.data.importing import checked_caption, import_dataset
-from latentsmith.data.places import OUTSIDE
+from latentsmith.data.ingest import checked_caption, import_dataset
 from latentsmith.data.shards import ShardSet
+from latentsmith.data.storage import OUTSIDE
 from latentsmith.files.errors import BadInput
 
 
@@ -196,7 +196,7 @@ def test_tars_and_sets_can_be_imported_again(tmp_path, png):
 def interrupted_import(source, out):
     """Import in another process, slowly, and kill it (SIGKILL) once two shards are done."""
     program = (
-        "import sys, time; from latentsmith.data.importing import import_dataset\n"
+        "import sys, time; from latentsmith.data.ingest import import_dataset\n"
         "import_dataset(sys.argv[1], sys.argv[2], samples_per_shard=4, progress=lambda *a: time.sleep(0.03))\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(source), str(out)]) as process:
@@ -241,7 +241,7 @@ def test_full_disk_is_one_line_and_can_go_on(tmp_path, png, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(work_folder.WorkFolder, "record", no_space)
+        patch.setattr(resumable_output.ResumableOutput, "record", no_space)
         with pytest.raises(BadInput, match="out: the disk is full; free some space and run the command again"):
             import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2)
     assert import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2).good == 5

@@ -4,13 +4,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from latentsmith.data.order import index_at, integer_below, sample_seed
+from latentsmith.data.shuffle import integer_below, sample_seed, shuffled_index
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 255, 256, 257, 1000, 4097, 70_001])
 @pytest.mark.parametrize("seed", [0, 1, 2**63, -5])
 def test_each_epoch_is_a_permutation(length, seed):
-    epochs = index_at(seed, np.arange(3 * length), length).reshape(3, length)
+    epochs = shuffled_index(seed, np.arange(3 * length), length).reshape(3, length)
     for epoch in epochs:
         assert (np.sort(epoch) == np.arange(length)).all()
     if length > 5:
@@ -19,19 +19,19 @@ def test_each_epoch_is_a_permutation(length, seed):
 
 def test_one_by_one_equals_all_at_once_in_any_shape():
     positions = np.array([[0, 99, 100], [12_345, 5, 101]])
-    indices = index_at(7, positions, 100)
+    indices = shuffled_index(7, positions, 100)
     assert indices.shape == positions.shape and indices.dtype == np.int64
-    assert [[index_at(7, int(p), 100) for p in row] for row in positions] == indices.tolist()
-    assert type(index_at(7, 3, 100)) is int
+    assert [[shuffled_index(7, int(p), 100) for p in row] for row in positions] == indices.tolist()
+    assert type(shuffled_index(7, 3, 100)) is int
     positions = np.random.default_rng(0).integers(0, 10**6, 300)
     for length in (255, 256, 257, 70_001):
-        singly = [index_at(7, int(p), length) for p in positions]
-        assert singly == index_at(7, positions, length).tolist() and {type(index) for index in singly} == {int}
+        singly = [shuffled_index(7, int(p), length) for p in positions]
+        assert singly == shuffled_index(7, positions, length).tolist() and {type(index) for index in singly} == {int}
 
 
 def test_values_are_fixed_for_good():
     """Recorded: a change here would change the order of every run that is under way."""
-    assert index_at(0, np.arange(8), 10).tolist() == RECORDED_ORDER
+    assert shuffled_index(0, np.arange(8), 10).tolist() == RECORDED_ORDER
     assert sample_seed(1, 2, 3) == RECORDED_SEED
     assert integer_below(1000, 42, 1) == RECORDED_INTEGER
 
@@ -44,7 +44,7 @@ RECORDED_INTEGER = 595
 def test_all_orders_of_a_small_set_are_equally_likely():
     """Chi-square over the 24 orders of four samples: 23 degrees of freedom, standard deviation 6.8."""
     trials = 2400
-    counts = Counter(tuple(index_at(key, place, 4) for place in range(4)) for key in range(trials))
+    counts = Counter(tuple(shuffled_index(key, place, 4) for place in range(4)) for key in range(trials))
     expected = trials / 24
     chi_square = sum((counts[order] - expected) ** 2 / expected for order in itertools.permutations(range(4)))
     assert chi_square < 23 + 4 * 6.8
@@ -52,7 +52,7 @@ def test_all_orders_of_a_small_set_are_equally_likely():
 
 def test_order_is_uncorrelated_with_position_and_with_the_next_epoch():
     length = 20_000
-    first, second = index_at(3, np.arange(2 * length), length).reshape(2, length)
+    first, second = shuffled_index(3, np.arange(2 * length), length).reshape(2, length)
     bound = 4 / length**0.5  # four standard deviations of a sample correlation
     for a, b in [(first, np.arange(length)), (first, second), (first[:-1], first[1:])]:
         assert abs(np.corrcoef(a, b)[0, 1]) < bound
@@ -60,13 +60,13 @@ def test_order_is_uncorrelated_with_position_and_with_the_next_epoch():
 
 def test_huge_sets_cost_nothing():
     length = 10**12
-    indices = index_at(0, np.arange(10**12 - 5, 10**12 + 5), length)
+    indices = shuffled_index(0, np.arange(10**12 - 5, 10**12 + 5), length)
     assert len(set(indices.tolist())) == 10 and (indices >= 0).all() and (indices < length).all()
 
 
 def test_an_empty_set_has_no_order():
     with pytest.raises(ValueError, match="0 samples"):
-        index_at(0, 0, 0)
+        shuffled_index(0, 0, 0)
 
 
 @pytest.mark.filterwarnings("error")

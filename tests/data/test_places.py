@@ -11,8 +11,8 @@ import pytest
 
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
-from latentsmith.data.places import AHEAD, OUTSIDE, Access, Far, Here
 from latentsmith.data.sources import FolderSource, ParquetSource, TableSource, open_source
+from latentsmith.data.storage import AHEAD, OUTSIDE, Access, Far, Here
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import CAPTION
 
@@ -181,7 +181,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_p
                 return None
             return super().send_head()
 
-    monkeypatch.setattr("latentsmith.data.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentsmith.data.remote_cache.time.sleep", lambda seconds: None)
     with Listening(("127.0.0.1", 0), functools.partial(Busy, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/source"
@@ -193,7 +193,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_p
 
 
 def test_nobody_at_the_address_is_not_nothing_there(monkeypatch):
-    monkeypatch.setattr("latentsmith.data.remote.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentsmith.data.remote_cache.time.sleep", lambda seconds: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -293,7 +293,7 @@ def test_linked_folders_are_walked_and_loops_end(tmp_path):
 
 
 def test_links_that_multiply_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentsmith.data.places.MAX_LINKED_FOLDERS", 1000)
+    monkeypatch.setattr("latentsmith.data.storage.MAX_LINKED_FOLDERS", 1000)
     for number in range(40):
         (tmp_path / f"{number}").mkdir()
         for name in "xy":

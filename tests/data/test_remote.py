@@ -13,13 +13,13 @@ import fsspec
 import pytest
 from omegaconf import OmegaConf
 
-from latentsmith.data import remote
-from latentsmith.data.remote import LocalCopies, Ranges
+from latentsmith.data import remote_cache
+from latentsmith.data.remote_cache import LocalCopies, Ranges
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.sources import open_source
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
-from latentsmith.runs.pieces import located
+from latentsmith.training.setup import located
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def hostile_remote_json(url, names):
 
 @pytest.fixture
 def data(folder, tmp_path):
-    """A user's data: a set, and beside it a folder from elsewhere whose remote.json asks for fetching and deleting."""
+    """A user's set, and beside it a folder from elsewhere whose remote.json asks for fetching and deleting."""
     root = tmp_path / "data"
     for name in ("mine", "hostile"):
         (root / name).mkdir(parents=True)
@@ -302,7 +302,7 @@ def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
 
 
 def test_failures_of_the_network_are_asked_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote_cache.time, "sleep", lambda seconds: None)
     system, failures = fsspec.filesystem("memory"), [OSError("reset"), TimeoutError("slow")]
     read = type(system).cat_file
 

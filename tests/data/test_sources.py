@@ -11,9 +11,9 @@ import pytest
 import webdataset
 
 from latentsmith.data.errors import BadSample
-from latentsmith.data.places import OUTSIDE, Access
 from latentsmith.data.shards import ShardWriter
 from latentsmith.data.sources import open_source
+from latentsmith.data.storage import OUTSIDE, Access
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import TABLE_LINE
 

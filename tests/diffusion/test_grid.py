@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from latentsmith.diffusion import SAMPLERS, NoiseSchedule, karras_sigmas, sampling_grid, sampling_sigmas
+from latentsmith.diffusion import SAMPLERS, NoiseSchedule, karras_sigmas, sampling_schedule, sampling_sigmas
 
 SCHEDULE = NoiseSchedule.from_config(0.00085, 0.012)
 
@@ -11,7 +11,7 @@ SCHEDULE = NoiseSchedule.from_config(0.00085, 0.012)
 def test_every_grid_falls_to_zero_and_knows_its_timesteps(sampler, spacing):
     for steps in (1, 2, 25):
         for karras in (False, True):
-            grid = sampling_grid(SCHEDULE, sampler, steps, spacing=spacing, set_alpha_to_one=True, karras=karras)
+            grid = sampling_schedule(SCHEDULE, sampler, steps, spacing=spacing, set_alpha_to_one=True, karras=karras)
             assert grid.steps == steps and grid.sigmas.shape == (steps + 1,) and grid.sigmas.dtype == torch.float64
             assert (grid.sigmas.diff() < 0).all() and grid.sigmas[-1] == 0 and grid.end_scale == 1
             looked_up = [grid.timestep_at(sigma) for sigma in grid.sigmas[:-1].tolist()]
@@ -20,10 +20,10 @@ def test_every_grid_falls_to_zero_and_knows_its_timesteps(sampler, spacing):
 
 def test_published_timesteps():
     """Reference values for Stable Diffusion's scheduler configs, 20 steps."""
-    assert sampling_grid(SCHEDULE, "ddim", 20, steps_offset=1).timesteps[[0, -2, -1]].tolist() == [951, 51, 1]
-    grid = sampling_grid(SCHEDULE, "dpmsolver++", 20, spacing="leading", steps_offset=1)
+    assert sampling_schedule(SCHEDULE, "ddim", 20, steps_offset=1).timesteps[[0, -2, -1]].tolist() == [951, 51, 1]
+    grid = sampling_schedule(SCHEDULE, "dpmsolver++", 20, spacing="leading", steps_offset=1)
     assert grid.timesteps[[0, 1, -2, -1]].tolist() == [941, 894, 95, 48]
-    assert sampling_grid(SCHEDULE, "dpmsolver++", 20).timesteps[[0, 1, -2, -1]].tolist() == [999, 949, 100, 50]
+    assert sampling_schedule(SCHEDULE, "dpmsolver++", 20).timesteps[[0, 1, -2, -1]].tolist() == [999, 949, 100, 50]
     assert sampling_sigmas(SCHEDULE, "dpmsolver++", 20)[0].item() == pytest.approx(14.614641, rel=1e-7)
 
 
@@ -31,19 +31,19 @@ def test_where_the_grid_ends():
     assert sampling_sigmas(SCHEDULE, "ddim", 10)[-1] == 0
     assert sampling_sigmas(SCHEDULE, "plms", 10)[-1].item() == pytest.approx(0.02916716, rel=1e-6)
     assert sampling_sigmas(SCHEDULE, "euler", 10, set_alpha_to_one=False)[-1] == 0
-    grid = sampling_grid(SCHEDULE, "ddim", 10, set_alpha_to_one=False)
+    grid = sampling_schedule(SCHEDULE, "ddim", 10, set_alpha_to_one=False)
     assert grid.end_scale == pytest.approx((1 + 0.02916716**2) ** 0.5)
 
 
 def test_noise_starts_at_unit_variance_of_the_noisy_latents():
-    assert sampling_grid(SCHEDULE, "dpmsolver++", 10).start_scale == pytest.approx((1 + 14.614641**2) ** 0.5)
-    assert sampling_grid(SCHEDULE, "euler", 10).start_scale == pytest.approx(14.614641)
-    leading = sampling_grid(SCHEDULE, "euler", 10, spacing="leading")
+    assert sampling_schedule(SCHEDULE, "dpmsolver++", 10).start_scale == pytest.approx((1 + 14.614641**2) ** 0.5)
+    assert sampling_schedule(SCHEDULE, "euler", 10).start_scale == pytest.approx(14.614641)
+    leading = sampling_schedule(SCHEDULE, "euler", 10, spacing="leading")
     assert leading.start_scale == pytest.approx((1 + SCHEDULE.sigmas[900].item() ** 2) ** 0.5)
 
 
 def test_the_rest_of_a_grid():
-    grid = sampling_grid(SCHEDULE, "euler", 10)
+    grid = sampling_schedule(SCHEDULE, "euler", 10)
     rest = grid.from_step(4)
     assert rest.steps == 6 and torch.equal(rest.sigmas, grid.sigmas[4:])
     assert rest.start_scale == pytest.approx((1 + grid.sigmas[4].item() ** 2) ** 0.5)
@@ -69,4 +69,4 @@ def test_karras_sigmas_of_the_paper():
 )
 def test_grids_that_do_not_exist(sampler, steps, message):
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
-        sampling_grid(SCHEDULE, sampler, steps)
+        sampling_schedule(SCHEDULE, sampler, steps)

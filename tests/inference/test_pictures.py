@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from latentsmith.files.errors import BadInput
+from latentsmith.inference.images import based_on, from_picture, tiled, to_picture
 from latentsmith.inference.noise import mixed_noise
-from latentsmith.inference.pictures import based_on, from_picture, tiled, to_picture
 
 
 def picture(height=16, width=24, seed=0):

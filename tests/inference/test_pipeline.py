@@ -11,8 +11,8 @@ from PIL import Image
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline, Tokenizer
-from latentsmith.inference.tokenizer import train_vocabulary
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.text.tokenizer import train_vocabulary
 
 UNET = dict(
     model_channels=32, channel_mult=[1, 2], attention_resolutions=[2], num_res_blocks=1, num_heads=2, context_dim=16
@@ -110,7 +110,7 @@ def test_masks_of_some_pictures(pipeline):
 def test_one_picture_that_fails_costs_no_other(pipeline):
     *_, last = pipeline.stream(PROMPTS[:2], **OPTIONS)
     last.latents[1] = float("nan")
-    first, second = pipeline.judged(last)
+    first, second = pipeline.decode_or_error(last)
     assert first.size == (24, 16) and "not finite" in second
     with pytest.raises(BadInput, match="not finite"):
         pipeline.pictures(last)

@@ -15,7 +15,7 @@ from PIL import Image
 from latentsmith import Pipeline, convert
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors
-from latentsmith.inference import vocabulary
+from latentsmith.text import vocabulary
 
 PROMPTS = ["a red circle above a small blue square", "Naïve  café, 3 boats!"]
 NEGATIVE = "blurry, grey"

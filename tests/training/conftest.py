@@ -9,11 +9,11 @@ from torch import nn
 
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-from latentsmith.training.draws import DiffusionDraws
 from latentsmith.training.fit import Checkpointing, Data, fit
-from latentsmith.training.log import read_rows
+from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.module import Optimisation
 from latentsmith.training.optimizers import lr_schedule
+from latentsmith.training.random_draws import DiffusionDraws
 from latentsmith.training.samples import RunSamples, one_by_one
 
 LENGTH, CONTEXT, TOKENS, SAMPLES, SIZE = 3, 5, 7, 10, (4, 4, 4)

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from latentsmith.data.order import index_at, sample_seed
+from latentsmith.data.shuffle import sample_seed, shuffled_index
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.draws import DiffusionDraws, PosteriorDraws, ValidationDraws
+from latentsmith.training.random_draws import DiffusionDraws, PosteriorDraws, ValidationDraws
 from latentsmith.training.samples import RunPositions, collate, run_loader
 
 SCHEDULE = NoiseSchedule.from_config()
@@ -103,7 +103,7 @@ def test_samples_follow_the_order_and_carry_their_draws(toy):
     samples = toy().samples()
     for position in (0, 9, 10, 37):
         batch = samples[[position]]
-        assert batch["keys"] == [str(index_at(3, position, 10))]
+        assert batch["keys"] == [str(shuffled_index(3, position, 10))]
         assert torch.equal(batch["noise"], toy().draws([position])["noise"])
     assert samples[[4]]["dropout_seed"] == samples[[4]]["dropout_seed"] != samples[[5]]["dropout_seed"]
 

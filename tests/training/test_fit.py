@@ -15,10 +15,10 @@ from PIL import Image
 from latentsmith.files.errors import BadInput
 from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
 from latentsmith.training.fit import no_worker_left
-from latentsmith.training.log import append_row, drop_rows_after, read_rows
+from latentsmith.training.metrics_log import append_row, drop_rows_after, read_rows
 from latentsmith.training.module import Metrics, StepCallback
 from latentsmith.training.progress_bar import ProgressLine
-from latentsmith.training.sample_log import SampleLog
+from latentsmith.training.sample_images import SampleLog
 
 
 def checkpoint(run, step):

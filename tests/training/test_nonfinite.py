@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentsmith.training.log import read_rows
+from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.nonfinite import TooManyNonFinite, WatchNonFinite, batch_of, first_bad
 from latentsmith.training.samples import RunSamples
 

@@ -8,9 +8,9 @@ import torch
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.memory import available_bytes
-from latentsmith.training import saving
+from latentsmith.training import checkpointing
 from latentsmith.training.checkpoint import checkpoints_in, read_state, size_of, take_snapshot, write_checkpoint
-from latentsmith.training.saving import Checkpointing, SaveCheckpoints, check_disk
+from latentsmith.training.checkpointing import Checkpointing, SaveCheckpoints, check_disk
 
 
 def saved(run):
@@ -24,7 +24,7 @@ def states(run):
 def test_background_and_blocking_saves_are_the_same_files(toy, monkeypatch, capsys):
     background, blocking = toy(), toy()
     background.train(steps=6, every=1)
-    monkeypatch.setattr(saving, "available_bytes", lambda: 0)
+    monkeypatch.setattr(checkpointing, "available_bytes", lambda: 0)
     blocking.train(steps=6, every=1)
     assert states(background) == states(blocking) and len(states(blocking)) == 6
     assert capsys.readouterr().out.count("training waits while it saves") == 1
@@ -40,14 +40,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(toy, monkeypatch):
         done.append(snapshot.state["global_step"])
         return write_checkpoint(folder, snapshot, keep, metadata)
 
-    class Reach(saving.StepCallback):
+    class Reach(checkpointing.StepCallback):
         def on_step_end(self, trainer, module):
             if module.progress.global_step == 3:
                 reached.set()
 
     plain, run = toy(), toy()
     plain.train(steps=4, every=2)
-    monkeypatch.setattr(saving, "write_checkpoint", slow)
+    monkeypatch.setattr(checkpointing, "write_checkpoint", slow)
     run.train(steps=4, every=2, callbacks=[Reach()])
     assert done == [2, 4] and states(run) == states(plain)
 
@@ -56,7 +56,7 @@ def test_no_thread_stays_after_a_save(toy):
     """One that has run tensor operations slows those of training as long as it lives."""
     seen = []
 
-    class Look(saving.StepCallback):
+    class Look(checkpointing.StepCallback):
         def on_step_end(self, trainer, module):
             saver = next(one for one in trainer.callbacks if isinstance(one, SaveCheckpoints))
             saver.wait()
@@ -76,7 +76,7 @@ def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, c
 
     plain, run = toy(), toy()
     plain.train(steps=5, every=1, keep=1)
-    monkeypatch.setattr(saving, "write_checkpoint", full)
+    monkeypatch.setattr(checkpointing, "write_checkpoint", full)
     run.train(steps=5, every=1, keep=1)
     said = capsys.readouterr().err
     for step in (2, 3):
@@ -107,7 +107,7 @@ def test_the_last_one_has_to_succeed(toy, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving, "write_checkpoint", full)
+    monkeypatch.setattr(checkpointing, "write_checkpoint", full)
     with pytest.raises(OSError, match="No space left"):
         toy().train(steps=1)
 
@@ -123,7 +123,7 @@ def test_a_disk_too_small_is_refused_before_the_first_step(toy, monkeypatch):
         (100, 4 * size, True),
         (100, 4 * size - 1, False),
     ):
-        monkeypatch.setattr(saving.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
+        monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
         if fits:
             check_disk(to, module, max_steps)
         else:
@@ -148,9 +148,9 @@ def test_the_size_is_that_of_the_files(toy):
 
 def test_by_the_minute(toy, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: clock[0])
 
-    class Tick(saving.StepCallback):
+    class Tick(checkpointing.StepCallback):
         def on_step_end(self, trainer, module):
             clock[0] += 25
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from latentsmith.training.diffusion_module import Objective
-from latentsmith.training.draws import ValidationDraws
-from latentsmith.training.log import read_rows
+from latentsmith.training.metrics_log import read_rows
+from latentsmith.training.random_draws import ValidationDraws
 from latentsmith.training.samples import one_by_one
 from latentsmith.training.validation import HeldOut, Validation
 

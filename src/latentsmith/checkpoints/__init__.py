@@ -8,14 +8,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from latentsmith.checkpoints.accounting import Shapes, match, unused_text
-from latentsmith.checkpoints.describe import Description, PartDescription, describe
-from latentsmith.checkpoints.export_diffusers import export_diffusers
-from latentsmith.checkpoints.export_ldm import export_ldm
-from latentsmith.checkpoints.export_nemo import export_nemo
-from latentsmith.checkpoints.opening import Checkpoint, open_checkpoint
-from latentsmith.checkpoints.spec import ModelSpec, architecture, prediction_of, reads_as_open_clip, spec_of
 from latentsmith.files.pickles import forget_maps
+
+from .diffusers import export_diffusers
+from .ldm import export_ldm
+from .match import Shapes, match, unused_text
+from .nemo import export_nemo
+from .open import Checkpoint, open_checkpoint
+from .spec import ModelSpec, architecture, prediction_of, reads_as_open_clip, spec_of
+from .summary import Description, PartDescription, describe
 
 __all__ = [
     "Checkpoint",

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from latentsmith.checkpoints import text_keys
-from latentsmith.checkpoints.spec import ModelSpec
-from latentsmith.checkpoints.text_keys import Slot
 from latentsmith.files.errors import BadInput
 from latentsmith.files.pickles import LazyTensor
+
+from . import clip
+from .clip import SourceKey
+from .spec import ModelSpec
 
 AnyTensor = Tensor | LazyTensor
 Parts = Mapping[str, Mapping[str, AnyTensor]]
@@ -30,7 +31,7 @@ def reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
 
 
 def pack(
-    tensors: Mapping[str, AnyTensor], table: Mapping[str, Slot], prefix: str, dtype: torch.dtype | None
+    tensors: Mapping[str, AnyTensor], table: Mapping[str, SourceKey], prefix: str, dtype: torch.dtype | None
 ) -> dict[str, LazyTensor]:
     """File key -> tensor; q, k and v that share a key are put one after the other."""
     grouped: dict[str, dict[int, LazyTensor]] = {}
@@ -48,7 +49,7 @@ def _joined(group: Mapping[int, LazyTensor]) -> LazyTensor:
 def text_tower(tensors: Mapping[str, AnyTensor], open_clip: bool, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """A text encoder as LDM and NeMo hold it under `cond_stage_model.`: Hugging Face's names, or OpenCLIP's."""
     if open_clip:
-        return pack(tensors, text_keys.slots(tensors, "openclip", None), "model.", dtype)
+        return pack(tensors, clip.slots(tensors, "openclip", None), "model.", dtype)
     return {f"transformer.{name}": lazy(tensor, dtype) for name, tensor in tensors.items()}
 
 

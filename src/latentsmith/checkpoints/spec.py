@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from latentsmith.checkpoints import text_keys, unet_keys, vae_keys
-from latentsmith.checkpoints.opening import OWN_SECTION, WEIGHTS_FILE, Checkpoint, Part, read_json
 from latentsmith.files.errors import BadInput
+
+from . import clip, unet_keys, vae_keys
+from .open import OWN_SECTION, WEIGHTS_FILE, Checkpoint, Part, read_json
 
 SPEC_KEY = "latentsmith.spec"  # our own entry in safetensors metadata
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
@@ -29,8 +30,8 @@ class ModelSpec:
 
     prediction_type: "epsilon", "v_prediction" or "sample". image_size: side of the latents. The schedule is
     `beta_schedule` (LDM's names) from linear_start to linear_end; zero_terminal_snr rescales it (Lin et al. 2023).
-    timestep_spacing, steps_offset, set_alpha_to_one: which timesteps samplers visit, as `diffusion.sampling_grid` takes
-    them; None leaves it to each sampler. Defaults are those that Stable Diffusion is published with.
+    timestep_spacing, steps_offset, set_alpha_to_one: which timesteps samplers visit, as `diffusion.sampling_schedule`
+    takes them; None leaves it to each sampler. Defaults are those that Stable Diffusion is published with.
     """
 
     unet_config: Mapping[str, Any]
@@ -247,8 +248,8 @@ def _vae(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _text(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
-    entries, dialect = part.entries, text_keys.detect(part.entries)
-    table = text_keys.slots(
+    entries, dialect = part.entries, clip.detect(part.entries)
+    table = clip.slots(
         (f"text_model.{name}.weight" for name in (
             "embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")),
         dialect, None, entries,
@@ -257,7 +258,7 @@ def _text(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
         tokens, positions, inner = (entries[slot.key].shape for slot in table.values())
     except KeyError as error:
         raise BadInput(f"{part.path}: its text encoder lacks {error}") from None
-    layers, width = text_keys.depth(entries), tokens[1]
+    layers, width = clip.depth(entries), tokens[1]
     config: dict[str, Any] = {
         "width": width,
         "layers": layers,

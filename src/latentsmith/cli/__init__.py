@@ -1,5 +1,5 @@
 """The command line: one short file per command. Help needs nothing heavy, so commands import what they run."""
 
-from latentsmith.cli.main import main
+from .main import main
 
 __all__ = ["main"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from latentsmith.cli.options import Overrides
+from .options import Overrides
 
 app = typer.Typer(help="Show, validate, explain and compare configs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,7 +23,7 @@ def show(config: Name, overrides: Overrides = None) -> None:
       latentsmith config show my.yaml trainer.precision=bf16
     """
     from latentsmith.config import compose
-    from latentsmith.config.describe import show as describe
+    from latentsmith.config.explain import show as describe
 
     typer.echo(describe(compose(config, overrides or [])))
 
@@ -57,9 +57,9 @@ def explain(
       latentsmith config explain model.optim
       latentsmith config explain --markdown
     """
-    from latentsmith.config import describe
+    from latentsmith.config import explain
 
-    typer.echo(describe.reference_page() if markdown else describe.explain(key))
+    typer.echo(explain.reference_page() if markdown else explain.explain(key))
 
 
 @app.command()
@@ -72,7 +72,7 @@ def migrate(config: Name, overrides: Overrides = None) -> None:
       latentsmith config migrate v2-inference-v.yaml model.data.train.dataset_path=shards > mine.yaml
     """
     from latentsmith.config import compose
-    from latentsmith.config.describe import migrated
+    from latentsmith.config.explain import migrated
 
     typer.echo(migrated(compose(config, overrides or []), config))
 
@@ -86,7 +86,7 @@ def diff(first: Name, second: Name) -> None:
       latentsmith config diff sd1 sd2_base
     """
     from latentsmith.config import compose
-    from latentsmith.config.describe import diff as describe
+    from latentsmith.config.explain import diff as describe
 
     for line in describe(compose(first).config, compose(second).config):
         typer.echo(line)

@@ -54,7 +54,7 @@ def convert(
       latentsmith convert sd2-folder sd2.safetensors --to ldm --weights raw
       latentsmith convert 768-v.safetensors sd2.nemo --to nemo --prediction-type v_prediction
     """
-    from latentsmith.runs.convert import convert as run
+    from latentsmith.checkpoints.convert import convert as run
 
     run(
         source,

@@ -21,6 +21,6 @@ def demo(
       latentsmith demo
       latentsmith demo --out /tmp/demo --from-scratch
     """
-    from latentsmith.runs.demo import demo as run
+    from latentsmith.demo.demo import demo as run
 
     run(out, from_scratch=from_scratch)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from latentsmith.cli.convert import Dtype, Weights
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import PROMPTS, read_regular
+
+from .convert import Dtype, Weights
 
 
 class Syntax(StrEnum):
@@ -91,7 +92,7 @@ def generate(
       torchrun --nproc-per-node 8 -m latentsmith generate --from sd2 --out pictures --prompts-file prompts.txt
     """
     if again is not None:
-        from latentsmith.runs.again import again as repeat
+        from latentsmith.inference.reproduce import again as repeat
 
         moved = {"image": image, "mask": mask, "tokenizer": tokenizer}
         allowed = {"again", "out", "source", "device", *moved}
@@ -108,7 +109,7 @@ def generate(
     given |= {name: value for name, value in told.items() if value is not None}
     words = prompts or []
     if grid:
-        from latentsmith.runs.generate import AXES
+        from latentsmith.inference.generate import AXES
 
         axes = [word for word in words if word.partition("=")[0] in AXES and "=" in word]
         given["grid"] = [*grid, *axes]
@@ -116,7 +117,7 @@ def generate(
     wanted = [*words, *_read_prompts(prompts_file)]
     fid = None
     if config is not None:
-        from latentsmith.config.infer import read_infer
+        from latentsmith.config.nemo_inference import read_infer
         from latentsmith.config.overrides import is_override
 
         changes = [word for word in wanted if is_override(word)]
@@ -129,7 +130,7 @@ def generate(
     if fid is not None:
         if "source" not in given:
             raise BadInput("--from is missing: the checkpoint (or give model.restore_from_path in the file)")
-        from latentsmith.runs.captions import draw_captions
+        from latentsmith.inference.coco_captions import draw_captions
 
         asked: dict[str, Any] = {"save_path": out, "classifier_free_guidance": guidance_scale and [guidance_scale]}
         fid |= {name: value for name, value in asked.items() if value is not None}
@@ -140,7 +141,7 @@ def generate(
     for name, flag in (("source", "--from"), ("out", "--out")):
         if name not in given:
             raise BadInput(f"{flag} is missing: {'the checkpoint' if name == 'source' else 'the folder to write'}")
-    from latentsmith.runs.generate import generate as run
+    from latentsmith.inference.generate import generate as run
 
     run(given.pop("source"), wanted, Path(given.pop("out")), **given)
     return 0

@@ -24,6 +24,6 @@ def inspect(
       latentsmith inspect cache --verify
       latentsmith inspect runs/sd1
     """
-    from latentsmith.runs.inspect import inspect as run
+    from latentsmith.checkpoints.inspect import inspect as run
 
     return 1 if run(path, weights=weights.value, verify=verify) else 0

@@ -11,9 +11,10 @@ from typing import Any
 
 import typer
 
-from latentsmith.cli import configs, convert, data, demo, generate, inspect, precache, train
-from latentsmith.cli.allocator import ask_for_huge_pages, keep_freed_memory
+from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
+
+from . import configs, convert, data, demo, generate, inspect, precache, train
 
 TRAINING = ("train", "train-vae", "demo")  # steps of one size, again and again
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentsmith.cli.options import Config, OutFolder, Overrides, load
+from .options import Config, OutFolder, Overrides, load
 
 
 def precache(config: Config, out: OutFolder, overrides: Overrides = None) -> None:
@@ -16,6 +16,6 @@ def precache(config: Config, out: OutFolder, overrides: Overrides = None) -> Non
           model.first_stage_key=image_encoded model.cond_stage_key=captions_encoded
     """
     loaded = load(config, overrides)
-    from latentsmith.runs.precache import precache as run
+    from latentsmith.data.precache_command import precache as run
 
     run(loaded, out)

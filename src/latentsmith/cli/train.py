@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from latentsmith.cli.options import CONFIG, Config, Overrides, load
 from latentsmith.files.errors import BadInput
+
+from .options import CONFIG, Config, Overrides, load
 
 Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from; the same as model.ckpt_path=FILE.")]
 MultiRun = Annotated[bool, typer.Option("--multirun", "-m", help="A run for each of key=a,b, one after the other.")]
@@ -40,14 +41,14 @@ def train(
       latentsmith train --replay runs/sd1/nonfinite/step-00001234.json
     """
     if again is not None:
-        from latentsmith.runs.replay import config_of, replay
+        from latentsmith.training.replay import config_of, replay
 
         return 0 if replay(again, load(config, overrides) if config else config_of(again)) else 1
     if config is None:
         raise BadInput("--config is missing: a preset (sd1, sd2_base, demo, ...) or a YAML file")
     given = _with_init(overrides, init)
     configs = [load(config, changes) for changes in (_sweep(config, given) if multirun else [given])]
-    from latentsmith.runs.train import train as run
+    from latentsmith.training.train import train as run
 
     for loaded in configs:
         if multirun:
@@ -80,7 +81,7 @@ def train_vae(config: Config, overrides: Overrides = None, init: Init = None, dr
       latentsmith train-vae --config demo_vae --init runs/demo_vae trainer.max_steps=40000
     """
     loaded = load(config, _with_init(overrides, init))
-    from latentsmith.runs.train_vae import train_vae as run
+    from latentsmith.training.train_vae import train_vae as run
 
     run(loaded, dry_run=dry_run)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latentsmith.config import schema, targets
 from latentsmith.files.errors import BadInput
 
+from . import class_registry, schema
+
 PLACES = {
-    targets.UNET: "model.unet_config",
-    targets.VAE: "model.first_stage_config",
-    targets.TEXT: "model.cond_stage_config",
-    targets.LOSS: "model.first_stage_config.lossconfig",
+    class_registry.UNET: "model.unet_config",
+    class_registry.VAE: "model.first_stage_config",
+    class_registry.TEXT: "model.cond_stage_config",
+    class_registry.LOSS: "model.first_stage_config.lossconfig",
 }
 
 
@@ -27,7 +28,7 @@ def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
     `config.targets` can be built. Raises BadInput naming the node for an unknown class, key or impossible size.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    plain = targets.canonical(targets.flatten(plain), "config")
+    plain = class_registry.canonical(class_registry.flatten(plain), "config")
     target = plain.pop("_target_")
     place = PLACES.get(target, target)
     for key in plain:
@@ -42,7 +43,7 @@ def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
 def arguments(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The keywords that `build` would call the class of a node with."""
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    plain = targets.canonical(targets.flatten(plain), "config")
+    plain = class_registry.canonical(class_registry.flatten(plain), "config")
     target = plain.pop("_target_")
     return _reaching(plain, PLACES.get(target, target))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentsmith.config.schema_model import WITH_BETAS
-from latentsmith.config.targets import MODELS, SCHEDULERS
 from latentsmith.files.errors import BadInput
+
+from .class_registry import MODELS, SCHEDULERS
+from .schema_model import WITH_BETAS
 
 TRANSFORMER_GROUPS = 32  # of the norm before a spatial transformer, the same in every Stable Diffusion
 UNET = "model.unet_config"

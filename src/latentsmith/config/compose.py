@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from latentsmith.config import checks, overrides, schema, targets
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import CONFIG, read_regular
+
+from . import checks, class_registry, overrides, schema
 
 PRESETS = Path(__file__).parent / "presets"
 NEMO_LR = 1e-3  # what its optimizers take where a file says `lr: null`
@@ -157,7 +158,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if not isinstance(params, dict):
             raise BadInput(f"{path.name}: model.params must be a mapping of options, not {params!r}")
         model |= params
-        plain["model"] = {str(key): targets.flatten(value) for key, value in model.items()}
+        plain["model"] = {str(key): class_registry.flatten(value) for key, value in model.items()}
     return plain
 
 
@@ -200,8 +201,8 @@ def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
     for key, value in given.items():
         source = origins.get(key, overrides.PLACE)
         if key in schema.groups():
-            if isinstance(value, str) and value in targets.NO_COMPONENT:
-                raise BadInput(f"{source}: {key}={value} is refused: {targets.NO_COMPONENT[value]}")
+            if isinstance(value, str) and value in class_registry.NO_COMPONENT:
+                raise BadInput(f"{source}: {key}={value} is refused: {class_registry.NO_COMPONENT[value]}")
             if value not in (None, {}):
                 raise BadInput(f"{source}: {key} must be a mapping of options, not {value!r}")
         elif schema.find(key) is None:
@@ -283,7 +284,7 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
     for key in NODES:
         *path, leaf = key.split(".")
         parent = _get(values, ".".join(path))
-        parent[leaf] = targets.canonical(parent[leaf], key)
+        parent[leaf] = class_registry.canonical(parent[leaf], key)
     unet, text, data = model["unet_config"], model["cond_stage_config"], model["data"]
     if unet["num_heads"] == unet["num_head_channels"] == -1:
         unet["num_heads"] = 8

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from latentsmith.config import schema
 from latentsmith.files.errors import BadInput
+
+from . import schema
 
 PLACE = "command line"
 SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<text>.*))?", re.DOTALL)

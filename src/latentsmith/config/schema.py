@@ -16,8 +16,9 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Literal
 
-from latentsmith.config.kinds import Kind
 from latentsmith.files.errors import BadInput
+
+from .value_types import ValueType
 
 Fate = Literal["used", "mapped", "no effect", "refused"]
 
@@ -25,7 +26,7 @@ Fate = Literal["used", "mapped", "no effect", "refused"]
 @dataclass(frozen=True)
 class Option:
     key: str
-    kind: Kind
+    kind: ValueType
     default: Any
     meaning: str
     fate: Fate = "used"
@@ -60,19 +61,21 @@ class Option:
         return result
 
 
-def used(key: str, kind: Kind, default: Any, meaning: str, also: Iterable[str] = (), optional: bool = False) -> Option:
+def used(
+    key: str, kind: ValueType, default: Any, meaning: str, also: Iterable[str] = (), optional: bool = False
+) -> Option:
     return Option(key, kind, default, meaning, also=tuple(also), optional=optional)
 
 
-def mapped(key: str, kind: Kind, default: Any, meaning: str) -> Option:
+def mapped(key: str, kind: ValueType, default: Any, meaning: str) -> Option:
     return Option(key, kind, default, meaning, "mapped")
 
 
-def no_effect(key: str, kind: Kind, default: Any, meaning: str, reason: str) -> Option:
+def no_effect(key: str, kind: ValueType, default: Any, meaning: str, reason: str) -> Option:
     return Option(key, kind, default, meaning, "no effect", reason)
 
 
-def refused(key: str, kind: Kind, default: Any, meaning: str, reason: str) -> Option:
+def refused(key: str, kind: ValueType, default: Any, meaning: str, reason: str) -> Option:
     return Option(key, kind, default, meaning, "refused", reason)
 
 
@@ -83,7 +86,7 @@ def group(prefix: str, *options: Option) -> list[Option]:
 @cache
 def table() -> dict[str, Option]:
     """Every option by its full key, in the order of the docs."""
-    from latentsmith.config import schema_data, schema_infer, schema_model, schema_run
+    from . import schema_data, schema_infer, schema_model, schema_run
 
     options = [*schema_run.OPTIONS, *schema_model.OPTIONS, *schema_data.OPTIONS, *schema_infer.OPTIONS]
     assert len({option.key for option in options}) == len(options)

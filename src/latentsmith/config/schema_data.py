@@ -1,19 +1,7 @@
 """Options of the data: sets, what is done to their pictures, the latent cache."""
 
-from latentsmith.config.kinds import (
-    anything,
-    choice,
-    either,
-    flag,
-    list_of,
-    mapping,
-    nullable,
-    number,
-    size,
-    text,
-    whole,
-)
-from latentsmith.config.schema import group, no_effect, refused, used
+from .schema import group, no_effect, refused, used
+from .value_types import anything, choice, either, flag, list_of, mapping, nullable, number, size, text, whole
 
 ONE_LOADER = "every sample is addressed by its position; a run repeats its set until max_steps or max_epochs"
 

@@ -1,7 +1,7 @@
 """Options of NeMo's inference files (`sd_infer.yaml`, `sd_fid_images.yaml`), which `latentsmith generate` reads."""
 
-from latentsmith.config.kinds import anything, either, flag, list_of, nullable, number, text, whole
-from latentsmith.config.schema import Option, group, no_effect, used
+from .schema import Option, group, no_effect, used
+from .value_types import anything, either, flag, list_of, nullable, number, text, whole
 
 TORCHRUN = "torchrun or srun shares the pictures"
 

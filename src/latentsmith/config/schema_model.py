@@ -1,18 +1,7 @@
 """Options of the model, its three components and its optimizer. Defaults are Stable Diffusion v1's."""
 
-from latentsmith.config.kinds import (
-    anything,
-    choice,
-    either,
-    flag,
-    list_of,
-    mapping,
-    nullable,
-    number,
-    text,
-    whole,
-)
-from latentsmith.config.schema import Option, group, mapped, no_effect, refused, used
+from .schema import Option, group, mapped, no_effect, refused, used
+from .value_types import anything, choice, either, flag, list_of, mapping, nullable, number, text, whole
 
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
 NO_LOGVAR = "the per-timestep log-variance is not trained here"

@@ -1,19 +1,7 @@
 """Options of the run as a whole: its name, the trainer, what it writes and where, adapters, profiling."""
 
-from latentsmith.config.kinds import (
-    anything,
-    choice,
-    count_or_share,
-    either,
-    flag,
-    list_of,
-    mapping,
-    nullable,
-    number,
-    text,
-    whole,
-)
-from latentsmith.config.schema import group, mapped, no_effect, refused, used
+from .schema import group, mapped, no_effect, refused, used
+from .value_types import anything, choice, count_or_share, either, flag, list_of, mapping, nullable, number, text, whole
 
 PRECISION = choice(
     "32-true",

@@ -9,9 +9,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from latentsmith.data.mixture import Turns
-from latentsmith.data.order import index_at
 from latentsmith.files.errors import BadInput
+
+from .mixture import Turns
+from .shuffle import shuffled_index
 
 LEFT_OUT = 255  # the bucket of samples that a run passes over
 BLOCK = 4096  # samples whose buckets are looked through for one of them
@@ -94,7 +95,7 @@ class BucketOrder:
         epoch = self._epoch_of(step)
         before, after = self._steps_by(epoch), self._steps_by(epoch + 1)
         length, first = sum(after) - sum(before), sum(before)
-        place = index_at(self.seed ^ 0xB0C4, epoch * length + step - first, length)
+        place = shuffled_index(self.seed ^ 0xB0C4, epoch * length + step - first, length)
         for bucket, (done, until) in enumerate(zip(before, after, strict=True)):
             if place < until - done:
                 return bucket, done + place
@@ -110,7 +111,7 @@ class BucketOrder:
 
     def _within(self, bucket: int, own: int) -> int:
         """Which sample of a bucket comes at the bucket's own position."""
-        return index_at(self.seed + 7919 * (bucket + 1), own, self.counts[bucket])
+        return shuffled_index(self.seed + 7919 * (bucket + 1), own, self.counts[bucket])
 
     def _steps_by(self, epoch: int) -> list[int]:
         """Whole steps that each bucket fills in so many epochs."""
@@ -151,7 +152,7 @@ class MixedBuckets(BucketOrder):
     def _within(self, bucket: int, own: int) -> int:
         number, own = self.sets[bucket](own)
         key = self.seed + 7919 * (bucket + 1) + 15485863 * number
-        return self.before[number][bucket] + index_at(key, own, self.held[number][bucket])
+        return self.before[number][bucket] + shuffled_index(key, own, self.held[number][bucket])
 
 
 def _tallies(numbers: np.ndarray, kept: int) -> np.ndarray:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentsmith.data.errors import BadSample
 from latentsmith.files.errors import BadInput
+
+from .errors import BadSample
 
 CONDITION = re.compile(r"(?P<key>[^<>=!]+)(?P<sign><=|>=|!=|<|>|=)(?P<value>.*)", re.DOTALL)
 SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.data.cache import CAPTION_KEY, IMAGE_KEY, LatentCache
-from latentsmith.data.members import parsed_header
-from latentsmith.data.shards import Sample, Shard, ShardSet
 from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
+
+from .latent_cache import CAPTION_KEY, IMAGE_KEY, LatentCache
+from .sample_io import parsed_header
+from .shards import Sample, Shard, ShardSet
 
 NAMES = {  # of the encodings, by their ends, in a .pickle of precaching or a .pyd
     IMAGE_KEY: ("_image", "image_embed"),

@@ -9,8 +9,9 @@ from math import ceil
 import numpy as np
 from PIL import Image, ImageCms
 
-from latentsmith.data.errors import BadSample
 from latentsmith.files.images import MAX_PIXELS, BadImage, is_cut_short, open_image
+
+from .errors import BadSample
 
 ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 as the operation that undoes each
 UPRIGHT = {

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heapreplace
 
-from latentsmith.data.order import index_at
 from latentsmith.files.errors import BadInput
+
+from .shuffle import shuffled_index
 
 BLOCK = 100  # positions whose turns are shuffled
 ONE = 1 << 64  # turns are timed in parts of this
@@ -31,7 +32,7 @@ class Turns:
     def __call__(self, position: int) -> tuple[int, int]:
         """The number of the one at `position`, and how many turns it has had before."""
         start = position // BLOCK * BLOCK
-        return self.unshuffled(start + index_at(self.seed ^ 0x51ED, position, BLOCK))
+        return self.unshuffled(start + shuffled_index(self.seed ^ 0x51ED, position, BLOCK))
 
     def unshuffled(self, place: int) -> tuple[int, int]:
         """The same in the order of times. Integers alone, so that no two places ever have the same turn."""
@@ -77,4 +78,4 @@ class Mixture:
         """The sample's number, over all sets, at `position` of the run."""
         number, own = self.turns(position)
         first = sum(self.lengths[:number])
-        return first + index_at(self.seed + 7919 * number, own, self.lengths[number])
+        return first + shuffled_index(self.seed + 7919 * number, own, self.lengths[number])

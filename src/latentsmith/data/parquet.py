@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-from latentsmith.data.errors import BadSample
-from latentsmith.data.places import Place
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
+
+from .errors import BadSample
+from .storage import Place
 
 ROWS = 256  # read at a time
 URL_COLUMNS = ("url", "image_url", "URL")

@@ -23,20 +23,12 @@ from typing import IO
 
 import numpy as np
 
-from latentsmith.data.remote import LocalCopies, Ranges, RemoteCopy, is_remote
-from latentsmith.data.tar_index import (
-    SAMPLE_NAME,
-    Row,
-    build_index,
-    index_array,
-    index_path,
-    load_index,
-    padded,
-    save_index,
-)
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import DIGEST_BYTES, fingerprint_text
+
+from .remote_cache import LocalCopies, Ranges, RemoteCopy, is_remote
+from .tar_index import SAMPLE_NAME, Row, build_index, index_array, index_path, load_index, padded, save_index
 
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"

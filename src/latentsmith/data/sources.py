@@ -16,17 +16,18 @@ from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from latentsmith.data.errors import BadSample
-from latentsmith.data.members import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
-from latentsmith.data.parquet import URL_COLUMNS, ParquetTable, picture_of
-from latentsmith.data.places import AHEAD, INSIDE, Access, Far, Here, Place, link_refused
-from latentsmith.data.remote import attempted, file_system, is_remote, reported
-from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
-from latentsmith.data.tar_index import index_path
-from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
 from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular
+
+from .errors import BadSample
+from .parquet import URL_COLUMNS, ParquetTable, picture_of
+from .remote_cache import attempted, file_system, is_remote, reported
+from .sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
+from .shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
+from .storage import AHEAD, INSIDE, Access, Far, Here, Place, link_refused
+from .tar_index import index_path
+from .wdinfo import read_wdinfo
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from latentsmith.data.buckets import Buckets
-from latentsmith.data.errors import BadSample
-from latentsmith.data.images import decode_image
-from latentsmith.data.order import integer_below
 from latentsmith.files.errors import BadInput
+
+from .buckets import Buckets
+from .errors import BadSample
+from .images import decode_image
+from .shuffle import integer_below
 
 
 class Transforms:

@@ -1,20 +1,14 @@
 """The mathematics of diffusion: tensors in, tensors out."""
 
-from latentsmith.diffusion.denoiser import Denoiser
-from latentsmith.diffusion.grid import SamplingGrid, karras_sigmas
-from latentsmith.diffusion.guidance import GuidedDenoiser
-from latentsmith.diffusion.inpainting import keep_outside
-from latentsmith.diffusion.loss import LOSS_TYPES, min_snr_weight, per_sample_loss
-from latentsmith.diffusion.parameterization import (
-    PREDICTION_TYPES,
-    canonical_prediction_type,
-    to_denoised,
-    to_epsilon,
-    training_target,
-)
-from latentsmith.diffusion.sampler_names import canonical_sampler
-from latentsmith.diffusion.samplers import SAMPLERS, Sampler, Step, sample, sampling_grid, sampling_sigmas
-from latentsmith.diffusion.schedule import BETA_SCHEDULES, TIMESTEP_SPACINGS, NoiseSchedule
+from .denoiser import Denoiser
+from .guidance import GuidedDenoiser
+from .inpainting import inpainting_denoiser
+from .loss import LOSS_TYPES, min_snr_weight, per_sample_loss
+from .parameterization import PREDICTION_TYPES, canonical_prediction_type, to_denoised, to_epsilon, training_target
+from .sampler_names import canonical_sampler
+from .samplers import SAMPLERS, Sampler, Step, sample, sampling_schedule, sampling_sigmas
+from .schedule import BETA_SCHEDULES, TIMESTEP_SPACINGS, NoiseSchedule
+from .spacing import SamplingSchedule, karras_sigmas
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -26,16 +20,16 @@ __all__ = [
     "GuidedDenoiser",
     "NoiseSchedule",
     "Sampler",
-    "SamplingGrid",
+    "SamplingSchedule",
     "Step",
     "canonical_prediction_type",
     "canonical_sampler",
+    "inpainting_denoiser",
     "karras_sigmas",
-    "keep_outside",
     "min_snr_weight",
     "per_sample_loss",
     "sample",
-    "sampling_grid",
+    "sampling_schedule",
     "sampling_sigmas",
     "to_denoised",
     "to_epsilon",

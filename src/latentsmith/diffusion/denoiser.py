@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.diffusion.parameterization import canonical_prediction_type, to_denoised, training_target
-from latentsmith.diffusion.schedule import NoiseSchedule, per_sample
+from .parameterization import canonical_prediction_type, to_denoised, training_target
+from .schedule import NoiseSchedule, per_sample
 
 
 def signal_and_noise_of(sigma: Tensor | float, like: Tensor) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ class Denoiser:
     network: (noisy, timesteps, **conditioning) -> output, of the shape of noisy; timesteps are (batch,) float32, since
         a sampler may ask between two of the schedule's.
     prediction_type: what the network predicts: "epsilon", "v_prediction", "sample", or LDM's eps, v, x0.
-    timestep_at: sigma -> timestep, where the schedule's own interpolation is not wanted (SamplingGrid has one).
+    timestep_at: sigma -> timestep, where the schedule's own interpolation is not wanted (SamplingSchedule has one).
     Raises ValueError for an unknown prediction_type.
     """
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.diffusion.denoiser import Denoiser, tiled
-from latentsmith.diffusion.schedule import per_sample
+from .denoiser import Denoiser, tiled
+from .schedule import per_sample
 
 
 class GuidedDenoiser:

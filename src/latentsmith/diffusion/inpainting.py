@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from latentsmith.diffusion.denoiser import tiled
+from .denoiser import tiled
 
 
-def keep_outside(
+def inpainting_denoiser(
     denoise: Callable[[Tensor, Tensor | float], Tensor], mask: Tensor, latents: Tensor
 ) -> Callable[[Tensor, Tensor | float], Tensor]:
     """A denoiser that knows the answer outside the mask: there its clean estimate is `latents`.

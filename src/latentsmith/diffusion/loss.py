@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentsmith.diffusion.parameterization import canonical_prediction_type
+from .parameterization import canonical_prediction_type
 
 LOSS_TYPES = ("l2", "l1", "huber")
 

@@ -6,7 +6,7 @@ Everywhere here noisy = signal * latents + noise_level * noise with signal**2 + 
 
 from torch import Tensor
 
-from latentsmith.diffusion.schedule import per_sample
+from .schedule import per_sample
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 _ALIASES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}

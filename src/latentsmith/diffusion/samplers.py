@@ -7,8 +7,9 @@ One shared form. A sampler is a generator function of (denoise, latents, sigmas,
     sigmas: (steps + 1,), decreasing, usually ending at 0: noisy = latents + sigma * noise at each.
 
 It yields a Step after each of its steps, so the caller owns progress, previews and stopping, and the last Step's
-latents are the result. Random ones take `noise_at`, a callable step -> unit noise of the latents' shape, and nothing
-from global state. `sample` runs one by its name over a SamplingGrid, from unit noise to finished latents.
+latents are the result. Random ones take `noise_sampler`, a callable step -> unit noise of the latents' shape,
+and nothing from global state. `sample` runs one by its name over a SamplingSchedule, from unit noise to finished
+latents.
 """
 
 import math
@@ -22,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentsmith.diffusion.denoiser import as_output, signal_and_noise_of
-from latentsmith.diffusion.grid import GridRule, SamplingGrid, build_grid
-from latentsmith.diffusion.parameterization import to_denoised
-from latentsmith.diffusion.sampler_names import canonical_sampler
-from latentsmith.diffusion.schedule import NoiseSchedule, per_sample
+from .denoiser import as_output, signal_and_noise_of
+from .parameterization import to_denoised
+from .sampler_names import canonical_sampler
+from .schedule import NoiseSchedule, per_sample
+from .spacing import SamplingSchedule, SpacingRule, build_sampling_schedule
 
 Denoise = Callable[[Tensor, Tensor | float], Tensor]
 NoiseAt = Callable[[int], Tensor]
@@ -60,22 +61,22 @@ def sample_ddim(
     sigmas: Tensor,
     *,
     eta: float = 0.0,
-    noise_at: NoiseAt | None = None,
-    landings: Tensor | None = None,
+    noise_sampler: NoiseAt | None = None,
+    step_targets: Tensor | None = None,
 ) -> Iterator[Step]:
     """DDIM; the same formula is Euler's method (eta 0) and, with eta 1, DDPM and Euler ancestral.
 
-    eta: in [0, 1], the share of random noise; above 0 it needs noise_at.
-    landings: (steps,), as in SamplingGrid, where not sigmas[1:].
+    eta: in [0, 1], the share of random noise; above 0 it needs noise_sampler.
+    step_targets: (steps,), as in SamplingSchedule, where not sigmas[1:].
     Source: Song et al. 2021, equation 12.
     """
-    aims = (sigmas[1:] if landings is None else landings).tolist()
+    aims = (sigmas[1:] if step_targets is None else step_targets).tolist()
     for index, ((sigma, sigma_next), aim) in enumerate(zip(pairwise(sigmas.tolist()), aims, strict=True)):
         denoised = denoise(latents, sigma)
         down, added = ancestral_levels(sigma, aim, eta)
         latents = denoised + (latents - denoised) * (down / sigma)
         if added > 0:
-            latents = latents + _noise(noise_at, index) * added
+            latents = latents + _noise(noise_sampler, index) * added
         if aim != sigma_next:
             latents = latents * ((1 + sigma_next**2) / (1 + aim**2)) ** 0.5
         yield Step(index, latents, denoised)
@@ -136,11 +137,11 @@ def sample_lms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, order: int 
 
 
 def sample_dpmsolver_multistep(
-    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_at: NoiseAt | None = None
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseAt | None = None
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), and with eta 1 its SDE form; second order, one call a step, first order at both ends.
 
-    eta: in [0, 1], the share of random noise; above 0 it needs noise_at.
+    eta: in [0, 1], the share of random noise; above 0 it needs noise_sampler.
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 2 (midpoint) and appendix on SDE-DPM-Solver++(2M).
     """
     levels, previous = sigmas.tolist(), None
@@ -152,7 +153,7 @@ def sample_dpmsolver_multistep(
         ratio = sigma_next / sigma
         latents = estimate + (latents - estimate) * ratio ** (1 + eta)
         if eta > 0 and sigma_next > 0:
-            latents = latents + _noise(noise_at, index) * (sigma_next * (1 - ratio ** (2 * eta)) ** 0.5)
+            latents = latents + _noise(noise_sampler, index) * (sigma_next * (1 - ratio ** (2 * eta)) ** 0.5)
         previous = denoised
         yield Step(index, latents, denoised)
 
@@ -240,21 +241,21 @@ def _settled(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class Sampler:
-    """solve: the generator function. rule: the noise levels it visits. random: it always draws from noise_at."""
+    """solve: the generator function. rule: the noise levels it visits. random: it always draws from noise_sampler."""
 
     solve: Callable[..., Iterator[Step]]
-    rule: GridRule
+    rule: SpacingRule
     random: bool = False
 
 
-_EVERY_LEVEL = GridRule("linspace", fractional=True)
-_ALL_BUT_LAST = GridRule("linspace", extra_point=True)
+_EVERY_LEVEL = SpacingRule("linspace", fractional=True)
+_ALL_BUT_LAST = SpacingRule("linspace", extra_point=True)
 
 # Defaults of the grids are those of diffusers' schedulers.
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(sample_ddim, GridRule("leading", fixed_stride=True, set_alpha_to_one=True)),
-    "ddpm": Sampler(partial(sample_ddim, eta=1.0), GridRule("leading"), random=True),
-    "plms": Sampler(sample_plms, GridRule("leading", set_alpha_to_one=False)),
+    "ddim": Sampler(sample_ddim, SpacingRule("leading", fixed_stride=True, set_alpha_to_one=True)),
+    "ddpm": Sampler(partial(sample_ddim, eta=1.0), SpacingRule("leading"), random=True),
+    "plms": Sampler(sample_plms, SpacingRule("leading", set_alpha_to_one=False)),
     "dpmsolver++": Sampler(sample_dpmsolver_multistep, _ALL_BUT_LAST),
     "dpmsolver++_sde": Sampler(partial(sample_dpmsolver_multistep, eta=1.0), _ALL_BUT_LAST, random=True),
     "dpmsolver++_singlestep": Sampler(sample_dpmsolver_singlestep, _ALL_BUT_LAST),
@@ -263,11 +264,11 @@ SAMPLERS: dict[str, Sampler] = {
     "heun": Sampler(sample_heun, _EVERY_LEVEL),
     "lms": Sampler(sample_lms, _EVERY_LEVEL),
     "unipc": Sampler(sample_unipc, _ALL_BUT_LAST),
-    "para_ddim": Sampler(sample_para_ddim, GridRule("leading", set_alpha_to_one=True)),
+    "para_ddim": Sampler(sample_para_ddim, SpacingRule("leading", set_alpha_to_one=True)),
 }
 
 
-def sampling_grid(
+def sampling_schedule(
     schedule: NoiseSchedule,
     sampler: str,
     steps: int,
@@ -276,7 +277,7 @@ def sampling_grid(
     steps_offset: int = 0,
     set_alpha_to_one: bool | None = None,
     karras: bool = False,
-) -> SamplingGrid:
+) -> SamplingSchedule:
     """The noise levels and timesteps that a sampler visits, as diffusers' scheduler of the same settings has them.
 
     sampler: a name of SAMPLERS or an alias; one that ends in "Karras" asks for karras too.
@@ -289,7 +290,7 @@ def sampling_grid(
     Raises ValueError for an unknown sampler or spacing and for steps that the schedule does not have.
     """
     name, named_karras = canonical_sampler(sampler, SAMPLERS)
-    return build_grid(
+    return build_sampling_schedule(
         schedule,
         SAMPLERS[name].rule,
         steps,
@@ -301,40 +302,40 @@ def sampling_grid(
 
 
 def sampling_sigmas(schedule: NoiseSchedule, sampler: str, steps: int, **settings: Any) -> Tensor:
-    """(steps + 1,), float64, decreasing: sampling_grid's levels alone."""
-    return sampling_grid(schedule, sampler, steps, **settings).sigmas
+    """(steps + 1,), float64, decreasing: sampling_schedule's levels alone."""
+    return sampling_schedule(schedule, sampler, steps, **settings).sigmas
 
 
 def sample(
     sampler: str,
     denoise: Denoise,
     latents: Tensor,
-    grid: SamplingGrid,
+    grid: SamplingSchedule,
     *,
-    noise_at: NoiseAt | None = None,
+    noise_sampler: NoiseAt | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Runs a sampler by its name; the last Step's latents are the result, ready for the VAE.
 
     latents: (batch, channels, height, width), unit noise; scaled here to the grid's start.
-    noise_at: step -> unit noise, for those samplers (and ddim with eta) that draw some.
+    noise_sampler: step -> unit noise, for those samplers (and ddim with eta) that draw some.
     options: the sampler's own: eta, averaged, order, parallelism, tolerance.
     """
     name, _ = canonical_sampler(sampler, SAMPLERS)
     chosen = SAMPLERS[name]
     if chosen.random or options.get("eta", 0) > 0:
-        options["noise_at"] = noise_at
+        options["noise_sampler"] = noise_sampler
     if chosen.rule.fixed_stride:
-        options["landings"] = grid.landings
+        options["step_targets"] = grid.step_targets
     for step in chosen.solve(denoise, latents * grid.start_scale, grid.sigmas, **options):
         last = step.index == grid.steps - 1
         yield replace(step, latents=step.latents / grid.end_scale) if last else step
 
 
-def _noise(noise_at: NoiseAt | None, step: int) -> Tensor:
-    if noise_at is None:
-        raise ValueError("a sampler with eta above 0 needs noise_at")
-    return noise_at(step)
+def _noise(noise_sampler: NoiseAt | None, step: int) -> Tensor:
+    if noise_sampler is None:
+        raise ValueError("a sampler with eta above 0 needs noise_sampler")
+    return noise_sampler(step)
 
 
 def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import read_torch_zip
-from latentsmith.files.regular import CONFIG, open_regular, read_regular
-from latentsmith.files.tensors import TensorFile, tensors_of
+from .errors import BadInput
+from .pickles import read_torch_zip
+from .regular import CONFIG, open_regular, read_regular
+from .tensors import TensorFile, tensors_of
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 2**30  # unpacked; the largest full NeMo checkpoint of an SD model is below 20 GiB

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import check_opcodes
+from .errors import BadInput
+from .pickles import check_opcodes
 
 ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 

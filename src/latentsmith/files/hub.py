@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from latentsmith.files.errors import BadInput
+from .errors import BadInput
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 SMALL_FILES = ["*.json", "*.txt", "*/*.json", "*/*.txt"]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.files.errors import BadInput
-from latentsmith.files.regular import check_regular, open_regular
+from .errors import BadInput
+from .regular import check_regular, open_regular
 
 INERT_PACKAGES = ("omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "nemo")
 INERT_NAMES = frozenset(

@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from latentsmith.files.errors import BadInput
+from .errors import BadInput
 
 MIB = 2**20
 PIECE = 65_536  # bytes read at a time past a file's size

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentsmith.files.atomic import atomic_open
-from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import LazyTensor, map_bytes, read_torch_zip
-from latentsmith.files.regular import JSON, open_regular, read_regular
+from .atomic import atomic_open
+from .errors import BadInput
+from .pickles import LazyTensor, map_bytes, read_torch_zip
+from .regular import JSON, open_regular, read_regular
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

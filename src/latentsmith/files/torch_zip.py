@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from latentsmith.files.pickles import STORAGES, LazyTensor
+from .pickles import STORAGES, LazyTensor
 
 ALIGNMENT = 64  # bytes; as torch aligns, so that tensors can be mapped
 PADDING = b"FB"  # torch's id for the extra field that does the aligning

@@ -1,7 +1,8 @@
 """From a checkpoint and prompts to pictures."""
 
-from .options import SamplingOptions
-from .pipeline import Drawing, Pipeline
-from .tokenizer import Tokenizer
+from latentsmith.text.tokenizer import Tokenizer
 
-__all__ = ["Drawing", "Pipeline", "SamplingOptions", "Tokenizer"]
+from .options import SamplingOptions
+from .pipeline import Pipeline, SamplingStep
+
+__all__ = ["Pipeline", "SamplingOptions", "SamplingStep", "Tokenizer"]

@@ -18,7 +18,7 @@ FRACTIONS = ("eta", "guidance_rescale", "variation_strength", "strength")
 class SamplingOptions:
     """How pictures are drawn.
 
-    height, width: in pixels. steps, sampler: as `diffusion.sampling_grid` takes them. spacing: of its timesteps,
+    height, width: in pixels. steps, sampler: as `diffusion.sampling_schedule` takes them. spacing: of its timesteps,
         "leading", "trailing" or "linspace"; None: as the checkpoint's scheduler config says.
     guidance_scale: one for all, or one each. guidance_rescale: in [0, 1], how far strong guidance is kept from
         overexposing. split_guidance: prompt and null text in two calls of the U-Net: slower, half the memory.

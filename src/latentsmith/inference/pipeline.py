@@ -14,27 +14,27 @@ from PIL import Image
 from torch import Tensor
 
 from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, reads_as_open_clip, spec_of
+from latentsmith.checkpoints.load import without_weights
+from latentsmith.cpu.packing import pack_convolutions
 from latentsmith.diffusion import (
     Denoiser,
     GuidedDenoiser,
     NoiseSchedule,
-    SamplingGrid,
+    SamplingSchedule,
     canonical_prediction_type,
-    keep_outside,
+    inpainting_denoiser,
     sample,
-    sampling_grid,
+    sampling_schedule,
 )
 from latentsmith.files.errors import BadInput
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
-from latentsmith.models.loading import without_weights
+from latentsmith.text.prompts import EncodedPrompt, embed_prompt, encode_prompt
+from latentsmith.text.tokenizer import Tokenizer
 
+from .images import Base, based_on, tiled, to_picture
 from .noise import mixed_noise, noise_of
 from .options import SamplingOptions, one_each
-from .packing import pack_convolutions
-from .pictures import Base, based_on, tiled, to_picture
-from .prompts import EncodedPrompt, embed_prompt, encode_prompt
 from .scaling import to_latents, to_vae_latents
-from .tokenizer import Tokenizer
 
 TILE, OVERLAP = 64, 16  # latents
 AT_ONCE = 512 * 512  # pixels decoded at a time, where there is more than one picture
@@ -42,7 +42,7 @@ OTHER_KINDS = {9: "an inpainting model: ", 8: "an instruct-pix2pix model: ", 5: 
 
 
 @dataclass(frozen=True, eq=False)
-class Drawing:
+class SamplingStep:
     """A batch of pictures after one step; `Pipeline.pictures` shows it.
 
     numbers: which of the prompts they are of. step: done, from 1, of `steps`. latents: as they are; after the last
@@ -187,7 +187,7 @@ class Pipeline:
         mask: Image.Image | Sequence[Image.Image] | None = None,
         batch_size: int = 8,
         **options: Any,
-    ) -> Iterator[Drawing]:
+    ) -> Iterator[SamplingStep]:
         """Every step of every batch, so that the caller owns progress, previews and stopping.
 
         negative_prompts: one for all or one each; None uses the null text that the model was trained with, "" always
@@ -235,7 +235,7 @@ class Pipeline:
         ]
         return self._draw(orders, wanted, batch_size)
 
-    def _draw(self, orders: Sequence[Order], options: SamplingOptions, batch_size: int) -> Iterator[Drawing]:
+    def _draw(self, orders: Sequence[Order], options: SamplingOptions, batch_size: int) -> Iterator[SamplingStep]:
         grid, known = self.grid(options), dict[tuple[EncodedPrompt, int], Tensor]()
         for batch in batches(orders, batch_size):
             yield from self._draw_batch(batch, options, grid, known)
@@ -245,9 +245,9 @@ class Pipeline:
         self,
         orders: Sequence[Order],
         options: SamplingOptions,
-        grid: SamplingGrid,
+        grid: SamplingSchedule,
         known: dict[tuple[EncodedPrompt, int], Tensor],
-    ) -> Iterator[Drawing]:
+    ) -> Iterator[SamplingStep]:
         denoiser = Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=grid.timestep_at)
         denoise: Any = GuidedDenoiser(
             denoiser,
@@ -266,17 +266,19 @@ class Pipeline:
             start = (clean + grid.sigmas[0].item() * start) / grid.start_scale
             if any(base.mask is not None for base in bases if base):
                 mask = torch.stack([base.latent_mask for base in bases if base]).to(self.device)
-                denoise = keep_outside(denoise, mask, clean)
+                denoise = inpainting_denoiser(denoise, mask, clean)
 
-        def noise_at(step: int) -> Tensor:
+        def noise_sampler(step: int) -> Tensor:
             return torch.stack([noise_of(draw, start.shape[1:]) for draw in draws]).to(self.device)
 
         numbers = tuple(order.number for order in orders)
-        for step in sample(options.sampler, denoise, start, grid, noise_at=noise_at, **options.sampler_options):
+        for step in sample(
+            options.sampler, denoise, start, grid, noise_sampler=noise_sampler, **options.sampler_options
+        ):
             latents = step.latents
             if mask is not None and step.index + 1 == grid.steps:  # grids may end a little above sigma 0
                 latents = clean + mask * (latents - clean)
-            yield Drawing(numbers, step.index + 1, grid.steps, latents, step.denoised, bases, options)
+            yield SamplingStep(numbers, step.index + 1, grid.steps, latents, step.denoised, bases, options)
 
     def conditionings(
         self, orders: Sequence[Order], known: dict[tuple[EncodedPrompt, int], Tensor]
@@ -301,14 +303,14 @@ class Pipeline:
         null = [found[order.negative] * (not (order.null and zeroed)) for order in orders]
         return context, {"context": torch.stack(null)}
 
-    def pictures(self, drawing: Drawing) -> list[Image.Image]:
+    def pictures(self, drawing: SamplingStep) -> list[Image.Image]:
         """The pictures of a batch: the result after its last step, before that what is expected."""
-        judged = self.judged(drawing)
-        if failed := [picture for picture in judged if isinstance(picture, str)]:
+        decode_or_error = self.decode_or_error(drawing)
+        if failed := [picture for picture in decode_or_error if isinstance(picture, str)]:
             raise BadInput(failed[0])
-        return judged  # type: ignore[return-value]
+        return decode_or_error  # type: ignore[return-value]
 
-    def judged(self, drawing: Drawing) -> list[Image.Image | str]:
+    def decode_or_error(self, drawing: SamplingStep) -> list[Image.Image | str]:
         """As `pictures`, but for one that cannot be shown the reason in its place, so that the others are not lost."""
         images = self.decode(drawing.latents if drawing.done else drawing.denoised, tiling=drawing.options.vae_tiling)
         pairs = zip(drawing.bases, images.cpu(), strict=True)
@@ -372,10 +374,10 @@ class Pipeline:
             own = mixed_noise(own, other, options.variation_strength)
         return own if order.noise is None else order.noise.cpu()
 
-    def grid(self, options: SamplingOptions) -> SamplingGrid:
+    def grid(self, options: SamplingOptions) -> SamplingSchedule:
         """The noise levels to visit, laid as the checkpoint's scheduler config says; ValueError if they cannot be."""
         spec = self.spec
-        return sampling_grid(
+        return sampling_schedule(
             self.schedule,
             options.sampler,
             options.steps,

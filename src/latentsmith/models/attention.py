@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import Conv2d
+from latentsmith.cpu.convolution import Conv2d
+from latentsmith.cpu.products import Linear
+
 from .layers import attention, group_norm, join_heads, split_heads, zero_init
-from .products import Linear
 
 
 class CrossAttention(nn.Module):

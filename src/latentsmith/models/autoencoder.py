@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import Conv2d
+from latentsmith.checkpoints.load import load_pretrained
+from latentsmith.cpu.convolution import Conv2d
+
 from .layers import attention, group_norm, zero_init
-from .loading import load_pretrained
 
 FIRST_LOGVAR = -6.0  # log variance that fresh weights start with: a deviation of 0.05
 

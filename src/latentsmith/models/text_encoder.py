@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentsmith.checkpoints.load import load_pretrained
+from latentsmith.cpu.products import Linear
+
 from .layers import attention, join_heads, split_heads, zero_init
-from .loading import load_pretrained
-from .products import Linear
 
 ARCHITECTURES = {
     "ViT-L-14": dict(width=768, layers=12, heads=12, intermediate_size=3072, activation="quick_gelu"),

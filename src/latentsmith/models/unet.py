@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from latentsmith.checkpoints.load import load_pretrained
+from latentsmith.cpu.convolution import Conv2d
+from latentsmith.cpu.products import Linear
+
 from .attention import AttentionBlock, SpatialTransformer
-from .convolution import Conv2d
 from .layers import group_norm, timestep_embedding, zero_init
-from .loading import load_pretrained
-from .products import Linear
 
 
 class ResBlock(nn.Module):

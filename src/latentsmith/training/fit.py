@@ -16,13 +16,13 @@ import torch.distributed
 from latentsmith.files.errors import BadInput
 
 from .checkpoint import load_checkpoint, read_state
-from .log import ScalarLog
+from .checkpointing import Checkpointing, SaveCheckpoints
+from .metrics_log import ScalarLog
 from .module import TrainingModule
 from .nonfinite import WatchNonFinite
 from .progress_bar import DataWait, ProgressLine
 from .samples import RunPositions, RunSamples, run_loader
-from .saving import Checkpointing, SaveCheckpoints
-from .stopping import StopOnSignal
+from .signals import StopOnSignal
 
 JOIN_SECONDS = 5  # for a process that was killed; one that waits for a dead disk cannot go
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from latentsmith.data.order import index_at, sample_seed
+from latentsmith.data.shuffle import sample_seed, shuffled_index
 
-from .draws import DROPOUT, Shape
+from .random_draws import DROPOUT, Shape
 
 # What is read at a time where no worker reads: a step leaves nothing of this code in the processor's caches.
 AHEAD, SAMPLES_AHEAD = 8, 128  # batches, but no more than so many samples
@@ -49,7 +49,7 @@ class RunSamples(Dataset):
 
     def index(self, position: int) -> int:
         """Which sample of the set comes at a position."""
-        return self.order(position) if self.order else index_at(self.seed, position, self.length)
+        return self.order(position) if self.order else shuffled_index(self.seed, position, self.length)
 
 
 @dataclass(frozen=True)

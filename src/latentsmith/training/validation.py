@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from .diffusion_module import DiffusionTraining
-from .draws import ValidationDraws
-from .log import append_row, drop_rows_after
+from .metrics_log import append_row, drop_rows_after
 from .module import StepCallback, frozen, tolerated
+from .random_draws import ValidationDraws
 from .samples import Reader, Record, on_device
 
 VALIDATION_FILE = "validation.csv"

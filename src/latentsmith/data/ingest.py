@@ -1,0 +1,235 @@
+"""Import: a source of pictures and captions becomes indexed shards; what is unfit is set aside with its reason."""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latentsmith.files.atomic import atomic_open
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
+
+from .errors import BadSample
+from .filters import Filters
+from .images import MAX_PIXELS, is_plain, load_image, rgb_of
+from .resumable_output import ResumableOutput, full_disk_reported
+from .shards import ShardRecord, ShardWriter, read_set_file
+from .sources import Source, SourceItem, open_source
+from .storage import Access
+
+REPORT_FILE = "import-report.json"
+MAX_CAPTION = 10_000  # characters; a text encoder reads about 300
+FIRST_CAUSES = 3  # in the error of an import without a good sample
+KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+PHOTO_FORMATS = ("JPEG", "MPO", "AVIF", "JPEG2000")  # lossy already: as PNG they would only grow
+
+EVERYTHING = Filters()
+
+Progress = Callable[[int, int, int], None]  # samples seen, samples in the source, bad ones among them
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What an import did: counts, the number of bad samples for each reason, and where the full list is."""
+
+    good: int
+    bad: int
+    reasons: dict[str, int]
+    shards: int
+    path: Path
+
+
+def import_dataset(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    samples_per_shard: int = 1000,
+    max_bad: int | None = None,
+    filters: Filters | None = None,
+    keep_duplicates: bool = True,
+    follow_links: bool = False,
+    allow_outside: bool = False,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Write the good samples of `source` as shards in `out`, members KEY.jpg|png|webp, KEY.txt, KEY.json.
+
+    KEY is the sample's number in the source; KEY.json has its original name, size in pixels, other columns. JPEG, PNG
+    and WebP files that any decoder shows alike keep their bytes; others are stored as PNG, or JPEG if they were lossy.
+
+    max_bad: stop once more samples than this are bad. filters: what to leave out besides, each counted by its name.
+    keep_duplicates: False drops a sample whose file and caption have both been seen.
+    follow_links: read what links in the source folder lead to out of it. allow_outside: read table entries that are
+    absolute paths or use `..`. Otherwise such samples are bad, "outside the source folder".
+    Each bad sample is listed with its reason in `import-report.json`. An import that was interrupted goes on where it
+    stopped when run again. BadInput if the source is wrong, has changed since the interruption, or has no good sample.
+    """
+    access = Access(follow_links, allow_outside)
+    listing = open_source(source, access)
+    filters = filters or Filters()
+    options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
+    # Only those in use: imports made before there were these options have neither.
+    options |= {name: True for name, used in asdict(access).items() if used}
+    work = ResumableOutput(out, {"command": "data import", "source": listing.fingerprint(), "options": options})
+    if not work.is_finished:
+        with full_disk_reported(out):
+            _Import(listing, work, filters, max_bad, progress).run(samples_per_shard)
+    return read_report(Path(out))
+
+
+def read_report(folder: Path) -> ImportReport:
+    """The report of a finished import; BadInput if there is none."""
+    path = folder / REPORT_FILE
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        reasons = content["reasons"]
+        return ImportReport(content["good"], content["bad"], reasons, len(read_set_file(folder)), path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: no report of an import ({error})") from None
+
+
+class _Import:
+    """An import under way: what is bad since the last completed shard, and what has been seen."""
+
+    def __init__(
+        self, source: Source, work: ResumableOutput, filters: Filters, max_bad: int | None, progress: Progress | None
+    ):
+        self.source, self.work, self.max_bad, self.progress = source, work, max_bad, progress
+        self.filters = filters
+        self.options = work.recipe["options"]
+        self.shards: list[ShardRecord] = []
+        self.reasons: Counter[str] = Counter()
+        self.bad: list[dict[str, str]] = []
+        self.seen: set[str] = set()
+        self.fresh: list[str] = []  # fingerprints that the open shard adds to `seen`
+
+    def run(self, samples_per_shard: int) -> None:
+        start = self._resume()
+        number = start - 1
+        with ShardWriter(self.work.folder, samples_per_shard, start=len(self.shards)) as writer:
+            for number, item in enumerate(self.source.items(start), start):
+                if self._take(writer, number, item):
+                    self._record(writer, number + 1)
+                if self.progress:
+                    self.progress(number + 1, len(self.source), self.reasons.total())
+            if writer.finish_shard():
+                self._record(writer, number + 1)
+        if not self.shards:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+            causes = "; ".join(self._first_causes())
+            nothing = f"no good sample in the source ({counts}); nothing was imported"
+            raise BadInput(f"{self.work.folder}: {nothing}{'; first causes: ' if causes else ''}{causes}")
+        self._write_report()
+        self.work.finish(self.shards)
+
+    def _first_causes(self) -> list[str]:
+        """Return the first bad sample of each reason since the last completed shard, at most FIRST_CAUSES of them."""
+        by_reason: dict[str, str] = {}
+        for entry in self.bad:
+            detail = entry["detail"] if entry["name"] in entry["detail"] else f"{entry['name']}: {entry['detail']}"
+            by_reason.setdefault(entry["reason"], detail)
+        return list(by_reason.values())[:FIRST_CAUSES]
+
+    def _resume(self) -> int:
+        """Take up the shards that are done; returns the number of the next item."""
+        start = 0
+        while done := self.work.done(len(self.shards)):
+            start = done["next_item"]
+            self.shards.append(ShardRecord(**done["shard"]))
+            self.reasons.update(entry["reason"] for entry in done["bad"])
+            self.seen.update(done["seen"])
+        return start
+
+    def _take(self, writer: ShardWriter, number: int, item: SourceItem) -> bool:
+        """Write one item, or set it aside; returns whether it completed a shard."""
+        try:
+            members = prepare(item, self.filters)
+            if not self.options["keep_duplicates"]:
+                self._refuse_duplicate(members)
+        except BadSample as error:
+            self._set_aside(item.name, error)
+            return False
+        return writer.write(f"{number:09d}", members)
+
+    def _refuse_duplicate(self, members: dict[str, bytes]) -> None:
+        content = (fingerprint_bytes(data) for extension, data in members.items() if extension != "json")
+        fingerprint = fingerprint_text(" ".join(content))
+        if fingerprint in self.seen:
+            raise BadSample("duplicate", "the same file and caption came earlier")
+        self.seen.add(fingerprint)
+        self.fresh.append(fingerprint)
+
+    def _set_aside(self, name: str, error: BadSample) -> None:
+        self.reasons[error.reason] += 1
+        self.bad.append({"name": printable(name), "reason": error.reason, "detail": printable(str(error))})
+        if self.max_bad is not None and self.reasons.total() > self.max_bad:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+            last = f"{printable(name)}: {printable(str(error))}"
+            raise BadInput(f"{self.work.folder}: more than max_bad={self.max_bad} bad samples ({counts}; last {last})")
+
+    def _record(self, writer: ShardWriter, next_item: int) -> None:
+        shard = writer.finished[-1]
+        self.work.record(len(self.shards), shard, next_item=next_item, bad=self.bad, seen=self.fresh)
+        self.shards.append(shard)
+        self.bad, self.fresh = [], []
+
+    def _write_report(self) -> None:
+        counts = {"good": sum(shard.samples for shard in self.shards), "bad": self.reasons.total()}
+        head = json.dumps({**counts, "reasons": dict(self.reasons.most_common())}, indent=1)
+        with atomic_open(self.work.folder / REPORT_FILE, "w") as file:
+            file.write(head.removesuffix("\n}") + ',\n "samples": [')
+            for count, entry in enumerate(self._all_bad()):
+                file.write((",\n  " if count else "\n  ") + json.dumps(entry))
+            file.write("\n ]\n}\n")
+
+    def _all_bad(self) -> Iterator[dict[str, str]]:
+        for number in range(len(self.shards)):
+            done = self.work.done(number)
+            yield from done["bad"] if done else ()
+        yield from self.bad
+
+
+def prepare(item: SourceItem, filters: Filters = EVERYTHING) -> dict[str, bytes]:
+    """The members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
+    data = item.image()
+    caption = checked_caption(item.caption())
+    image = load_image(data, max_pixels=MAX_PIXELS)
+    filters.check(image.size, caption, item.extra)
+    if image.format in KEPT_FORMATS and is_plain(image):
+        stored, extension, size = data, KEPT_FORMATS[image.format], image.size
+    else:
+        stored, extension, size = encoded(image, data)
+    about: dict[str, Any] = {**item.extra, "original_name": item.name, "width": size[0], "height": size[1]}
+    return {extension: stored, "txt": caption.encode("utf-8"), "json": json.dumps(about).encode("utf-8")}
+
+
+def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int]]:
+    """A loaded image as the bytes of a plain RGB file, its extension, and its (width, height) upright."""
+    rgb, buffer = rgb_of(image, data), io.BytesIO()
+    if image.format in PHOTO_FORMATS:
+        rgb.save(buffer, "JPEG", quality=95, subsampling=0)
+        return buffer.getvalue(), "jpg", rgb.size
+    rgb.save(buffer, "PNG")
+    return buffer.getvalue(), "png", rgb.size
+
+
+def checked_caption(text: str) -> str:
+    """The caption without white space at its ends. Raises BadSample if it is empty, binary or far too long."""
+    text = text.strip()
+    if not text:
+        raise BadSample("empty caption", "the caption is empty")
+    if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
+        raise BadSample("binary caption", f"the caption is not UTF-8 text ({text[:20]!a}...)")
+    if len(text) > MAX_CAPTION:
+        raise BadSample("caption too long", f"{len(text):,} characters, more than {MAX_CAPTION:,}")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text on one line, with what cannot be printed or encoded escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

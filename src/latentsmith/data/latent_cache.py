@@ -1,0 +1,246 @@
+"""The latent cache: what frozen encoders make of a set, computed once, in shards that training reads without copying.
+
+Members of each sample: `image_encoded.npy`, the VAE's moments `(2 * z, height / f, width / f)`, unscaled float16;
+`captions_encoded.npy`, the text embedding `(length, width)`, float16; `txt` and `json` as in the source. A part that is
+not encoded keeps the source's own member. `cache.json` says what made it, `empty_prompt.npy` is the embedding of "".
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latentsmith.files.errors import BadInput
+
+from .resumable_output import first_difference
+from .sample_io import Column, array_of, caption_of
+from .shards import Sample, Shard, ShardSet
+
+CACHE_FILE = "cache.json"
+EMPTY_PROMPT_FILE = "empty_prompt.npy"
+IMAGE_KEY = "image_encoded"
+CAPTION_KEY = "captions_encoded"
+BUCKETS_FILE = "buckets.npy"
+MADE_BY = {  # fingerprints
+    IMAGE_KEY: ("vae", "transforms", "precision"),
+    CAPTION_KEY: ("text_encoder", "layer", "tokenizer", "precision"),
+}
+
+
+class LatentCache:
+    """A finished cache, opened for reading; BadInput if `folder` is none.
+
+    `info` is the content of cache.json. `empty_prompt`: (length, width), None if captions were not encoded.
+    """
+
+    plain = True  # members are .npy files, which can be read where they belong
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.shards = ShardSet(self.folder)  # first, since it refuses an unfinished folder
+        self.info = _read_info(self.folder)
+        self.empty_prompt = _read_empty_prompt(self.folder) if CAPTION_KEY in self.encoded else None
+
+    @property
+    def encoded(self) -> list[str]:
+        """The names of the encoded members: "image_encoded", "captions_encoded" or both."""
+        return list(self.info["members"])
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The encoded members of one sample by name, float16 views of the mapped file, read-only."""
+        shard, inside = self.shards.place(index)
+        return self.encodings(shard, shard[inside])
+
+    def encodings(self, shard: Shard, sample: Sample, variant: int = 0) -> dict[str, np.ndarray]:
+        """The same of a sample at hand; variant: which of the encodings of its picture."""
+        return {name: array_of(shard, sample, _member(name, variant)) for name in self.encoded}
+
+    @property
+    def variants(self) -> int:
+        """Encodings of each picture: of other crops, or mirrored."""
+        return self.info.get("variants", 1)
+
+    @property
+    def holds_means(self) -> bool:
+        """Whether image_encoded is the mean alone, not mean and log variance."""
+        return self.info.get("latents", "").endswith("means")
+
+    def common(self, names: Sequence[str]) -> dict[str, Any]:
+        """What caches whose members `names` train together agree on: all but the sizes that buckets leave open."""
+        members = {name: dict(self.info["members"].get(name, {})) for name in names}
+        if "buckets" in self.info and members.get(IMAGE_KEY):
+            members[IMAGE_KEY]["shape"] = members[IMAGE_KEY]["shape"][:1]
+        made_by = {name: value for key in names for name, value in self.info["fingerprints"].items()
+                   if name in MADE_BY[key]}  # fmt: skip
+        kept = (self.variants, self.holds_means, self.info.get("buckets")) if IMAGE_KEY in names else ()
+        return {"members": members, "fingerprints": made_by, "kinds": list(kept)}
+
+    def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+        """The bucket of each sample, (samples,) uint8, mapped, and the buckets' sizes in pixels (height, width); None
+        where all pictures have one size."""
+        if "buckets" not in self.info:
+            return None
+        path = self.folder / BUCKETS_FILE
+        try:
+            numbers = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        except (OSError, ValueError, EOFError) as error:
+            raise BadInput(f"{path}: the samples' buckets cannot be read ({error}); precache again") from None
+        if numbers.shape != (len(self),) or numbers.dtype != np.uint8:
+            raise BadInput(f"{path}: not the buckets of {len(self):,} samples; precache again")
+        return numbers, [(height, width) for height, width in self.info["buckets"]]
+
+    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """The encoded members of several samples, stacked: `(batch, ...)` float16 for each name. ValueError if the
+        samples' shapes differ."""
+        chosen, rows = np.asarray(indices).tolist(), Rows(self, len(indices))
+        for index in chosen:
+            rows.read(*self.shards.place(index))
+        return rows.arrays
+
+    def caption(self, index: int) -> str:
+        """The caption's text."""
+        shard, inside = self.shards.place(index)
+        return caption_of(shard, shard[inside])
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        """Refuse the cache, with BadInput naming the difference, if something stated in `expected` did not make it.
+
+        expected: fingerprints by the names that `write_cache` was given, and "transforms", "source"; None means not
+        stated, not compared.
+        """
+        stated = {name: value for name, value in json.loads(json.dumps(expected)).items() if value is not None}
+        recorded = {name: self.info["fingerprints"].get(name) for name in stated}
+        difference = first_difference(recorded, stated)
+        if difference:
+            name, made_with, wanted = difference
+            fix = "run precache again with this config, or use the config that made the cache"
+            raise BadInput(f"{self.folder}: made with {name} {made_with!r}, but this run has {wanted!r}; {fix}")
+
+    def check_shapes(self, latent_channels: int | None = None, context_dim: int | None = None) -> None:
+        """Refuse the cache, with BadInput, if its shapes do not fit a U-Net with these in_channels and context_dim."""
+        for name, axis, wanted, key in (
+            (IMAGE_KEY, 0, latent_channels and (1 if self.holds_means else 2) * latent_channels, "in_channels"),
+            (CAPTION_KEY, 1, context_dim, "context_dim"),
+        ):
+            shape = self.info["members"].get(name, {}).get("shape")
+            if shape and wanted is not None and shape[axis] != wanted:
+                what = f"{name} has shape {tuple(shape)}, and unet_config.{key} wants {wanted} at axis {axis}"
+                raise BadInput(f"{self.folder}: {what}; change the U-Net, or precache with its VAE and text encoder")
+
+
+class JoinedCaches(LatentCache):
+    """Caches made alike, as one: their samples one after the other. shards: all theirs. names: the members that are
+    read. BadInput for caches whose members, transforms or encoders of these are others.
+
+    `info` is the first one's, whose source and counts say nothing of the others.
+    """
+
+    def __init__(self, caches: Sequence[LatentCache], shards: ShardSet, names: Sequence[str]):
+        self.caches, self.shards = caches, shards
+        first = caches[0]
+        self.folder, self.empty_prompt = first.folder, first.empty_prompt
+        self.info = {**first.info, "members": {name: first.info["members"][name] for name in names}}
+        for other in caches[1:]:
+            if difference := first_difference(first.common(names), other.common(names)):
+                name, here, there = difference
+                raise BadInput(
+                    f"{other.folder}: {name} is {there!r}, and {here!r} in {first.folder}: precache both alike"
+                )
+
+    def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
+        found = [each for cache in self.caches if (each := cache.buckets())]
+        return (np.concatenate([numbers for numbers, _ in found]), found[0][1]) if found else None
+
+
+class Rows:
+    """Members of samples stacked as they are read, one sample after the other.
+
+    names: the members wanted, all that are encoded if none. Nothing of a shard is kept open for the samples read.
+    """
+
+    def __init__(self, cache: LatentCache, count: int, names: Sequence[str] = ()):
+        self.cache, self.count, self.names = cache, count, names or cache.encoded
+        self.columns: dict[str, Column] = {}
+        self.between = memoryview(bytearray(4096))  # what a tar has between members
+        self.done = 0
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """(count, ...) by name."""
+        return {name: column.rows for name, column in self.columns.items()}
+
+    def read(self, shard: Shard, inside: int, sample: Sample | None = None, variant: int = 0) -> None:
+        """The next sample: number `inside` of a shard, `sample` if it is at hand. variant: which of the encodings of
+        its picture. ValueError if its shapes are not the first one's."""
+        if not self.columns:
+            sample = sample or shard[inside]
+            for name, array in self.cache.encodings(shard, sample, variant).items():
+                if name in self.names:
+                    member = sample.members.get(_member(name, variant), b"")
+                    self.columns[name] = Column(self.count, array, max(0, len(member) - array.nbytes))
+        if not self._read_at_once(shard, inside, variant):
+            sample = sample or shard[inside]  # of a remote shard one request for all members
+            held = self.cache.encodings(shard, sample, variant)
+            for name, column in self.columns.items():
+                column.take(self.done, held[name], f"{name} of sample {sample.key!r}")
+        self.done += 1
+
+    def _read_at_once(self, shard: Shard, inside: int, variant: int) -> bool:
+        """Whether headers and numbers could be read where they belong: of a file here, in the form we write. A call for
+        all members that follow one another is faster than a copy from the mapped file."""
+        if shard.descriptor is None or not self.cache.plain:
+            return False
+        places: list = []
+        start = end = 0
+        for name, column in self.columns.items():
+            offset, size = shard.span(inside, _member(name, variant))
+            if size != len(column.head) + column.nbytes:
+                return False
+            if not 0 <= offset - end <= len(self.between):
+                if places and os.preadv(shard.descriptor, places, start) != end - start:
+                    return False
+                places, start, end = [], offset, offset
+            places += (self.between[: offset - end], column.head, column.place(self.done))
+            end = offset + size
+        done = os.preadv(shard.descriptor, places, start)
+        return done == end - start and all([column.head_fits() for column in self.columns.values()])
+
+
+def variant_name(number: int) -> str:
+    """The member of a sample that holds encoding `number` of its picture: image_encoded, image_encoded.v1, ..."""
+    return f"{IMAGE_KEY}.v{number}" if number else IMAGE_KEY
+
+
+def _member(name: str, variant: int) -> str:
+    """The extension of an encoded member."""
+    return f"{variant_name(variant) if variant and name == IMAGE_KEY else name}.npy"
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / CACHE_FILE
+    try:
+        info = json.loads(path.read_text("utf-8"))
+        is_ours = {"members", "fingerprints", "samples"} <= info.keys()
+    except FileNotFoundError:
+        raise BadInput(
+            f"{folder}: no {CACHE_FILE} here, so this is not a latent cache; make one with precache"
+        ) from None
+    except (ValueError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise BadInput(f"{path}: not the JSON that precache writes; delete the cache and make it again")
+    return info
+
+
+def _read_empty_prompt(folder: Path) -> np.ndarray:
+    path = folder / EMPTY_PROMPT_FILE
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path}: the empty prompt's embedding cannot be read ({error}); precache again") from None

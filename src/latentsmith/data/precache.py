@@ -1,0 +1,305 @@
+"""Making a latent cache: frozen encoders run once over every sample of a set, shard by shard."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import numpy as np
+
+from latentsmith.files.atomic import atomic_open, write_text
+from latentsmith.files.errors import BadInput
+
+from .image_sizes import sizes_of
+from .images import decode_image
+from .latent_cache import BUCKETS_FILE, CACHE_FILE, CAPTION_KEY, EMPTY_PROMPT_FILE, IMAGE_KEY, LatentCache, variant_name
+from .resumable_output import ResumableOutput, full_disk_reported
+from .sample_io import CAPTION_EXTENSIONS, caption_of, image_member, named, npy_bytes, to_float16
+from .shards import Sample, Shard, ShardRecord, ShardSet, ShardWriter
+from .shuffle import sample_seed
+from .transforms import Transforms
+
+EncodeImages = Callable[
+    [np.ndarray], np.ndarray
+]  # (batch, 3, height, width) in [-1, 1] -> moments (batch, 2 * z, h, w)
+EncodeCaptions = Callable[[list[str]], np.ndarray]  # captions -> (batch, length, width)
+Progress = Callable[[int, int], None]  # samples done, samples in the set
+Arrays = dict[str, np.ndarray]
+WINDOW = 512  # samples that are sorted by their aspect buckets, so that batches of one size are full
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen networks as plain functions, and what names them.
+
+    images: (batch, 3, height, width), float32 in [-1, 1] -> moments (batch, 2 * z, height / f, width / f); None leaves
+    the pictures as they are. captions: a list of texts -> (batch, length, width); None leaves the texts.
+    fingerprints: recorded and compared, e.g. "vae", "text_encoder", "layer", "tokenizer". versions: recorded only.
+    """
+
+    images: EncodeImages | None
+    captions: EncodeCaptions | None
+    fingerprints: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is kept of each sample.
+
+    latents: "moments", from which training draws a fresh latent each time, or "mean", half as large. crops: random
+    crops of each picture, of which training takes one each time. flipped: each of them mirrored as well.
+    share_captions: equal captions of a shard are encoded and stored once; another WebDataset reader then finds the
+    embedding with the first of them only. BadInput for what the transforms cannot give.
+    """
+
+    latents: str = "moments"
+    crops: int = 1
+    flipped: bool = False
+    share_captions: bool = False
+
+    def check(self, transforms: Transforms, encoders: Encoders) -> None:
+        if not encoders.images and (self.latents == "mean" or self.variants > 1):
+            raise BadInput("model.data.cache.latents, crops and flipped are of pictures, and only captions are encoded")
+        if not encoders.captions and self.share_captions:
+            raise BadInput("model.data.cache.share_captions is of embeddings, and only pictures are encoded")
+        keys = [key for key, *_ in transforms.describe()]
+        if self.crops > 1 and "random_crop_h_w" not in keys:
+            raise BadInput(f"model.data.cache.crops={self.crops}: all alike without augmentations.random_crop_h_w")
+        if self.flipped and "horizontal_flip" not in keys:
+            raise BadInput("model.data.cache.flipped=True: set model.data.train.augmentations.horizontal_flip=true")
+
+    @property
+    def variants(self) -> int:
+        """Encodings of each picture: those of every crop, each followed by its mirror image's."""
+        return self.crops * (2 if self.flipped else 1)
+
+
+def write_cache(
+    source: ShardSet,
+    out: str | os.PathLike,
+    transforms: Transforms,
+    encoders: Encoders,
+    *,
+    options: CacheOptions | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> LatentCache | None:
+    """Encode every sample of `source` into the folder `out`, one shard for each of the source's.
+
+    Each shard is renamed into place when complete; run again after an interruption, the shards that are done stay.
+    seed: for random transforms, addressed by the sample's index in the source. Of several processes each encodes every
+    `processes`-th shard, from number `rank` on, and waits for none: the one that finds all shards done finishes the
+    folder; the others return None, as all do if one was lost, until they are run again. BadInput if `out` holds another
+    cache, a source sample can no longer be decoded (shard and key named), or an encoding is not finite in float16.
+    """
+    options = options or CacheOptions()
+    options.check(transforms, encoders)
+    recipe = {
+        "command": "precache",
+        "fingerprints": {
+            **encoders.fingerprints,
+            "transforms": transforms.describe(),
+            "source": source.fingerprint(),
+        },
+        "encoded": [key for key, encode in ((IMAGE_KEY, encoders.images), (CAPTION_KEY, encoders.captions)) if encode],
+        "options": asdict(options),
+        "seed": seed if transforms.is_random else None,
+    }
+    work = ResumableOutput(out, recipe, shared=processes > 1)
+    if not work.is_finished:
+        with full_disk_reported(out):
+            writer = _CacheWriter(source, work, transforms, encoders, options, batch_size, seed)
+            writer.fill(rank, processes, progress)
+            if not writer.finish():
+                return None
+    return LatentCache(out)
+
+
+class _CacheWriter:
+    """A cache being written."""
+
+    def __init__(
+        self,
+        source: ShardSet,
+        work: ResumableOutput,
+        transforms: Transforms,
+        encoders: Encoders,
+        options: CacheOptions,
+        batch_size: int,
+        seed: int,
+    ):
+        self.source, self.work, self.encoders, self.options = source, work, encoders, options
+        self.transforms = transforms.unflipped() if options.flipped else transforms
+        self.batch_size, self.seed = batch_size, seed
+        self.embedded: dict[str, np.ndarray] = {}  # by caption, of the shard at hand, where equal ones are shared
+
+    def fill(self, rank: int, processes: int, progress: Progress | None) -> None:
+        """Encode the shards of one process that are not done yet. Progress is told over all processes, as far as their
+        shards are done."""
+        if self.encoders.captions and rank == 0:
+            self._write_empty_prompt(self.encoders.captions)
+        counts = self.source.counts
+        firsts = [0, *accumulate(counts)]
+        mine = range(rank, len(counts), processes)
+        for number in mine:
+            if self.work.is_whole:  # another process has just finished it
+                return
+            done = self.work.done_numbers()
+            told = sum(counts[other] for other in done - {number})
+            if number not in done:
+                self._write_shard(number, firsts[number], told, progress)
+            if progress:
+                progress(told + counts[number], len(self.source))
+
+    def finish(self) -> bool:
+        """Make the folder a cache, if all shards are done and no other process does so; returns whether it did."""
+        every = [self.work.done(number) for number in range(len(self.source.counts))]
+        if not all(every) or not self.work.claim_finish():
+            return False
+        if self.encoders.captions:
+            self._write_empty_prompt(self.encoders.captions)
+        shapes: dict[str, list[int | None]] = {}
+        for done in every:
+            shapes = merged_shapes(shapes, done["shapes"])  # type: ignore[index]
+        if self._buckets:
+            numbers = [number for done in every for number in done["buckets"]]  # type: ignore[index]
+            with atomic_open(self.work.folder / BUCKETS_FILE) as file:
+                np.save(file, np.array(numbers, np.uint8))
+        self._write_info(shapes, len(self.source))
+        self.work.finish([ShardRecord(**done["shard"]) for done in every])  # type: ignore[index]
+        return True
+
+    @property
+    def _buckets(self):
+        return self.transforms.buckets if self.encoders.images else None
+
+    def _write_shard(self, number: int, first: int, told: int, progress: Progress | None) -> None:
+        """Encode one shard, whose first sample is number `first` of the set; `told`: samples done before, of all."""
+        shapes: dict[str, list[int | None]] = {}
+        shard, known = self.source.shard(number), self.source.records[number] is not None
+        buckets = self._bucket_numbers(shard, known)
+        shared = (f"{CAPTION_KEY}.npy",) if self.options.share_captions else ()
+        window = WINDOW if buckets else self.batch_size
+        self.embedded = {}
+        with ShardWriter(self.work.folder, len(shard) + 1, start=number, shared=shared) as writer:
+            for start in range(0, len(shard), window):
+                numbers = range(start, min(start + window, len(shard)))
+                made: dict[int, Arrays] = {}
+                for batch in self._batches(numbers, buckets):
+                    made |= self._encoded(shard, batch, first)
+                    if progress:
+                        progress(told + start + len(made), len(self.source))
+                for one in numbers:
+                    sample = shard[one]
+                    writer.write(sample.key.replace(".", "_"), self._members(sample, made[one]))
+                    shapes = merged_shapes(shapes, {name: list(array.shape) for name, array in made[one].items()})
+        self.work.record(number, writer.finished[0], shapes=shapes, buckets=buckets)
+
+    def _bucket_numbers(self, shard: Shard, known: bool) -> list[int] | None:
+        buckets = self._buckets
+        if buckets is None:
+            return None
+        return [buckets.number_of(int(height), int(width)) for height, width in sizes_of(shard, known)]
+
+    def _batches(self, numbers: range, buckets: list[int] | None) -> Iterator[list[int]]:
+        """The numbers of a window in batches, each of one bucket."""
+        ordered = sorted(numbers, key=buckets.__getitem__) if buckets else numbers
+        for _, some in groupby(ordered, key=buckets.__getitem__ if buckets else lambda number: 0):
+            alike = list(some)
+            for at in range(0, len(alike), self.batch_size):
+                yield alike[at : at + self.batch_size]
+
+    def _encoded(self, shard: Shard, batch: Sequence[int], first: int) -> dict[int, Arrays]:
+        """The arrays of each sample of a batch, by the sample's number."""
+        made: dict[int, Arrays] = {number: {} for number in batch}
+        if self.encoders.images:
+            pictures = [picture for number in batch for picture in self._pictures(shard, number, first + number)]
+            rows = iter(self._images_encoded(self.encoders.images, pictures))
+            for number in batch:
+                made[number] |= {variant_name(i): next(rows) for i in range(self.options.variants)}
+        if self.encoders.captions:
+            captions = [caption_of(shard, shard[number]) for number in batch]
+            embeddings = self._captions_encoded(self.encoders.captions, captions)
+            for number, embedding in zip(batch, embeddings, strict=True):
+                made[number][CAPTION_KEY] = embedding
+        return {
+            number: {name: to_float16(row, f"{shard.path}: {shard.key(number)}") for name, row in arrays.items()}
+            for number, arrays in made.items()
+        }
+
+    def _pictures(self, shard: Shard, number: int, index: int) -> Iterator[np.ndarray]:
+        """The variants of a sample's picture, transformed."""
+        sample = shard[number]
+        with named(shard, sample):
+            image = decode_image(image_member(sample)[1], smallest_side=self.transforms.smallest_side)
+            for crop in range(self.options.crops):
+                picture = self.transforms(image, sample_seed(self.seed, index, crop))
+                yield picture
+                if self.options.flipped:
+                    yield picture[:, :, ::-1]
+
+    def _images_encoded(self, encode: EncodeImages, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Moments of each picture, or their means; a batch holds pictures of one size."""
+        made: dict[int, np.ndarray] = {}
+        places = sorted(range(len(pictures)), key=lambda place: pictures[place].shape)
+        for _, some in groupby(places, key=lambda place: pictures[place].shape):
+            alike = list(some)
+            for at in range(0, len(alike), self.batch_size):
+                batch = alike[at : at + self.batch_size]
+                rows = encode(np.stack([pictures[place] for place in batch]))
+                made |= dict(zip(batch, rows, strict=True))
+        half = self.options.latents == "mean"
+        return [row[: len(row) // 2] if half else row for row in (made[place] for place in range(len(pictures)))]
+
+    def _captions_encoded(self, encode: EncodeCaptions, captions: list[str]) -> list[np.ndarray]:
+        if not self.options.share_captions:
+            return list(encode(captions))
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self.embedded]:
+            self.embedded |= dict(zip(new, encode(new), strict=True))
+        return [self.embedded[caption] for caption in captions]
+
+    def _members(self, sample: Sample, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+        members = {f"{name}.npy": npy_bytes(array) for name, array in arrays.items()}
+        if not self.encoders.images:
+            extension, data = image_member(sample)
+            members[extension] = bytes(data)
+        kept = (name for name in (*CAPTION_EXTENSIONS, "json") if name in sample.members)
+        return members | {name: bytes(sample.members[name]) for name in kept}
+
+    def _write_empty_prompt(self, encode: EncodeCaptions) -> None:
+        with atomic_open(self.work.folder / EMPTY_PROMPT_FILE) as file:
+            file.write(npy_bytes(to_float16(encode([""])[0], "the empty prompt")))
+
+    def _write_info(self, shapes: Mapping[str, list[int | None]], samples: int) -> None:
+        extra = {variant_name(i) for i in range(1, self.options.variants)}
+        info = {
+            "format": "latentsmith-cache-1",
+            "samples": samples,
+            "latents": "unscaled means" if self.options.latents == "mean" else "unscaled moments: mean, log variance",
+            "members": {
+                name: {"shape": shape, "dtype": "float16"} for name, shape in shapes.items() if name not in extra
+            },
+            **({"variants": self.options.variants} if self.encoders.images else {}),
+            **({"buckets": self._buckets.sizes} if self._buckets else {}),
+            "fingerprints": self.work.recipe["fingerprints"],
+            "seed": self.work.recipe["seed"],
+            "versions": {**self.encoders.versions, "numpy": np.__version__},
+        }
+        write_text(self.work.folder / CACHE_FILE, json.dumps(info, indent=1) + "\n")
+
+
+def merged_shapes(
+    known: Mapping[str, Sequence[int | None]], new: Mapping[str, Sequence[int | None]]
+) -> dict[str, list[int | None]]:
+    """The shape of each member over all samples, None at an axis where they differ."""
+    merged = {name: list(shape) for name, shape in known.items()}
+    for name, shape in new.items():
+        before = merged.get(name, shape)
+        merged[name] = [old if old == now else None for old, now in zip(before, shape, strict=True)]
+    return merged

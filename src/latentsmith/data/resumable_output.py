@@ -1,0 +1,148 @@
+"""A folder that a long command fills shard by shard, and that looks finished only when it is.
+
+`unfinished.json` is there from the first moment to the last and holds the recipe: everything that decides the content.
+`shard-000000.done.json` follows each completed shard. A rerun with the same recipe keeps the shards that are done.
+At the end `set.json` is written from the records, then the markers go.
+"""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from latentsmith.files.atomic import INCOMPLETE, remove_incomplete, write_text
+from latentsmith.files.errors import BadInput
+
+from .shards import SET_FILE, UNFINISHED_FILE, ShardRecord, shard_name, write_set_file
+
+CLAIM_FILE = "finishing"
+CLAIM_SECONDS = 300.0
+
+
+class ResumableOutput:
+    """Opens `folder` to be filled by `recipe`, or to go on with it.
+
+    recipe: a JSON object of strings, numbers and nested objects. shared: whether other processes fill it too, at the
+    same time. BadInput if the folder holds anything else: other files, or a set begun or finished by another recipe
+    (the first differing entry is named).
+    """
+
+    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, Any], *, shared: bool = False):
+        self.folder, self.shared = Path(folder), shared
+        self.recipe = json.loads(json.dumps(recipe))
+        self.is_finished = self._open()
+
+    def _open(self) -> bool:
+        marker, whole = self.folder / UNFINISHED_FILE, self.folder / SET_FILE
+        if marker.exists():
+            self._compare(_read_json(marker))
+            if not self.shared:  # another's file under way looks the same
+                remove_incomplete(self.folder)
+        elif whole.exists():
+            self._compare(_read_json(whole).get("recipe", {}))
+            return True
+        elif self.folder.exists() and (not self.folder.is_dir() or self._holds_files()):
+            raise BadInput(f"{self.folder}: already holds something else; name a new folder or an empty one")
+        else:
+            write_text(marker, json.dumps(self.recipe, indent=1) + "\n")
+        return False
+
+    def _holds_files(self) -> bool:
+        return any(not (self.shared and path.name.endswith(INCOMPLETE)) for path in self.folder.iterdir())
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        difference = first_difference(before, self.recipe)
+        if difference:
+            name, old, new = difference
+            what = f"was begun with {name} {_short(old)}, and now it is {_short(new)}"
+            raise BadInput(f"{self.folder}: {what}; name a new folder, or delete this one to start again")
+
+    def done(self, number: int) -> dict[str, Any] | None:
+        """What was recorded of shard `number`, None if it is yet to be made."""
+        try:
+            return _read_json(self._done_path(number))
+        except FileNotFoundError:
+            return None
+
+    def done_numbers(self) -> set[int]:
+        """The numbers of all shards that are done, by whichever process."""
+        return {int(path.name[6:].partition(".")[0]) for path in self.folder.glob("shard-*.done.json")}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether another process has finished the folder meanwhile."""
+        return self.shared and (self.folder / SET_FILE).exists()
+
+    def record(self, number: int, shard: ShardRecord, **more: Any) -> None:
+        """Mark shard `number`, already in place, as done; `more` is for the command's own use on a rerun."""
+        write_text(self._done_path(number), json.dumps({"shard": asdict(shard), **more}))
+
+    def claim_finish(self) -> bool:
+        """Whether it falls to this process to finish the folder: to one of those that fill it, where they are several.
+
+        The claim of a process that was killed in the act lapses after CLAIM_SECONDS.
+        """
+        if not self.shared:
+            return True
+        claim = self.folder / CLAIM_FILE
+        with suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:
+                claim.unlink(missing_ok=True)
+        try:
+            claim.open("x").close()
+            return not (self.folder / SET_FILE).exists()
+        except FileExistsError:
+            return False
+
+    def finish(self, shards: Sequence[ShardRecord]) -> None:
+        """Turn the folder into a finished set. Every other file of it must be in place already."""
+        write_set_file(self.folder, shards, recipe=self.recipe)
+        (self.folder / UNFINISHED_FILE).unlink(missing_ok=True)
+        for number in range(len(shards)):
+            self._done_path(number).unlink(missing_ok=True)
+        remove_incomplete(self.folder)
+        (self.folder / CLAIM_FILE).unlink(missing_ok=True)
+
+    def _done_path(self, number: int) -> Path:
+        return (self.folder / shard_name(number)).with_suffix(".done.json")
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first entry in which two JSON values differ, as (dotted name, before, now); None if they are equal."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*now, *(key for key in before if key not in now)]:
+            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if before == now else (name, before, now)
+
+
+@contextmanager
+def full_disk_reported(folder: str | os.PathLike) -> Iterator[None]:
+    """Turn the system's "no space left" into BadInput; what is complete in `folder` stays."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BadInput(f"{folder}: the disk is full; free some space and run the command again to go on") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if isinstance(content, dict):
+            return content
+    except ValueError:
+        pass
+    raise BadInput(f"{path}: not the JSON object that we write; delete the folder and make it again")
+
+
+def _short(value: Any) -> str:
+    return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)

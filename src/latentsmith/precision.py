@@ -1,0 +1,48 @@
+"""Names of precisions, and the dtypes that they mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from latentsmith.files.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --dtype
+PRECISIONS = {  # of trainer.precision: (dtype of the weights, dtype that autocast computes in, or None)
+    "32-true": ("float32", None),
+    "bf16-mixed": ("float32", "bfloat16"),
+    "16-mixed": ("float32", "float16"),
+    "bf16-true": ("bfloat16", None),
+    "16-true": ("float16", None),
+}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of a name given as --dtype. Raises BadInput for another name."""
+    import torch
+
+    if name not in DTYPES:
+        raise BadInput(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    return getattr(torch, DTYPES[name])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that --dtype has for a dtype."""
+    return {full: short for short, full in DTYPES.items()}[str(dtype).removeprefix("torch.")]
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of trained weights under a trainer.precision."""
+    import torch
+
+    return getattr(torch, PRECISIONS[precision][0])
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the dtype that autocast computes in under a trainer.precision, or None where there is no autocast."""
+    import torch
+
+    name = PRECISIONS[precision][1]
+    return getattr(torch, name) if name else None

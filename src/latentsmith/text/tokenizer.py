@@ -1,0 +1,278 @@
+"""Captions to token ids, as CLIP does it: clean, split into words, byte-pair encode, frame with start and end, pad.
+
+CLIP's own vocabulary (49,408 tokens) is read from any of the files it is published as; a small one can be trained.
+Both are laid out alike: 256 byte symbols, the same ending a word, one token per merge, start, end.
+"""
+
+import html
+import importlib.util
+import json
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import tokenizers
+import torch
+from tokenizers import normalizers, pre_tokenizers
+from torch import Tensor
+
+from latentsmith.files.atomic import write_text
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_text
+
+from .vocabulary import (
+    CLEANING_KEY,
+    END,
+    START,
+    WORD_END,
+    Vocabulary,
+    byte_symbols,
+    bytes_of_symbols,
+    find_vocabulary,
+    laid_out,
+    read_vocabulary,
+)
+
+Cleaning = Literal["transformers", "open_clip"]
+
+OPEN_CLIP_NAMES = {START: "<start_of_text>", END: "<end_of_text>"}
+# Splits a caption into words as Unicode stood when the tokenizers library was built: characters assigned later are
+# punctuation, which may end a word elsewhere than in open_clip.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """tokenizer(["a photo of a cat"]) -> int64 (1, max_length): start, the caption's tokens, end, padding.
+
+    max_length: both ends included; what does not fit is cut, the end kept.
+    cleaning: "transformers" (Unicode NFC, whitespace to one blank, lower case) or "open_clip" (characters repaired as
+    ftfy does, HTML entities resolved, the same; padded with 0) for models made with FrozenOpenCLIPEmbedder. None:
+    as the files say, else as transformers.
+    pad: the token to fill up with, by default the files' own choice, else the end token. As in transformers, a pad
+    token met in a caption stands for itself: with pad "!" every "!" becomes id 0, not "!</w>".
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        max_length: int = 77,
+        *,
+        cleaning: Cleaning | None = None,
+        pad: str | None = None,
+    ) -> None:
+        cleaning = cleaning or vocabulary.cleaning or "transformers"  # type: ignore[assignment]
+        assert max_length >= 2 and cleaning in ("transformers", "open_clip")
+        self.vocabulary, self.max_length, self.cleaning = vocabulary, max_length, cleaning
+        tokens = vocabulary.tokens
+        self.start_id, self.end_id = tokens[START], tokens[END]
+        self.pad = pad or ("!" if cleaning == "open_clip" else vocabulary.pad or END)
+        if self.pad not in tokens:
+            raise BadInput(f"pad token {self.pad!r} is not in the vocabulary; name one that is, such as {END!r}")
+        self.pad_id = tokens[self.pad]
+        self._encoder = _open_clip_encoder(vocabulary) if cleaning == "open_clip" else _encoder(vocabulary, self.pad)
+        self._clean: Callable[[str], str] = open_clip_clean if cleaning == "open_clip" else whole_characters
+
+    @classmethod
+    def from_file(cls, path: str | Path, max_length: int = 77, **options: Any) -> "Tokenizer":
+        """path: tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt."""
+        return cls(read_vocabulary(path), max_length, **options)
+
+    @classmethod
+    def find(
+        cls,
+        given: str | Path | None = None,
+        checkpoint: str | Path | None = None,
+        max_length: int = 77,
+        **options: Any,
+    ) -> "Tokenizer":
+        """CLIP's tokenizer from wherever `find_vocabulary` finds its files."""
+        return cls.from_file(find_vocabulary(given, checkpoint), max_length, **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocabulary.tokens)
+
+    @overload
+    def __call__(self, texts: list[str], *, return_cut: Literal[False] = False) -> Tensor: ...
+    @overload
+    def __call__(self, texts: list[str], *, return_cut: Literal[True]) -> tuple[Tensor, list[str]]: ...
+    def __call__(self, texts: list[str], *, return_cut: bool = False) -> Tensor | tuple[Tensor, list[str]]:
+        """int64 (len(texts), max_length); with return_cut also the end of each text that did not fit, "" if all did.
+
+        Without return_cut a cut text is warned of, once.
+        """
+        assert not isinstance(texts, str), "texts is a list of captions, one or more"
+        rows, cut = [], []
+        for text in texts:
+            ids, rest = self._row(self._clean(text))
+            rows.append(ids)
+            cut.append(rest)
+        if any(cut) and not return_cut:
+            warnings.warn(f"captions of over {self.max_length} tokens are cut (return_cut tells where)", stacklevel=2)
+        batch = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
+        return (batch, cut) if return_cut else batch
+
+    def _row(self, text: str) -> tuple[list[int], str]:
+        encoded = self._encoder.encode(text, add_special_tokens=False)
+        room = self.max_length - 2
+        rest = text[encoded.offsets[room][0] :] if len(encoded.ids) > room else ""
+        return self.framed(encoded.ids[:room]), rest
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, of any length, without start, end and padding."""
+        return self._encoder.encode(self._clean(text), add_special_tokens=False).ids
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """At most max_length - 2 ids between start and end, filled up to max_length."""
+        row = [self.start_id, *ids, self.end_id]
+        return row + [self.pad_id] * (self.max_length - len(row))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text that ids stand for, as cleaning left it, one blank between words."""
+        names, letters = {index: name for name, index in self.vocabulary.tokens.items()}, bytes_of_symbols()
+        parts = (names[index].replace(WORD_END, chr(288)) for index in ids)  # 288 stands for a blank
+        return bytes(letters[letter] for part in parts for letter in part).decode("utf-8", "replace").strip()
+
+    def describe(self) -> dict[str, Any]:
+        """All that decides which ids a caption gets."""
+        plain = self.cleaning == "open_clip" and importlib.util.find_spec("ftfy") is None
+        table = json.dumps([self.vocabulary.tokens, self.vocabulary.merges], sort_keys=True)
+        return {
+            "vocabulary": fingerprint_text(table),
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "cleaning": self.cleaning + (" without ftfy" if plain else ""),
+            "pad": self.pad,
+        }
+
+    def fingerprint(self) -> str:
+        return fingerprint_text(json.dumps(self.describe(), sort_keys=True))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a tokenizer folder as diffusers' checkpoints have it, which from_file reads back."""
+        folder, names = Path(folder), {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad}
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, "do_lower_case": True}
+        config |= {CLEANING_KEY: self.cleaning} if self.cleaning != "transformers" else {}
+        merges = [" ".join(pair) for pair in self.vocabulary.merges]
+        write_text(folder / "vocab.json", _json(self.vocabulary.tokens))
+        write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+        write_text(folder / "tokenizer_config.json", _json({**config, "add_prefix_space": False, **names}))
+        write_text(folder / "special_tokens_map.json", _json(names))
+        write_text(folder / "tokenizer.json", _encoder(self.vocabulary, self.pad).to_str(pretty=True))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+
+
+# ---- Encoding ----
+
+
+def _encoder(vocabulary: Vocabulary, pad: str) -> tokenizers.Tokenizer:
+    """transformers' pipeline: cleaning happens inside, after the special tokens have been taken out of the raw text."""
+    encoder = _bpe(vocabulary.tokens, vocabulary.merges)
+    encoder.normalizer = _cleaner()
+    encoder.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in {START: 0, END: 0, pad: 0}])
+    return encoder
+
+
+def _cleaner() -> normalizers.Normalizer:
+    blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    return normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+
+
+def _open_clip_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """open_clip's pipeline: text arrives clean, and only its own two names for start and end mean them."""
+    tokens = {OPEN_CLIP_NAMES.get(token, token): index for token, index in vocabulary.tokens.items()}
+    encoder = _bpe(tokens, vocabulary.merges, "'ſ|" + WORDS)  # its pattern ignores case, even that of the long s
+    encoder.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in OPEN_CLIP_NAMES.values()])
+    return encoder
+
+
+def _bpe(tokens: dict[str, int], merges: Iterable[tuple[str, str]], words: str = WORDS) -> tokenizers.Tokenizer:
+    model = tokenizers.models.BPE(tokens, list(merges), continuing_subword_prefix="", end_of_word_suffix=WORD_END)
+    encoder = tokenizers.Tokenizer(model)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return encoder
+
+
+def whole_characters(text: str) -> str:
+    """Halves of surrogate pairs, as broken JSON leaves them, are joined, or replaced by U+FFFD when alone."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def open_clip_clean(text: str) -> str:
+    """What open_clip's tokenizer does first: ftfy.fix_text, html.unescape twice, one blank between words, lower case.
+
+    Where ftfy is not installed its certain repairs are done here, those that guess at a wrong encoding are not.
+    """
+    text = _fix_text()(text)
+    return " ".join(html.unescape(html.unescape(text)).split()).lower()
+
+
+def _fix_text() -> Callable[[str], str]:
+    try:
+        from ftfy import fix_text
+    except ImportError:
+        return plain_repairs
+    return fix_text
+
+
+QUOTES = {code: "'" for code in (0x2BC, *range(0x2018, 0x201C))} | {code: '"' for code in range(0x201C, 0x2020)}
+LIGATURES = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]")
+WIDE_OR_NARROW = re.compile("[\u3000\uff01-\uffee]")
+TERMINAL = re.compile("\x1b\\[[\\d;]*[a-zA-Z]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
+
+
+def plain_repairs(text: str) -> str:
+    """The repairs of ftfy.fix_text that need no guessing: entities, ligatures, widths, quotes, controls, NFC."""
+    if "<" not in text:
+        text = html.unescape(text)
+    text = TERMINAL.sub("", text)
+    text = re.sub("[\x80-\x9f]", lambda match: match[0].encode("latin-1").decode("cp1252", "ignore") or match[0], text)
+    text = text.replace("\ufb05", "\u017ft")  # ftfy keeps this one's long s
+    text = LIGATURES.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = WIDE_OR_NARROW.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = CONTROL.sub("", whole_characters(text.translate(QUOTES)))
+    return unicodedata.normalize("NFC", text)
+
+
+# ---- Training a vocabulary ----
+
+
+def train_vocabulary(captions: Iterable[str], size: int, out: str | Path) -> int:
+    """Learn the merges that shorten these captions most and write the vocabulary; returns its number of tokens.
+
+    size: tokens at most, at least 514 (256 bytes in two forms, start, end: so that nothing is ever unknown); fewer are
+    written when every word has become one token. out: a folder, as Tokenizer.save writes it, or one tokenizer.json.
+    The same captions, in any order, give the same file.
+    """
+    fixed = len(laid_out([]))
+    if size < fixed:
+        raise BadInput(f"vocabulary size {size}: every vocabulary has {fixed} tokens before it learns any; give more")
+    learner = _bpe({}, [])
+    learner.normalizer = _cleaner()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 2,
+        initial_alphabet=byte_symbols(),
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+    )
+    learner.train_from_iterator(map(whole_characters, captions), trainer)
+    learned = json.loads(learner.to_str())["model"]["merges"][: size - fixed]
+    merges = tuple((first, second) for first, second in learned)
+    vocabulary = Vocabulary(laid_out(merges), merges)
+    if Path(out).suffix == ".json":
+        write_text(out, _encoder(vocabulary, END).to_str(pretty=True))
+    else:
+        Tokenizer(vocabulary).save(out)
+    return len(vocabulary.tokens)

@@ -1,0 +1,143 @@
+"""`latentsmith train --dry-run`: what a config would train, on what, at what cost, without training or loading it."""
+
+import os
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from latentsmith.checkpoints.load import without_weights
+from latentsmith.data import dataset
+from latentsmith.files.errors import BadInput
+from latentsmith.inference import SamplingOptions
+from latentsmith.models import UNetModel
+from latentsmith.units import BYTES, OPERATIONS, scaled
+
+from . import setup
+from .checkpoint import MOMENTS, read_state
+from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
+from .run_folder import checkpoint_to_resume, run_folder
+
+HALVES = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16-true": torch.float16,
+}
+CPU_ATTENTION = {  # which the counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
+
+
+def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
+    """Check the config against its files, its data and this machine, and say in lines what it would train.
+
+    Networks are built on the meta device and checkpoints are read to their headers; only a cache's fingerprints need
+    the weights of the frozen networks. Raises BadInput, one line, for all that training would refuse before its first
+    step.
+    """
+    settle_padding(config)
+    model, processes = config.model, setup.process_count(config)
+    batch = setup.global_batch(config, processes)
+    with without_weights():
+        networks = build_networks(config)
+    words = build_tokenizer(config) if "text_encoder" in networks else None
+    cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
+    frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
+    samples = dataset.open_set(config, frozen, words)
+    steps = setup.step_limit(config, samples.count, batch)
+    if model.data.validation.dataset_path and config.trainer.limit_val_batches:
+        dataset.open_set(config, frozen, words, "validation")
+    setup.optimisation(config, batch, steps)
+    check_folder(config)
+    if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
+        _ = SamplingOptions(1, 1, wanted.steps, wanted.guidance_scale, wanted.sampler).sampler_name
+    return [
+        *header(networks, trained),
+        *dataset.preflight(samples, words, steps, batch),
+        *cost(config, networks, trained, samples.latent_shape, batch, processes),
+    ]
+
+
+def check_folder(config: DictConfig) -> None:
+    """BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
+    folder = run_folder(config)
+    start = checkpoint_to_resume(config, folder, look_only=True)
+    if start is not None:
+        read_state(start)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise BadInput(f"{folder}: cannot be made in {existing}; give another exp_manager.exp_dir")
+
+
+def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:
+    """A line for each network."""
+    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    return [f"{name}: {n:,} parameters, {'trained' if name in trained else 'frozen'}" for name, n in counts.items()]
+
+
+def cost(
+    config: DictConfig,
+    networks: dict[str, nn.Module],
+    trained: tuple[str, ...],
+    latent_shape: tuple[int, int, int],
+    batch: int,
+    processes: int,
+) -> list[str]:
+    """Arithmetic of a step, and memory of one process, counted on tensors without data."""
+    flops, kept = unet_forward(config, latent_shape)
+    per_step = 3 * flops * batch / config.model.micro_batch_size
+    return [
+        f"U-Net arithmetic: {scaled(per_step, OPERATIONS, 1000)} a step of {batch} (forward, and twice that backward), "
+        f"{scaled(per_step / processes, OPERATIONS, 1000)} on each of {processes} processes",
+        memory(config, networks, trained, {"U-Net activations": kept}),
+    ]
+
+
+def memory(
+    config: DictConfig, networks: dict[str, nn.Module], trained: tuple[str, ...], more: dict[str, int] | None = None
+) -> str:
+    """What one process holds of weights and all that follows from them, and `more`, in a line."""
+    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
+    moving = sum(count for name, count in counts.items() if name in trained)
+    sizes = {
+        "weights": 4 * sum(counts.values()),
+        "gradients": 4 * moving,
+        "optimizer": int(4 * MOMENTS.get(config.model.optim.name, 2) * moving),
+        "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
+        **(more or {}),
+    }
+    listed = ", ".join(f"{name} {scaled(size, BYTES, 1024)}" for name, size in sizes.items() if size)
+    aside = "" if more else "; activations come on top, --dry-run counts them"
+    return f"memory of a process, about: {scaled(sum(sizes.values()), BYTES, 1024)} ({listed}{aside})"
+
+
+def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """(floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
+    model, kept = config.model, {}
+    half = HALVES.get(config.trainer.precision)
+    with FakeTensorMode():
+        sizes: Any = keywords(model.unet_config)
+        unet = UNetModel(**sizes)
+        owned = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in owned:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        micro, text = model.micro_batch_size, model.cond_stage_config
+        latents, timesteps = torch.empty(micro, *latent_shape), torch.empty(micro)
+        width = sizes.get("context_dim")
+        context = None if width is None else torch.empty(micro, text.pad_to or text.max_length, width)
+        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.autocast("cpu", half, enabled=half is not None), counter, saved:
+            unet(latents, timesteps, context)
+    return counter.get_total_flops(), sum(kept.values())

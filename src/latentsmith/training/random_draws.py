@@ -1,0 +1,107 @@
+"""Everything random in training, as pure functions of (seed, position of the sample in the run)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentsmith.data.shuffle import sample_seed, shuffled_index
+from latentsmith.diffusion import NoiseSchedule
+
+DRAWS, CROPS, DROPOUT = 1, 2, 3  # streams of one position's seed: what is added to its sample; transforms; dropout
+Shape = tuple[int, int, int]
+VALIDATION = 20230501  # the seed of every validation loss, so that runs can be compared
+
+
+@dataclass(frozen=True)
+class DiffusionDraws:
+    """What the diffusion loss draws for the samples of a batch, each by its own position.
+
+    latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
+    caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
+    offset_noise: deviation of a noise that is the same all over a channel, added to the noise, so that pictures can
+        become very dark or light (Guttenberg 2023). input_perturbation: deviation of the noise added to the U-Net's
+        input but not to its target (Ning et al. 2023, "Input perturbation reduces exposure bias in diffusion models").
+    """
+
+    seed: int
+    latent_shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    caption_dropout_rate: float = 0.0
+    text_embedding_dropout_rate: float = 0.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+
+    def __call__(self, positions: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        """Draws for the samples at `positions`, stacked: `noise` and `posterior_noise` of latent_shape (the samples'
+        own, where they have one), `timesteps` with their `signal` and `noise_level`, the flags `empty_caption` and
+        `zero_embedding`, and, with input_perturbation, the `input_noise` that the U-Net sees in place of the noise it
+        is to find."""
+        count, shape = len(positions), latent_shape or self.latent_shape
+        chances, timesteps = torch.empty(count, 2), torch.empty(count, dtype=torch.long)
+        noise, posterior_noise = torch.empty(count, *shape), torch.empty(count, *shape)
+        offset, perturbation = torch.empty(count, shape[0], 1, 1), torch.empty(count, *shape)
+        wanted = 4 if self.input_perturbation else 3 if self.offset_noise else 2  # an option changes only what it adds
+        generator = torch.Generator("cpu")
+        normals = (noise, posterior_noise, offset, perturbation)[:wanted]
+        rows = [tensor.unbind() for tensor in (chances, timesteps, *normals)]
+        for position, chance, timestep, *normal in zip(positions, *rows, strict=True):
+            seeded(generator, self.seed, position)
+            chance.uniform_(generator=generator)
+            timestep.random_(self.schedule.timesteps, generator=generator)
+            for one in normal:
+                one.normal_(generator=generator)
+        signal, noise_level = self.schedule.signal_and_noise(timesteps)
+        drawn = {
+            "timesteps": timesteps,
+            "signal": signal,
+            "noise_level": noise_level,
+            "noise": noise + self.offset_noise * offset if self.offset_noise else noise,
+            "posterior_noise": posterior_noise,
+            "empty_caption": chances[:, 0] < self.caption_dropout_rate,
+            "zero_embedding": chances[:, 1] < self.text_embedding_dropout_rate,
+        }
+        if self.input_perturbation:
+            drawn["input_noise"] = drawn["noise"] + self.input_perturbation * perturbation
+        return drawn
+
+
+@dataclass(frozen=True)
+class ValidationDraws:
+    """What the validation loss takes for samples `numbers` of `count`: the same in every run, whatever its seed.
+
+    The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
+    dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
+    """
+
+    latent_shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    count: int
+
+    def __call__(self, numbers: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        strata = torch.from_numpy(shuffled_index(VALIDATION, np.asarray(numbers), self.count))
+        timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
+        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(numbers, latent_shape)
+        signal, noise_level = self.schedule.signal_and_noise(timesteps)
+        return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    """What training an autoencoder draws for each sample: the noise that its latents are sampled with."""
+
+    seed: int
+    latent_shape: tuple[int, int, int]
+
+    def __call__(self, positions: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        noise, generator = torch.empty(len(positions), *(latent_shape or self.latent_shape)), torch.Generator("cpu")
+        for row, position in enumerate(positions):
+            noise[row].normal_(generator=seeded(generator, self.seed, position))
+        return {"posterior_noise": noise}
+
+
+def seeded(generator: torch.Generator, seed: int, position: int) -> torch.Generator:
+    """The same generator, put into a state that depends on nothing but the seed and the position."""
+    return generator.manual_seed(sample_seed(seed, position, DRAWS))

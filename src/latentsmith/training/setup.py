@@ -1,0 +1,286 @@
+"""From the config to the pieces that the commands put together."""
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from latentsmith.data.mixture import Mixture
+from latentsmith.data.remote_cache import LocalCopies, is_remote
+from latentsmith.data.sample_io import caption_of, image_member, named
+from latentsmith.data.shards import ShardSet
+from latentsmith.data.shuffle import sample_seed
+from latentsmith.data.transforms import Transforms
+from latentsmith.data.wdinfo import read_wdinfo
+from latentsmith.diffusion import NoiseSchedule
+from latentsmith.files.errors import BadInput
+
+from .module import Optimisation
+from .optimizers import BITSANDBYTES, lr_schedule
+from .random_draws import CROPS
+from .samples import Reader, one_by_one
+from .sharding import strategy
+
+
+def noise_schedule(config: DictConfig) -> NoiseSchedule:
+    model = config.model
+    schedule = NoiseSchedule.from_config(
+        model.linear_start, model.linear_end, model.beta_schedule, model.timesteps, cosine_s=model.cosine_s
+    )
+    return schedule.zero_terminal_snr() if model.zero_terminal_snr else schedule
+
+
+def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation:
+    """The optimizer of a run of max_steps steps of `batch` samples."""
+    optim, sched = config.model.optim, config.model.optim.sched
+    options: dict[str, Any] = {
+        key: optim[key] for key in ("lr", "weight_decay", "betas", "eps") if optim[key] is not None
+    }
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])
+    hold = sched.hold_steps if sched.hold_steps is not None else math.inf
+    least = sched.min_lr / optim.lr if sched.min_lr and optim.lr else 0.0
+    last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps
+    schedule = lr_schedule(
+        sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
+    )
+    return Optimisation(optim.name, options, schedule, batch)
+
+
+def global_batch(config: DictConfig, processes: int) -> int:
+    """Samples of one optimizer step: model.global_batch_size, or one micro batch on every process."""
+    micro = config.model.micro_batch_size
+    wanted = config.model.global_batch_size or micro * processes * config.trainer.accumulate_grad_batches
+    if wanted % (micro * processes):
+        raise BadInput(
+            f"model.global_batch_size={wanted} does not divide into micro batches of {micro} on {processes} processes"
+        )
+    return wanted
+
+
+def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
+    """The samples of model.data.train or model.data.validation."""
+    path = config.model.data[data].dataset_path
+    if not path:
+        raise BadInput(
+            f"model.data.{data}.dataset_path is not set; give the folder that `latentsmith data import` made"
+        )
+    return ShardSet([tar for one in listed(path) for tar in located(config, one)], local_copies(config))
+
+
+def located(config: DictConfig, path: str) -> list[str]:
+    """The tars or folder that a dataset_path means, a relative one from model.data.webdataset.local_root_path."""
+    root = config.model.data.webdataset.local_root_path or ""
+    if not path.endswith(".pkl"):
+        return [path if is_remote(path) else os.path.join(root, path)]
+    tars = read_wdinfo(Path(path))
+    if remote := [tar for tar in tars if is_remote(tar)]:
+        raise BadInput(f"{path}: lists {remote[0]}, and only the config may name an address: give it in dataset_path")
+    return [os.path.join(root, tar) for tar in tars]
+
+
+def local_copies(config: DictConfig) -> LocalCopies:
+    """Where copies of what is far away lie, and how much of it."""
+    remote, default = config.model.data.remote, LocalCopies.default()
+    return LocalCopies(Path(remote.cache_dir) if remote.cache_dir else default.folder, int(remote.cache_gib * 2**30))
+
+
+def mixture(config: DictConfig) -> Mixture | None:
+    """The order of the training set where model.data.train.weights mixes several; None where it is a shuffle of all."""
+    train = config.model.data.train
+    if train.weights is None:
+        return None
+    if not isinstance(train.dataset_path, ListConfig):
+        raise BadInput(
+            "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
+        )
+    copies = local_copies(config)
+    lengths = [len(ShardSet(located(config, one), copies)) for one in listed(train.dataset_path)]
+    with of_key("model.data.train.weights"):
+        return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
+
+
+@contextmanager
+def of_key(key: str) -> Iterator[None]:
+    """BadInput names the key of the config that is to blame."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{key}: {error}") from None
+
+
+def listed(paths: Any) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def step_limit(config: DictConfig, samples: int, batch: int) -> int:
+    """Optimizer steps of the run, by trainer.max_steps or max_epochs, whichever ends first; BadInput without."""
+    trainer = config.trainer
+    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
+    ends += [-(-trainer.max_epochs * samples // batch)] if trainer.max_epochs > 0 else []
+    if not ends:
+        raise BadInput("trainer.max_steps and max_epochs are both unlimited: give one of them")
+    return min(ends)
+
+
+def transforms(config: DictConfig, data: str = "train") -> Transforms:
+    """The picture transforms of a set, or those of training where it states none.
+
+    BadInput if they do not make pictures of one size.
+    """
+    augmentations = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
+    stated: Any = OmegaConf.to_container(augmentations) if augmentations else {}
+    made = Transforms(**{key: value for key, value in stated.items() if value is not None})
+    if made.size is None and made.buckets is None:
+        raise BadInput(
+            "model.data.train.augmentations needs center_crop_h_w, random_crop_h_w or aspect_buckets: batches are of "
+            "one size"
+        )
+    return made
+
+
+def filtered_by(config: DictConfig) -> int | None:
+    """Pixels of model.data.train.filterings.resolution, None without."""
+    stated = config.model.data.train.get("filterings", {}).get("resolution", {})
+    if stated.get("method") and stated.get("value") is None:
+        raise BadInput("model.data.train.filterings.resolution.method has no effect alone; give its value in pixels")
+    return stated.get("value")
+
+
+def picture_size(made: Transforms) -> tuple[int, int]:
+    """(height, width) of the pictures, of the squarest where they have several."""
+    return made.size or square_of(made.buckets.sizes if made.buckets else [])
+
+
+def square_of(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The squarest of several sizes (height, width)."""
+    height, width = min(sizes, key=lambda size: max(size) / min(size))
+    return height, width
+
+
+def factor(config: DictConfig) -> int:
+    """Pixels of a picture's side for each of its latents'."""
+    return 2 ** (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
+
+
+def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of pictures of `size` (height, width)."""
+    by = factor(config)
+    if size[0] % by or size[1] % by:
+        raise BadInput(f"pictures of {size[0]}x{size[1]} do not divide by {by}, the downsampling of the VAE")
+    return config.model.first_stage_config.embed_dim, size[0] // by, size[1] // by
+
+
+def read_images(samples: ShardSet, made: Transforms, seed: int) -> Reader:
+    """A reader of (indices, positions): `images` (batch, 3, height, width) in [-1, 1], `captions`, `keys`."""
+
+    def read(index: int, position: int) -> dict[str, Any]:
+        shard, inside = samples.place(index)
+        sample = shard[inside]
+        with named(shard, sample):
+            picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
+        caption = caption_of(shard, sample)
+        return {"images": torch.from_numpy(picture), "captions": caption, "keys": sample.key}
+
+    return one_by_one(read)
+
+
+def check_device(config: DictConfig) -> None:
+    """BadInput for an accelerator that this machine lacks, and for half precision on a CPU."""
+    accelerator, cuda, mps = config.trainer.accelerator, torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"cuda": cuda, "gpu": cuda or mps, "mps": mps}.get(accelerator, True):
+        raise BadInput(f"trainer.accelerator={accelerator}: this machine has none; set it to auto or cpu")
+    if cuda and accelerator in ("cuda", "gpu", "auto"):
+        wanted = devices_of(config)
+        if isinstance(wanted, int) and wanted > torch.cuda.device_count():
+            raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
+        if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
+    if config.model.optim.name in BITSANDBYTES:
+        check_bitsandbytes(config)
+    if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
+        raise BadInput(f"trainer.max_time={config.trainer.max_time} is not a time as DD:HH:MM:SS")
+    check_strategy(config.trainer.strategy)
+    if config.model.inductor_cudagraphs and (not config.model.inductor or not cuda or accelerator in ("cpu", "mps")):
+        raise BadInput("model.inductor_cudagraphs=True works with model.inductor=True, on a CUDA GPU; leave it out")
+    if on_cpu(config) and config.model.inductor and not (shutil.which("g++") or shutil.which("clang++")):
+        raise BadInput(
+            "model.inductor=True: TorchInductor needs a C++ compiler on a CPU, and there is none; install g++"
+        )
+    if on_cpu(config) and config.trainer.precision.startswith("bf16"):
+        print("trainer.precision=bf16 on a CPU: emulated, and far slower than 32, where it has no units for bfloat16")
+    if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
+        raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
+
+
+def check_bitsandbytes(config: DictConfig) -> None:
+    """BadInput where an optimizer of bitsandbytes cannot work."""
+    name = f"model.optim.name={config.model.optim.name}"
+    if find_spec("bitsandbytes") is None:
+        raise BadInput(f"{name}: bitsandbytes is not installed; pip install 'latentsmith[bitsandbytes]'")
+    if "paged" in name and (on_cpu(config) or not torch.cuda.is_available()):
+        raise BadInput(f"{name} moves moments between a GPU's memory and the CPU's; without CUDA take fused_adam")
+    if config.model.channels_last:
+        raise BadInput(f"{name}: bitsandbytes lays weights out anew as it steps; set model.channels_last=false")
+    if config.trainer.strategy == "model_parallel":
+        raise BadInput(f"{name}: bitsandbytes knows no sharded weights; take fused_adam, whose moments are sharded")
+
+
+def on_cpu(config: DictConfig) -> bool:
+    """Whether the run trains on the CPU: asked for, or for want of anything else."""
+    found = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and not found)
+
+
+def check_strategy(name: str) -> None:
+    """BadInput for a strategy that this engine does not train, save and resume with."""
+    known = ("auto", "ddp", "model_parallel")
+    if name not in known:
+        reason = (
+            "shards are trainer.strategy=model_parallel here"
+            if name.startswith(("fsdp", "deepspeed"))
+            else (f"it is one of {', '.join(known)}")
+        )
+        raise BadInput(f"trainer.strategy={name} is not one to save and resume with: {reason}")
+
+
+def process_count(config: DictConfig) -> int:
+    """Training processes of the run, over all machines."""
+    devices = devices_of(config)
+    if devices in (-1, "auto"):
+        devices = torch.cuda.device_count() or 1
+    return (len(devices) if isinstance(devices, list) else int(devices)) * config.trainer.num_nodes
+
+
+def devices_of(config: DictConfig) -> Any:
+    """trainer.devices as plain data: a number, a list of numbers or "auto"; all that there are of a CPU is one."""
+    devices = config.trainer.devices
+    if devices in (-1, "auto") and on_cpu(config):
+        return 1
+    return devices if isinstance(devices, int | str) else list(devices)
+
+
+def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
+    """The options of the config that are Lightning's own."""
+    trainer = config.trainer
+    micro_batches = global_batch(config, processes) // (processes * config.model.micro_batch_size)
+    return dict(
+        devices=devices_of(config),
+        num_nodes=trainer.num_nodes,
+        accelerator=trainer.accelerator,
+        strategy=strategy(trainer.strategy, processes),
+        precision=trainer.precision,
+        gradient_clip_val=trainer.gradient_clip_val if (trainer.gradient_clip_val or 0) > 0 else None,
+        accumulate_grad_batches=micro_batches,
+        deterministic=trainer.deterministic,
+        benchmark=trainer.benchmark,
+        max_time=trainer.max_time,
+    )

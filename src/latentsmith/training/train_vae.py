@@ -1,0 +1,75 @@
+"""`latentsmith train-vae`: an autoencoder from pictures, for who has none to start from."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from latentsmith.checkpoints.load import without_weights
+from latentsmith.config.build import build
+from latentsmith.files.errors import BadInput
+
+from . import setup
+from .dry_run import check_folder, header
+from .fitting import fit_as_configured
+from .networks import build_network, keywords
+from .random_draws import PosteriorDraws
+from .run_folder import open_run_folder, run_folder
+from .samples import RunSamples
+from .vae_module import VaeTraining
+
+
+def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
+    """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder.
+
+    dry_run: check everything that training would, print what would be trained, and stop.
+    """
+    setup.check_device(config)
+    first_stage = config.model.first_stage_config
+    loss = build(first_stage.lossconfig)
+    if isinstance(loss, torch.nn.Identity):
+        target = "latentsmith.training.losses.ReconstructionLoss"
+        raise BadInput(
+            f"first_stage_config.lossconfig is torch.nn.Identity, which trains nothing; set _target_: {target}"
+        )
+    samples, transforms = setup.shard_set(config), setup.transforms(config)
+    if setup.filtered_by(config) is not None:
+        raise BadInput("model.data.train.filterings: not of train-vae; `data import --min-size` leaves pictures out")
+    if transforms.size is None:
+        raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
+    batch, seed = setup.global_batch(config, setup.process_count(config)), config.model.seed
+    max_steps = setup.step_limit(config, len(samples), batch)
+    with without_weights() if dry_run else nullcontext():
+        vae: Any = build_network(config, "vae")
+    shape = setup.latent_shape(config, transforms.size)
+    optimisation = setup.optimisation(config, batch, max_steps)
+    epochs = max_steps * batch / len(samples)
+    head = header({"vae": vae}, ("vae",))
+    head.append(f"{len(samples):,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs")
+    print(*head, sep="\n", flush=True)
+    if dry_run:
+        check_folder(config)
+        return run_folder(config)
+    if config.model.channels_last:
+        vae.to(memory_format=torch.channels_last)
+    run = RunSamples(
+        read=setup.read_images(samples, transforms, seed),
+        draw=PosteriorDraws(seed, shape),
+        length=len(samples),
+        seed=seed,
+        order=setup.mixture(config),
+    )
+    folder = open_run_folder(config)
+    fit_as_configured(
+        config,
+        VaeTraining(vae, loss, optimisation),
+        run,
+        max_steps,
+        folder,
+        head=head,
+        metadata={"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
+    )
+    return folder

@@ -1,0 +1,79 @@
+"""Packed convolutions are the plain ones but for rounding, whatever happens to them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from latentsmith.cpu.convolution import Conv2d
+from latentsmith.cpu.packing import PackedConv2d, give_back, pack_convolutions
+
+
+def pair(**options):
+    torch.manual_seed(0)
+    plain = Conv2d(16, 24, **options).eval()
+    packed = nn.Sequential(copy.deepcopy(plain))
+    pack_convolutions(packed)
+    return plain, packed[0]
+
+
+def same(plain, packed, *shape):
+    images = torch.randn(*shape)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(images), plain(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2), dict(kernel_size=1),
+                                     dict(kernel_size=3, padding=1, bias=False)])  # fmt: skip
+def test_the_same_at_every_size(options):
+    plain, packed = pair(**options)
+    for shape in ((1, 16, 8, 8), (3, 16, 9, 13), (1, 16, 32, 32)):
+        same(plain, packed, *shape)
+    assert type(packed) is PackedConv2d and packed.packed is not None
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_changed_weight_is_packed_again():
+    plain, packed = pair(kernel_size=3, padding=1)
+    same(plain, packed, 1, 16, 8, 8)
+    with torch.no_grad():
+        for conv in (plain, packed):
+            conv.weight.mul_(2)
+    same(plain, packed, 1, 16, 8, 8)
+    other = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
+    plain.load_state_dict(other)
+    packed.load_state_dict(other, assign=True)
+    same(plain, packed, 1, 16, 8, 8)
+    same(plain, copy.deepcopy(packed), 1, 16, 8, 8)
+
+
+def test_gradients_and_other_precisions_go_the_plain_way():
+    plain, packed = pair(kernel_size=3, padding=1)
+    images = torch.randn(1, 16, 8, 8)
+    for conv in (plain, packed):
+        conv(images).square().sum().backward()
+    torch.testing.assert_close(packed.weight.grad, plain.weight.grad)
+    same(plain.bfloat16().float(), packed.bfloat16().float(), 1, 16, 8, 8)
+    with torch.no_grad():
+        assert packed.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_given_back_is_still_there(tmp_path):
+    torch.save({"w": torch.arange(1_000_000.0)}, tmp_path / "w.pt")
+    mapped = torch.load(tmp_path / "w.pt", mmap=True)["w"]
+    owned = torch.arange(1_000_000.0)
+    for tensor in (mapped, owned):
+        give_back(tensor)
+        assert torch.equal(tensor, torch.arange(1_000_000.0))
+
+
+def test_large_pictures_are_not_packed(monkeypatch):
+    """Winograd's algorithm takes the weight as it is, and a small picture packs it after all."""
+    plain = Conv2d(512, 512, 3, padding=1)
+    packed = nn.Sequential(copy.deepcopy(plain))
+    pack_convolutions(packed)
+    same(plain, packed[0], 1, 512, 32, 32)
+    assert packed[0].packed is None
+    same(plain, packed[0], 1, 512, 4, 4)
+    assert packed[0].packed is not None
