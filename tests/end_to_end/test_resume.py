@@ -183,7 +183,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(world, monkeypatch, capsys
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("log.append_row", "validation.append_row"):
+    for name in ("metrics_log.append_row", "validation.append_row"):
         monkeypatch.setattr(f"latentsmith.training.{name}", full)
     monkeypatch.setattr("latentsmith.training.report.write_run_report", full)
     monkeypatch.setattr("latentsmith.training.sample_images.save_row", full)
