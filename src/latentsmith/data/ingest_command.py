@@ -28,7 +28,7 @@ def import_data(
 
     filters: the fields of `Filters`.
     """
-    with progress("importing", "samples") as tell:
+    with progress("importing", "samples") as bar:
         report = import_dataset(
             source,
             out,
@@ -38,7 +38,7 @@ def import_data(
             keep_duplicates=not no_duplicates,
             follow_links=follow_links,
             allow_outside=allow_outside,
-            progress=tell,
+            progress=lambda done, total, bad: bar(done, total, note=f"{bad:,} set aside" if bad else ""),
         )
     print(f"{out}: {report.good:,} samples in {report.shards} shards, {report.bad:,} set aside")
     for reason, count in sorted(report.reasons.items()):
