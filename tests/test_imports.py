@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "diffusion",
     },
     "data": {
+        "architectures",
         "inference",
         "files",
         "models",

@@ -13,6 +13,7 @@ import yaml
 
 import latentsmith
 from latentsmith.checkpoints import ModelSpec, export_diffusers
+from latentsmith.checkpoints.from_config import with_padding
 from latentsmith.cli import main
 from latentsmith.cli.main import app
 from latentsmith.config import schema
@@ -21,7 +22,6 @@ from latentsmith.demo.scenes import write_pictures
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.generate import AXES
 from latentsmith.text.tokenizer import train_vocabulary
-from latentsmith.training.networks import settle_padding
 
 ROOT = Path(__file__).parents[1]
 SIZES = {
@@ -123,7 +123,7 @@ def test_a_start_from_nemo_keeps_its_padding(place, capsys):
             data = (place / name).read_bytes()
             (place / name).write_bytes(data.replace(b"trained_unpadded: true", b"trained_unpadded: null"))
         config = fine_tuning(place, f"padding-{padded}", place / name)
-        settle_padding(config)
+        config = with_padding(config)
         assert config.model.cond_stage_config.pad_to == padded
         assert ("filled up to 80" in capsys.readouterr().out) == bool(padded)
 

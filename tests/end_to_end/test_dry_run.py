@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from latentsmith import AutoencoderKL, ClipTextEncoder, UNetModel, load_config
+from latentsmith.checkpoints.from_config import keywords
 from latentsmith.cli import main
 from latentsmith.config.compose import presets
 from latentsmith.cpu import products
 from latentsmith.training.dry_run import unet_forward
-from latentsmith.training.networks import keywords
 
 
 def hollow(path, network):

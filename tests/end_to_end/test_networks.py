@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from latentsmith import load_config
+from latentsmith.checkpoints.from_config import build_network, build_tokenizer, weights_of
 from latentsmith.models import UNetModel
 from latentsmith.text.tokenizer import train_vocabulary
 from latentsmith.text.vocabulary import _open_clip_file
-from latentsmith.training.networks import build_network, build_tokenizer, weights_of
 
 NEMO = "nemo.collections.multimodal.modules.stable_diffusion.encoders.modules."
 

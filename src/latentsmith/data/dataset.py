@@ -10,11 +10,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from latentsmith.checkpoints.from_config import is_encoded
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_tensors
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.training import setup
-from latentsmith.training.networks import fingerprint, is_encoded, layer_of
 from latentsmith.training.random_draws import CROPS
 from latentsmith.training.samples import Reader, Record, one_by_one
 from latentsmith.units import BYTES, scaled
@@ -194,6 +195,16 @@ def wanted_fingerprints(
         "tokenizer": words.fingerprint() if text and words else None,
         "transforms": stated_transforms(config, data) if pictures else None,
     }
+
+
+def fingerprint(network: nn.Module) -> str:
+    return fingerprint_tensors(network.state_dict())
+
+
+def layer_of(config: DictConfig) -> str:
+    """Return what a cache records of the text encoder's output: the layer, and padding if there is any."""
+    node = config.model.cond_stage_config
+    return node.layer + (f", padded to {node.pad_to}" if node.pad_to else "")
 
 
 def stated_transforms(config: DictConfig, data: str) -> Any:

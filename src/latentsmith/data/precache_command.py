@@ -10,6 +10,8 @@ import torch
 from omegaconf import DictConfig
 
 from latentsmith import __version__
+from latentsmith.architectures import COMPONENTS
+from latentsmith.checkpoints.from_config import build_network, build_tokenizer, is_encoded, weights_of, with_padding
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.pipeline import pick_device
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
@@ -18,17 +20,8 @@ from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.training import setup
 from latentsmith.training.dry_run import HALVES
-from latentsmith.training.networks import (
-    PARTS,
-    build_network,
-    build_tokenizer,
-    fingerprint,
-    is_encoded,
-    layer_of,
-    settle_padding,
-    weights_of,
-)
 
+from .dataset import fingerprint, layer_of
 from .latent_cache import LatentCache
 from .precache import CacheOptions, Encoders, write_cache
 
@@ -46,10 +39,12 @@ def precache(config: DictConfig, out: Path | str) -> Path:
             "goes; set it to false to cache a set"
         )
     wanted = wanted_encodings(config)
-    settle_padding(config)
-    for part, key in PARTS.items():
+    config = with_padding(config)
+    for part, component in COMPONENTS.items():
         if part in wanted and not weights_of(config, part):
-            raise BadInput(f"model.{key}.from_pretrained is not set: a cache made by random weights is of no use")
+            raise BadInput(
+                f"model.{component.config_key}.from_pretrained is not set: a cache made by random weights is of no use"
+            )
     source, transforms = setup.shard_set(config), setup.transforms(config)
     for size in transforms.buckets.sizes if transforms.buckets else [setup.picture_size(transforms)]:
         setup.latent_shape(config, size)

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from latentsmith.checkpoints.from_config import (
+    build_network,
+    build_networks,
+    build_tokenizer,
+    is_encoded,
+    keywords,
+    with_padding,
+)
 from latentsmith.checkpoints.load import without_weights
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
@@ -18,7 +26,6 @@ from latentsmith.units import BYTES, OPERATIONS, scaled
 
 from . import setup
 from .checkpoint import MOMENTS, read_state
-from .networks import build_network, build_networks, build_tokenizer, is_encoded, keywords, settle_padding
 from .run_folder import checkpoint_to_resume, run_folder
 
 HALVES = {
@@ -41,7 +48,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     the weights of the frozen networks. Raises BadInput, one line, for all that training would refuse before its first
     step.
     """
-    settle_padding(config)
+    config = with_padding(config)
     model, processes = config.model, setup.process_count(config)
     batch = setup.global_batch(config, processes)
     with without_weights():

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
-from latentsmith.files.tensors import open_tensors
+from latentsmith.files.tensors import open_tensors, save_safetensors
 from latentsmith.processes import is_first_process
+from latentsmith.text.tokenizer import Tokenizer
 
 from .checkpoint import checkpoints_in, read_state
 
@@ -95,3 +97,15 @@ def scale_so_far(config: DictConfig, folder: Path) -> float | None:
     start = checkpoint_to_resume(config, folder, look_only=True)
     spec = open_tensors(start / "unet.safetensors").metadata.get("latentsmith.spec") if start else None
     return None if spec is None else float(json.loads(spec)["scale_factor"])
+
+
+def save_frozen(
+    folder: Path, networks: dict[str, nn.Module], trained: tuple[str, ...], tokenizer: Tokenizer | None
+) -> None:
+    """Put what is not trained into the run folder, once, so that the folder is a whole model."""
+    for name, network in networks.items():
+        path = folder / f"{name}.safetensors"
+        if name not in trained and not path.exists():
+            save_safetensors(path, dict(network.state_dict()))
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")

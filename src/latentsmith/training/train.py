@@ -10,7 +10,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
+from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, keywords, with_padding
+from latentsmith.config.typed import Config
 from latentsmith.data import dataset
 from latentsmith.data.synthetic import Synthetic
 from latentsmith.diffusion import canonical_prediction_type
@@ -25,9 +28,8 @@ from .diffusion_module import DiffusionTraining, EmptyPrompt, Objective
 from .dry_run import dry_run as what_would_be_trained
 from .dry_run import header, memory
 from .fitting import fit_as_configured
-from .networks import PARTS, build_networks, build_tokenizer, is_encoded, save_frozen, settle_padding, spec_of_run
 from .random_draws import VALIDATION, DiffusionDraws, PosteriorDraws, ValidationDraws
-from .run_folder import open_run_folder, run_folder, scale_so_far
+from .run_folder import open_run_folder, run_folder, save_frozen, scale_so_far
 from .sample_images import SampleLog
 from .samples import Reader, RunSamples
 from .validation import HeldOut, Validation
@@ -44,6 +46,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     if dry_run:
         print("\n".join(what_would_be_trained(config, trained_parts(config))))
         return run_folder(config)
+    config = with_padding(config)
     ready = prepared(config)
     head = head_of(config, ready)
     print(*head, sep="\n", flush=True)
@@ -96,7 +99,8 @@ def trained_parts(config: DictConfig) -> tuple[str, ...]:
 def prepared(config: DictConfig) -> Ready:
     """The networks, samples and objective of a config. Raises BadInput for what does not fit together."""
     model, batch = config.model, setup.global_batch(config, setup.process_count(config))
-    settle_padding(config)
+    config = with_padding(config)
+    model = config.model
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = dataset.open_set(config, networks, words)
@@ -175,8 +179,9 @@ def sample_log(
     wanted = config.exp_manager.sample_images
     if not (wanted.every_n_train_steps and wanted.prompts):
         return []
-    if missing := [part for part in PARTS if part not in networks]:
-        print(f"no sample pictures: the run has no {missing[0]}; set model.{PARTS[missing[0]]}.from_pretrained")
+    if missing := [part for part in COMPONENTS if part not in networks]:
+        key = f"model.{COMPONENTS[missing[0]].config_key}.from_pretrained"
+        print(f"no sample pictures: the run has no {missing[0]}; set {key}")
         return []
     pipeline = Pipeline(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
     size = pipeline.image_size
@@ -255,3 +260,25 @@ def measured_scale(
         return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
 
     return measure
+
+
+def spec_of_run(config: Config, scale_factor: float, latent_size: int) -> ModelSpec:
+    """Return what the weights of this run do not show, kept in their metadata."""
+    model = config.model
+    zeroed = model.text_embedding_dropout_rate > 0 and not model.caption_dropout_rate
+    return ModelSpec(
+        keywords(model.unet_config),
+        keywords(model.first_stage_config),
+        {k: v for k, v in keywords(model.cond_stage_config).items() if k not in ("tokenizer", "freeze")},
+        canonical_prediction_type(model.parameterization),
+        image_size=latent_size,
+        scale_factor=scale_factor,
+        linear_start=model.linear_start,
+        linear_end=model.linear_end,
+        timesteps=model.timesteps,
+        beta_schedule=model.beta_schedule,
+        cosine_s=model.cosine_s,
+        zero_terminal_snr=model.zero_terminal_snr,
+        timestep_spacing="trailing" if model.zero_terminal_snr else None,  # the only one that starts from pure noise
+        null_text="zero" if zeroed else "empty",
+    )

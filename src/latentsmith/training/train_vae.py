@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from latentsmith.checkpoints.from_config import build_network, keywords
 from latentsmith.checkpoints.load import without_weights
 from latentsmith.config.build import build
 from latentsmith.files.errors import BadInput
@@ -15,7 +16,6 @@ from latentsmith.files.errors import BadInput
 from . import setup
 from .dry_run import check_folder, header
 from .fitting import fit_as_configured
-from .networks import build_network, keywords
 from .random_draws import PosteriorDraws
 from .run_folder import open_run_folder, run_folder
 from .samples import RunSamples

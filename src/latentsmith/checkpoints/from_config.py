@@ -1,0 +1,106 @@
+"""The networks and the tokenizer that a config asks for, filled from the files that it names."""
+
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from latentsmith.architectures import COMPONENTS
+from latentsmith.config.build import arguments, build
+from latentsmith.config.typed import Config, replaced
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hub import published
+from latentsmith.text.tokenizer import Tokenizer
+from latentsmith.text.vocabulary import own_vocabulary
+
+from .open import open_checkpoint
+from .spec import NEMO_LENGTH, pads_text, stated_text
+
+SOURCES = ("_target_", "from_pretrained", "from_NeMo", "restore_from_path", "monitor", "lossconfig", "device")
+
+
+def is_encoded(key: str) -> bool:
+    """Return whether a stage key means cached encodings (`image_encoded`, `captions_encoded`, `images_moments`)."""
+    return key.endswith(("encoded", "moments"))
+
+
+def weights_of(config: Config, part: str) -> str | None:
+    """Return the source of a part's weights: its own key, else model.ckpt_path, else the published `version` that a
+    text encoder's config names."""
+    return stated_weights(config, part) or published(node_of(config, part).get("version"))
+
+
+def stated_weights(config: Config, part: str) -> str | None:
+    """Return the file or folder that the config itself gives for a part."""
+    node = node_of(config, part)
+    return node.from_pretrained or node.get("restore_from_path") or config.model.ckpt_path
+
+
+def node_of(config: Config, part: str) -> Any:
+    """Return the config of "unet", "vae" or "text_encoder"."""
+    return getattr(config.model, COMPONENTS[part].config_key)
+
+
+def with_padding(config: Config) -> Config:
+    """Return the config with cond_stage_config.pad_to, if it is null, as the U-Net's first weights were trained."""
+    start = stated_weights(config, "unet")
+    if not start or config.model.cond_stage_config.pad_to is not None:
+        return config
+    if not pads_text(stated_text(open_checkpoint(start))):
+        return config
+    print(f"{start}: trained by NeMo with text embeddings filled up to {NEMO_LENGTH}, and used so here (pad_to)")
+    return replaced(config, "model.cond_stage_config.pad_to", NEMO_LENGTH)
+
+
+def build_networks(config: Config) -> dict[str, nn.Module]:
+    """Build the networks that a training needs or keeps, by name. Raises BadInput where a frozen one has no weights.
+
+    The U-Net always; the VAE if images have to be encoded or a file of it is given; so the text encoder, and if it
+    is trained. Fresh weights are a function of model.seed.
+    """
+    model = config.model
+    needed = {
+        "unet": True,
+        "vae": not is_encoded(model.first_stage_key),
+        "text_encoder": not is_encoded(model.cond_stage_key) or model.cond_stage_trainable,
+    }
+    networks = {}
+    for part, component in COMPONENTS.items():
+        fresh_allowed = part == "unet" or (part == "text_encoder" and model.cond_stage_trainable)
+        if needed[part] and not weights_of(config, part) and not fresh_allowed:
+            raise BadInput(
+                f"model.{component.config_key}.from_pretrained is not set: the {part} is frozen and would stay random"
+            )
+        if needed[part] or stated_weights(config, part):
+            networks[part] = build_network(config, part)
+    return networks
+
+
+def build_network(config: Config, part: str) -> nn.Module:
+    """Build one network with its weights, or with fresh ones that are a function of model.seed."""
+    torch.manual_seed(config.model.seed)
+    filled: Any = OmegaConf.merge(node_of(config, part), {"from_pretrained": weights_of(config, part)})
+    return build(filled, weights=config.model.ckpt_weights)
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """Return the tokenizer of the text encoder: its `tokenizer` key, or the files beside its weights.
+
+    An OpenCLIP encoder without files of its own reads captions as open_clip does; NeMo's Megatron CLIP does not.
+    """
+    node, weights = config.model.cond_stage_config, weights_of(config, "text_encoder")
+    of_open_clip = (node.activation or {"ViT-H-14": "gelu"}.get(node.arch)) == "gelu" and not node.restore_from_path
+    as_open_clip = of_open_clip and not own_vocabulary(weights)
+    cleaning = "open_clip" if as_open_clip else None
+    tokenizer = Tokenizer.find(node.tokenizer, weights, node.max_length, cleaning=cleaning)
+    if tokenizer.vocab_size > node.vocab_size:
+        raise BadInput(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, cond_stage_config.vocab_size is {node.vocab_size}"
+        )
+    return tokenizer
+
+
+def keywords(node: Any) -> dict[str, Any]:
+    """Return the constructor keywords that shape a network."""
+    return {key: value for key, value in arguments(node).items() if key not in SOURCES}
