@@ -30,13 +30,13 @@ from PIL import Image
 
 from latentsmith.data.dataset import TrainingSet, reader
 from latentsmith.data.latent_cache import LatentCache
+from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.data.precache import Encoders, write_cache
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.shuffle import shuffled_index
 from latentsmith.data.transforms import Transforms
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.training.random_draws import DiffusionDraws
-from latentsmith.training.samples import RunPositions, RunSamples, run_loader
 
 MOMENTS, TEXT, BATCH = (8, 64, 64), (77, 768), 64
 FOUND: dict[str, dict] = {}  # all that is measured, for --json

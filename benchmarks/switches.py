@@ -39,15 +39,15 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     """Train `steps` steps and print what they took."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     import torch
+    from latentsmith.training.networks import build_network
 
     from latentsmith import load_config
+    from latentsmith.data.loader import RunSamples, collated
     from latentsmith.training.checkpointing import Checkpointing
     from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
     from latentsmith.training.fit import Data, fit
     from latentsmith.training.module import StepCallback
-    from latentsmith.training.networks import build_network
     from latentsmith.training.random_draws import DiffusionDraws
-    from latentsmith.training.samples import RunSamples, one_by_one
     from latentsmith.training.setup import noise_schedule, optimisation, trainer_options
     from latentsmith.training.train import arranged
 
@@ -82,7 +82,7 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fit(
             module,
-            Data(RunSamples(one_by_one(read), DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
+            Data(RunSamples(collated(read), DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
             steps,
             Path(folder),
             Checkpointing(Path(folder), 0, 1, enabled=False),

@@ -85,14 +85,14 @@ def with_diffusers(folder: Path, batch: int, steps: int, tuned: bool) -> list[tu
 
 def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) -> list[tuple[float, float]]:
     import torch
+    from latentsmith.training.networks import build_network
 
     from latentsmith import load_config
+    from latentsmith.data.loader import RunSamples
     from latentsmith.training.checkpointing import Checkpointing
     from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
     from latentsmith.training.fit import Data, fit
     from latentsmith.training.module import StepCallback
-    from latentsmith.training.networks import build_network
-    from latentsmith.training.samples import RunSamples
     from latentsmith.training.setup import optimisation, trainer_options
 
     shape = [f"model.unet_config.model_channels={widths[0]}", "model.unet_config.channel_mult=[1,2,4,4]",

@@ -159,7 +159,7 @@ def test_member_of_a_set(marker, tmp_path, kind):
     assert error.value.reason == "unsupported format"
     with ShardWriter(tmp_path / "shards") as writer:
         writer.write("a", {"jpg": FILES[kind], "txt": b"x"})
-    with pytest.raises(BadInput, match=r"shard-000000\.tar: sample 'a': no picture \(the format is PostScript"):
+    with pytest.raises(BadInput, match=r"shard-000000\.tar: sample 'a': no image \(the format is PostScript"):
         image_sizes(ShardSet(tmp_path / "shards"))
     assert not marker.exists()
 

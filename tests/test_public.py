@@ -17,7 +17,7 @@ from latentsmith.checkpoints.from_config import with_padding
 from latentsmith.cli import main
 from latentsmith.cli.main import app
 from latentsmith.config import schema
-from latentsmith.data.ingest_command import import_data
+from latentsmith.data.ingest import import_data
 from latentsmith.demo.scenes import write_pictures
 from latentsmith.files.errors import BadInput
 from latentsmith.inference.generate import AXES

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from latentsmith.checkpoints.convert import convert
     from latentsmith.config import build, load_config
-    from latentsmith.data.precache_command import precache
+    from latentsmith.data.precache import precache
     from latentsmith.diffusion import NoiseSchedule
     from latentsmith.inference import Pipeline
     from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
@@ -39,7 +39,7 @@ _MODULES = {
     "build": "config",
     "convert": "checkpoints.convert",
     "load_config": "config",
-    "precache": "data.precache_command",
+    "precache": "data.precache",
     "train": "training.train",
 }
 

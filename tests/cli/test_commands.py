@@ -30,9 +30,9 @@ def call(monkeypatch):
             if error is not None:
                 raise error
 
-        stand_in = types.ModuleType(f"latentsmith.{module}")
-        setattr(stand_in, function, recorded)
-        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+        mirror = types.ModuleType(f"latentsmith.{module}")
+        setattr(mirror, function, recorded)
+        monkeypatch.setitem(sys.modules, mirror.__name__, mirror)
         return calls
 
     return replace

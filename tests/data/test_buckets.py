@@ -9,8 +9,8 @@ from PIL import Image
 
 from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, MixedBuckets, listing
 from latentsmith.data.image_sizes import image_sizes, sizes_path
-from latentsmith.data.mixture import BLOCK as BLOCK_OF_TURNS
 from latentsmith.data.shards import ShardSet, ShardWriter
+from latentsmith.data.shuffle import INTERLEAVE_BLOCK
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 
@@ -125,7 +125,7 @@ def test_sets_mixed_by_weight_within_buckets(numbers, weights):
         for bucket in range(5):
             among = times[first:last][kept[first:last] == bucket]
             # all of them come before any comes again, but for the shuffle of a block
-            assert not len(among) or max(among) - min(among) <= max(2, 2 * BLOCK_OF_TURNS * batch / len(among))
+            assert not len(among) or max(among) - min(among) <= max(2, 2 * INTERLEAVE_BLOCK * batch / len(among))
             assert abs(among.sum() - wanted * len(among)) <= 3 * batch
     again = MixedBuckets(kept, 5, batch, lengths, weights)
     for position in (0, 7, 8, 47_999, 12_345, 3):
@@ -183,5 +183,5 @@ def test_sizes_of_pictures_are_read_once(tmp_path, png, monkeypatch):
 def test_a_sample_without_a_picture_is_named(tmp_path):
     with ShardWriter(tmp_path) as writer:
         writer.write("a", {"txt": b"x"})
-    with pytest.raises(BadInput, match="sample 'a': no picture"):
+    with pytest.raises(BadInput, match="sample 'a': no image"):
         image_sizes(ShardSet(tmp_path))

@@ -5,19 +5,19 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 
 import numpy as np
 import pytest
 import webdataset
 
+from latentsmith.data.dataset import TrainingSet, reader
 from latentsmith.data.ingest import import_dataset
-from latentsmith.data.latent_cache import LatentCache, Rows
+from latentsmith.data.latent_cache import LatentCache
 from latentsmith.data.precache import CacheOptions, Encoders, write_cache
 from latentsmith.data.resumable_output import CLAIM_FILE, ResumableOutput
-from latentsmith.data.sample_io import npy_bytes, parsed_header
-from latentsmith.data.shards import Shard, ShardSet, ShardWriter, write_set_file
-from latentsmith.data.shuffle import sample_seed
+from latentsmith.data.sample_io import caption_of, npy_array, npy_bytes
+from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
+from latentsmith.data.shuffle import CROPS, integer_below, sample_seed
 from latentsmith.data.tar_index import index_path, load_index
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
@@ -79,7 +79,7 @@ def test_holds_what_the_encoders_make(tmp_path, source):
     assert len(cache) == 10 and cache.encoded == ["image_encoded", "captions_encoded"]
     assert all(same(cache[i], expected(source, i)) for i in range(10))
     assert (cache.empty_prompt == encode_captions([""])[0].astype(np.float16)).all()
-    assert cache.caption(7) == "caption 7"
+    assert caption_of(cache.shards[7]) == "caption 7"
     assert seen[-1] == (10, 10) and [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert [path.name for path in cache.shards.paths] == [path.name for path in source.paths]
     info = json.loads((tmp_path / "c" / "cache.json").read_text())
@@ -87,74 +87,28 @@ def test_holds_what_the_encoders_make(tmp_path, source):
     assert info["fingerprints"]["source"] == source.fingerprint() and info["fingerprints"]["vae"] == "aaaa"
 
 
-def test_batches_are_stacked_and_samples_are_views(tmp_path, source):
+def test_samples_are_views(tmp_path, source):
     cache = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
-    batch = cache.read_batch(np.array([9, 0, 4, 4]))
-    assert {name: array.shape for name, array in batch.items()} == {
-        "image_encoded": (4, 4, 4, 4),
-        "captions_encoded": (4, 5, 3),
-    }
-    for row, index in enumerate([9, 0, 4, 4]):
-        assert same({name: array[row] for name, array in batch.items()}, expected(source, index))
     view = cache[0]["image_encoded"]
     assert not view.flags.owndata and not view.flags.writeable and view.flags.aligned
     with pytest.raises(IndexError):
         cache[10]
 
 
-def test_a_batch_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypatch):
+def test_reading_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypatch):
     """However many it is read from: each holds file descriptors."""
     with ShardWriter(tmp_path / "set", samples_per_shard=1) as writer:
         for number in range(12):
             writer.write(f"{number:03}", {"png": png(seed=number), "txt": b"one"})
     write_set_file(tmp_path / "set", writer.finished)
-    cache = write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", TRANSFORMS, encoders())
+    write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", TRANSFORMS, encoders())
     monkeypatch.setattr("latentsmith.data.shards.OPEN_SHARDS", 3)
-    seen, alive = [], weakref.WeakSet()
-    opened = Shard.__init__
-    monkeypatch.setattr(
-        Shard,
-        "__init__",
-        lambda self, path, remote=None: (alive.add(self), seen.append(len(alive)), opened(self, path, remote))[2],
-    )
     cache = LatentCache(tmp_path / "c")
-    assert cache.read_batch(range(12))["image_encoded"].shape == (12, 4, 4, 4)
-    assert len(seen) == 12 and max(seen) <= 5
-
-
-def test_bytes_after_the_numbers_do_not_shift_them(tmp_path, source):
-    """Nobody's writer leaves some, but what reads header and numbers at once would take them for a longer header."""
-    made = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
-    with ShardWriter(tmp_path / "other") as writer:
-        for index in range(4):
-            arrays = made[index].items()
-            writer.write(f"{index}", {f"{name}.npy": npy_bytes(array) + bytes(16) for name, array in arrays})
-    write_set_file(tmp_path / "other", writer.finished)
-    for name in ("cache.json", "empty_prompt.npy"):
-        (tmp_path / "other" / name).write_bytes((tmp_path / "c" / name).read_bytes())
-    batch = LatentCache(tmp_path / "other").read_batch([2, 1])
-    assert all(
-        same({name: array[row] for name, array in batch.items()}, made[index]) for row, index in ((0, 2), (1, 1))
-    )
-
-
-@pytest.mark.parametrize("order", [("image_encoded", "captions_encoded"), ("captions_encoded", "image_encoded")])
-@pytest.mark.parametrize("between", [b"", b"x" * 9000])
-def test_members_wherever_they_lie(tmp_path, source, order, between):
-    """One call reads those that follow one another; others, in another order or far apart, cost one each."""
-    made = write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
-    with ShardWriter(tmp_path / "other") as writer:
-        for index in range(10):
-            arrays = made[index]
-            first, last = ((f"{name}.npy", npy_bytes(arrays[name])) for name in order)
-            writer.write(f"{index:03}", dict([first, ("bin", between), last]))
-    write_set_file(tmp_path / "other", writer.finished)
-    for name in ("cache.json", "empty_prompt.npy"):
-        (tmp_path / "other" / name).write_bytes((tmp_path / "c" / name).read_bytes())
-    cache = LatentCache(tmp_path / "other")
-    batch = cache.read_batch([7, 0, 3])
-    for row, index in enumerate([7, 0, 3]):
-        assert same({name: array[row] for name, array in batch.items()}, expected(source, index))
+    before = len(os.listdir("/proc/self/fd"))
+    read = reader(TrainingSet(cache.shards, cache, None, (2, 4, 4)), 0, None)
+    for index in range(12):
+        assert read([index], [index])["moments"].shape == (1, 4, 4, 4)
+        assert len(os.listdir("/proc/self/fd")) <= before + 3 * (3 + 1)  # tar, its map, its index
 
 
 def test_batch_size_changes_nothing(tmp_path, source):
@@ -180,7 +134,7 @@ def test_one_part_alone(tmp_path, source, part):
     name = {"images": "image_encoded", "captions": "captions_encoded"}[part]
     assert cache.encoded == [name] and (cache[3][name] == expected(source, 3)[name]).all()
     assert ("png" in cache.shards[3].members) == (part == "captions")
-    assert (cache.empty_prompt is None) == (part == "images") and cache.caption(3) == "caption 3"
+    assert (cache.empty_prompt is None) == (part == "images") and caption_of(cache.shards[3]) == "caption 3"
 
 
 def test_pictures_of_their_own_shapes(tmp_path, png):
@@ -197,8 +151,6 @@ def test_pictures_of_their_own_shapes(tmp_path, png):
     assert shapes == [(3, 3, 16, 16), (1, 3, 32, 16)]
     assert cache.info["members"]["image_encoded"]["shape"] == [3, None, 4]
     assert cache[2]["image_encoded"].shape == (3, 8, 4)
-    with pytest.raises(ValueError, match="same shape"):
-        cache.read_batch([1, 2])
 
 
 def test_means_are_the_first_half_of_moments(tmp_path, source):
@@ -217,19 +169,17 @@ def test_variants_are_crops_and_their_mirror_images(tmp_path, source):
     assert cache.variants == 6 and cache.info["members"].keys() == {"image_encoded", "captions_encoded"}
     plain = Transforms(resize_smallest_side=20, random_crop_h_w="16, 16")
     for index in (0, 7):
-        shard, number = cache.shards.shard(index // 4), index % 4
         for variant in range(6):
             picture = plain.decode(source[index].members["png"], sample_seed(9, index, variant // 2))
             wanted = encode_images((picture[:, :, ::-1] if variant % 2 else picture)[None])[0].astype(np.float16)
-            held = cache.encodings(shard, shard[number], variant)
+            held = cache.encodings(cache.shards[index], cache.encoded, variant)
             assert (held["image_encoded"] == wanted).all()
-    rows = Rows(cache, 3, ["image_encoded"])
-    for index, variant in zip((7, 0, 7), (5, 0, 2), strict=True):
-        rows.read(*cache.shards.place(index), variant=variant)
-    assert rows.arrays.keys() == {"image_encoded"}
-    for row, index, variant in zip(rows.arrays["image_encoded"], (7, 0, 7), (5, 0, 2), strict=True):
-        shard, inside = cache.shards.place(index)
-        assert (row == cache.encodings(shard, shard[inside], variant)["image_encoded"]).all()
+    read = reader(TrainingSet(cache.shards, cache, None, (2, 4, 4)), 5, None)
+    positions = range(40)
+    drawn = [integer_below(6, sample_seed(5, position, CROPS)) for position in positions]
+    assert set(drawn) == set(range(6))
+    for variant, moments in zip(drawn, read([7] * 40, positions)["moments"], strict=True):
+        assert (moments.numpy() == cache.encodings(cache.shards[7], ["image_encoded"], variant)["image_encoded"]).all()
     cache.check({"transforms": crops.describe()})
 
 
@@ -351,14 +301,18 @@ def test_what_is_no_cache(tmp_path, source):
         LatentCache(tmp_path / "c")
 
 
-def test_headers_that_are_not_plain_arrays_are_refused():
-    dtype, shape = parsed_header(npy_bytes(np.zeros((2, 3), np.float16))[:128])
-    assert (dtype, shape) == (np.float16, (2, 3))
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
-    for header in (b"garbage", buffer.getvalue()[:128]):
+def test_what_is_no_plain_array_is_refused():
+    for version in ((1, 0), (2, 0)):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, np.arange(6, dtype=np.float16).reshape(2, 3), version)
+        assert (npy_array(memoryview(buffer.getvalue())) == np.arange(6).reshape(2, 3)).all()
+    objects, fortran = io.BytesIO(), io.BytesIO()
+    np.save(objects, np.array([{}], dtype=object), allow_pickle=True)
+    np.save(fortran, np.asfortranarray(np.ones((2, 3))))
+    short = npy_bytes(np.ones(9))[:-1]
+    for data in (b"garbage", b"", objects.getvalue(), fortran.getvalue(), short):
         with pytest.raises(ValueError):
-            parsed_header(header)
+            npy_array(memoryview(data))
 
 
 def test_killed_precache_goes_on_where_it_stopped(tmp_path, png):

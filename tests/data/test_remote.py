@@ -13,13 +13,13 @@ import fsspec
 import pytest
 from omegaconf import OmegaConf
 
-from latentsmith.data import remote_cache
-from latentsmith.data.remote_cache import LocalCopies, Ranges
+from latentsmith.data import storage
+from latentsmith.data.dataset import tars_of
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.sources import open_source
+from latentsmith.data.storage import MirrorCache, RemoteFile
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
-from latentsmith.training.setup import located
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def contents(shards):
 
 
 def opened(url, tmp_path, limit=2**30):
-    return ShardSet(url, LocalCopies(tmp_path / "copies", limit))
+    return ShardSet(url, MirrorCache(tmp_path / "copies", limit))
 
 
 def test_a_set_that_fits_comes_whole_when_it_is_touched(folder, tmp_path):
@@ -98,16 +98,16 @@ def test_a_set_that_fits_comes_whole_when_it_is_touched(folder, tmp_path):
     assert shards[15].text("txt") == "caption 15"
     assert [path.name for path in tmp_path.glob("copies/*/*.tar")] == ["shard-000001.tar"]
     assert contents(shards) == contents(ShardSet(folder)) and shards.fingerprint() == ShardSet(folder).fingerprint()
-    assert not isinstance(shards.shard(0).bytes, Ranges)
+    assert not isinstance(shards.shard(0).bytes, RemoteFile)
 
 
 def test_a_set_that_is_too_large_is_read_in_ranges(folder, tmp_path, monkeypatch):
     shards = opened("memory://bucket/set", tmp_path, limit=1000)
     assert contents(shards) == contents(ShardSet(folder))
-    assert isinstance(shards.shard(0).bytes, Ranges) and not list(tmp_path.glob("copies/*/*.tar"))
+    assert isinstance(shards.shard(0).bytes, RemoteFile) and not list(tmp_path.glob("copies/*/*.tar"))
     asked = []
-    read = Ranges.__getitem__
-    monkeypatch.setattr(Ranges, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
+    read = RemoteFile.__getitem__
+    monkeypatch.setattr(RemoteFile, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
     assert shards[17].text("txt") == "caption 17"
     assert len(asked) == 1 and asked[0].stop - asked[0].start < 10_000  # one request, of this sample alone
 
@@ -118,7 +118,7 @@ def test_over_http(folder, web, tmp_path, limit):
     whole = contents(ShardSet(folder))
     shards = opened(web, tmp_path, limit)
     assert contents(shards) == whole
-    assert isinstance(shards.shard(0).bytes, Ranges) == (limit == 1000)
+    assert isinstance(shards.shard(0).bytes, RemoteFile) == (limit == 1000)
     ranges = [line for line in Server.asked if "bytes=" in line]
     assert (len(ranges) >= 30) == (limit == 1000)
     assert contents(opened(f"{web}/shard-000002.tar", tmp_path, limit)) == whole[20:]
@@ -228,15 +228,15 @@ def data(folder, tmp_path):
 @pytest.mark.parametrize("place", ["elsewhere", "in the cache folder", "linked into the cache folder"])
 def test_a_remote_json_found_in_data_is_not_obeyed(data, folder, tmp_path, place):
     """Such a folder is a plain folder of tars, and no file of it or beside it is deleted, changed or fetched."""
-    copies, hostile = LocalCopies(tmp_path / "copies", 2**30), data / "hostile"
+    copies, hostile = MirrorCache(tmp_path / "copies", 2**30), data / "hostile"
     if place == "in the cache folder":
-        copies = LocalCopies(data, 0)
+        copies = MirrorCache(data, 0)
     if place == "linked into the cache folder":
         copies.folder.mkdir()
         about = json.loads((hostile / "remote.json").read_text())
         name = fingerprint_text(json.dumps([about["url"], about["tars"]]))[:24]
         hostile = hostile.rename(data / name)
-        assert LocalCopies(data).copy_in(hostile) is not None  # as if it was made here, but for the link
+        assert MirrorCache(data).mirror_at(hostile) is not None  # as if it was made here, but for the link
         (copies.folder / name).symlink_to(hostile)
         hostile = copies.folder / name
     (hostile / "shard-000000.tar").unlink()  # which obeying would fetch
@@ -249,7 +249,7 @@ def test_a_remote_json_found_in_data_is_not_obeyed(data, folder, tmp_path, place
 def test_only_tars_that_the_cache_fetched_are_deleted(data, folder, memory, tmp_path):
     """In a cache folder that holds a user's data too: other folders, other tars beside a copy, and links stay."""
     memory.put(str(folder), "/bucket/other", recursive=True)
-    copies = LocalCopies(data, ShardSet(folder).bytes)
+    copies = MirrorCache(data, ShardSet(folder).bytes)
     before = everything(data)
     first = ShardSet("memory://bucket/set", copies)
     assert contents(first) == contents(ShardSet(folder))
@@ -264,9 +264,9 @@ def test_only_tars_that_the_cache_fetched_are_deleted(data, folder, memory, tmp_
 
 
 def test_the_limit_is_that_of_the_running_config(folder, tmp_path):
-    assert not isinstance(opened("memory://bucket/set", tmp_path).shard(0).bytes, Ranges)
+    assert not isinstance(opened("memory://bucket/set", tmp_path).shard(0).bytes, RemoteFile)
     for path in (tmp_path / "copies").iterdir():
-        assert isinstance(ShardSet(path, LocalCopies(tmp_path / "copies", 1000)).shard(0).bytes, Ranges)
+        assert isinstance(ShardSet(path, MirrorCache(tmp_path / "copies", 1000)).shard(0).bytes, RemoteFile)
 
 
 def test_nothing_is_written_through_a_link_in_the_cache(folder, tmp_path):
@@ -291,7 +291,7 @@ def test_a_wdinfo_names_no_address(tmp_path):
     (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": ["a.tar", "file:///etc/b.tar"]}))
     config = OmegaConf.create({"model": {"data": {"webdataset": {"local_root_path": None}}}})
     with pytest.raises(BadInput, match=r"lists file:///etc/b\.tar, and only the config may name an address"):
-        located(config, str(tmp_path / "wdinfo.pkl"))
+        tars_of(config, str(tmp_path / "wdinfo.pkl"))
 
 
 def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
@@ -302,7 +302,7 @@ def test_a_tar_that_is_shorter_than_said_is_named(folder, memory, tmp_path):
 
 
 def test_failures_of_the_network_are_asked_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_cache.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     system, failures = fsspec.filesystem("memory"), [OSError("reset"), TimeoutError("slow")]
     read = type(system).cat_file
 
@@ -339,5 +339,5 @@ def test_tars_are_imported_from_afar(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTSMITH_DATA_CACHE", str(tmp_path / "copies"))
     items = list(open_source("memory://bucket/set").items())
     assert len(items) == 30 and items[3].caption() == "caption 3"
-    copies = LocalCopies(tmp_path / "copies")
-    assert [copies.copy_in(path).url for path in copies.folder.iterdir()] == ["memory://bucket/set"]
+    copies = MirrorCache(tmp_path / "copies")
+    assert [copies.mirror_at(path).url for path in copies.folder.iterdir()] == ["memory://bucket/set"]

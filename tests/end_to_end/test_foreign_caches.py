@@ -9,8 +9,9 @@ import pytest
 
 from latentsmith.data.foreign_cache import ForeignCache
 from latentsmith.data.latent_cache import LatentCache
+from latentsmith.data.sample_io import caption_of
 from latentsmith.data.shards import ShardSet
-from latentsmith.data.wdinfo import read_wdinfo
+from latentsmith.data.sources import read_wdinfo
 from latentsmith.files.array_pickles import load_arrays, load_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
@@ -75,7 +76,7 @@ def test_same_losses_as_from_our_own_cache(world, tars, make):
 
 
 def test_mlperfs_moments_with_raw_captions(world, tars):
-    folder = tars("mlperf", lambda cache, index: mlperf(cache[index]["image_encoded"], cache.caption(index)))
+    folder = tars("mlperf", lambda cache, index: mlperf(cache[index]["image_encoded"], caption_of(cache.shards[index])))
     given = ["model.cond_stage_key=captions", "model.first_stage_key=images_moments"]
     first = world.losses(world.train("cached", "raw-captions", *given, f"{DATA}=ROOT/latents"))
     assert world.losses(world.train("cached", "mlperf", *given, f"{DATA}={folder}", VOUCHED)) == first

@@ -9,7 +9,7 @@ import torch
 from latentsmith.checkpoints import ModelSpec, export_ldm
 from latentsmith.checkpoints.inspect import inspect
 from latentsmith.cli import main
-from latentsmith.data.ingest_command import import_data
+from latentsmith.data.ingest import import_data
 from latentsmith.data.precache import Encoders, write_cache
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms

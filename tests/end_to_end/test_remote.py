@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from latentsmith import load_config
-from latentsmith.data.remote_cache import Ranges
+from latentsmith.data.storage import RemoteFile
 from latentsmith.training.checkpoint import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared
@@ -37,9 +37,9 @@ def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, kind):
     given = [word.replace("ROOT", str(world.root)) for word in KINDS[kind]]
     far = ["model.data.train.dataset_path=memory://bucket/set", f"model.data.remote.cache_dir={tmp_path}"]
     config = load_config(str(world.root / "tiny.yaml"), [*given, *far, "model.data.remote.cache_gib=0.00001"])
-    samples, asked, read = prepared(config).samples, [], Ranges.__getitem__
+    samples, asked, read = prepared(config).samples, [], RemoteFile.__getitem__
     samples[[0, 1, 2, 3]]  # the shards are open now
-    monkeypatch.setattr(Ranges, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
+    monkeypatch.setattr(RemoteFile, "__getitem__", lambda self, index: asked.append(index) or read(self, index))
     batch = samples[[0, 1, 2, 3]]
     assert len(asked) == len(batch["keys"]) == 4
     memory.rm("/bucket", recursive=True)

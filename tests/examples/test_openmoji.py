@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentsmith.config import load_config
-from latentsmith.data.ingest_command import import_data
+from latentsmith.data.ingest import import_data
 from latentsmith.data.shards import ShardSet
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openmoji"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from latentsmith.data.loader import RunSamples, collated
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
 from latentsmith.training.fit import Checkpointing, Data, fit
@@ -14,7 +15,6 @@ from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.module import Optimisation
 from latentsmith.training.optimizers import lr_schedule
 from latentsmith.training.random_draws import DiffusionDraws
-from latentsmith.training.samples import RunSamples, one_by_one
 
 LENGTH, CONTEXT, TOKENS, SAMPLES, SIZE = 3, 5, 7, 10, (4, 4, 4)
 
@@ -93,7 +93,7 @@ class Toy:
         def read(index: int, position: int) -> dict:
             return {name: value for name, value in record(index, position).items() if name not in dropped}
 
-        return RunSamples(one_by_one(read), self.draws, SAMPLES, seed=3)
+        return RunSamples(collated(read), self.draws, SAMPLES, seed=3)
 
     def train(self, module=None, steps=4, *, every=0, keep=-1, resume=None, micro_batch=None, callbacks=(), **options):
         module = module or self.module()

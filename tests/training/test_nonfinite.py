@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from latentsmith.data.loader import RunSamples
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.nonfinite import TooManyNonFinite, WatchNonFinite, batch_of, first_bad
-from latentsmith.training.samples import RunSamples
 
 BAD = "7"  # the key of a sample of the set
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from latentsmith.data.loader import collated
 from latentsmith.training.diffusion_module import Objective
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.random_draws import ValidationDraws
-from latentsmith.training.samples import one_by_one
 from latentsmith.training.validation import HeldOut, Validation
 
 from .conftest import SAMPLES, SIZE, record
@@ -16,7 +16,7 @@ def held_out(run, count=SAMPLES, batch_size=4):
     def read(index, position):
         return {name: value for name, value in record(index, position).items() if name not in ("images", "token_ids")}
 
-    return HeldOut(one_by_one(read), ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
+    return HeldOut(collated(read), ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
 
 
 def trained(run, steps=4, every=2, module=None, **options):

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from latentsmith.data.ingest import REPORT_FILE, read_report
 from latentsmith.data.latent_cache import CACHE_FILE, LatentCache
-from latentsmith.data.remote_cache import LocalCopies, is_remote
 from latentsmith.data.sample_io import caption_of
 from latentsmith.data.shards import SET_FILE, UNFINISHED_FILE, ShardSet, read_set_file
+from latentsmith.data.storage import MirrorCache, is_remote
 from latentsmith.files.archives import is_archive, safe_members
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import hash_file
@@ -49,7 +49,7 @@ def inspect(path: str | Path, *, weights: str = "ema", verify: bool = False) -> 
         if verify:
             raise BadInput(f"{path}: --verify reads everything; run it where the files lie")
         print(path)
-        path = LocalCopies.default().stand_in(str(path))
+        path = MirrorCache.default().mirror(str(path))
     path = Path(path)
     say, check = handlers(path, weights)
     for line in say(path):
@@ -78,7 +78,7 @@ def is_shards(path: Path) -> bool:
     """Whether `path` means tar shards: a folder of them, one tar that is no .nemo, or a pattern."""
     if path.is_dir():
         is_set = any((path / mark).exists() for mark in (SET_FILE, UNFINISHED_FILE)) or any(path.glob("*.tar"))
-        return is_set or LocalCopies.default().copy_in(path) is not None
+        return is_set or MirrorCache.default().mirror_at(path) is not None
     if path.is_file():
         return is_archive(path) and path.suffix == ".tar" and "model_config.yaml" not in safe_members(path, path)
     return any(mark in path.name for mark in "*{")
@@ -102,7 +102,7 @@ def say_captions(samples: ShardSet) -> Iterator[str]:
     """The first captions of a set, if it has any."""
     shard = samples.shard(0)
     try:
-        captions = [caption_of(shard, shard[i]) for i in range(min(CAPTIONS_SHOWN, len(shard)))]
+        captions = [caption_of(shard[i]) for i in range(min(CAPTIONS_SHOWN, len(shard)))]
     except BadInput:
         yield "  captions  none"
         return

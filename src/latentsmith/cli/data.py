@@ -47,7 +47,7 @@ def import_(
       latentsmith data import metadata.jsonl shards --max-bad 100 --no-duplicates
       latentsmith data import laion shards --min-size 512 --max-aspect 2 --where language=en --where "aesthetic>=5"
     """
-    from latentsmith.data.ingest_command import import_data
+    from latentsmith.data.ingest import import_data
 
     import_data(
         source,
@@ -80,9 +80,10 @@ def scenes(
       latentsmith data scenes scenes --count 5000
       latentsmith data scenes pictures --count 20000 --seed 1 --doodles 0.5
     """
-    from latentsmith.data.ingest_command import write_scenes
+    from latentsmith.demo.scenes import write_pictures
 
-    write_scenes(out, count=count, seed=seed, doodles=doodles)
+    write_pictures(out, count, seed, doodles=doodles)
+    print(f"{out}: {count:,} images with captions")
 
 
 @app.command()
@@ -97,6 +98,6 @@ def vocabulary(
     Examples:
       latentsmith data vocabulary shards tokenizer --size 200
     """
-    from latentsmith.data.ingest_command import train_vocabulary
+    from latentsmith.data.ingest import train_vocabulary
 
     train_vocabulary(source, out, size=size)

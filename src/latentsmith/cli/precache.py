@@ -16,6 +16,6 @@ def precache(config: Config, out: OutFolder, overrides: Overrides = None) -> Non
           model.first_stage_key=image_encoded model.cond_stage_key=captions_encoded
     """
     loaded = load(config, overrides)
-    from latentsmith.data.precache_command import precache as run
+    from latentsmith.data.precache import precache as run
 
     run(loaded, out)

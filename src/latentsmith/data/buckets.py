@@ -11,8 +11,7 @@ import numpy as np
 
 from latentsmith.files.errors import BadInput
 
-from .mixture import Turns
-from .shuffle import shuffled_index
+from .shuffle import WeightedInterleave, shuffled_index
 
 LEFT_OUT = 255  # the bucket of samples that a run passes over
 BLOCK = 4096  # samples whose buckets are looked through for one of them
@@ -143,8 +142,10 @@ class MixedBuckets(BucketOrder):
             raise BadInput(f"nothing is left of set {int(kept.argmin()) + 1} by filterings; take it off the list")
         self.held, self.before = held.tolist(), (np.cumsum(held, axis=0) - held).tolist()  # by set and bucket
         share = np.asarray(weights)[:, None] * held / kept[:, None]
-        self.steps = Turns(share.sum(axis=0).tolist(), seed ^ 0xB0C4)
-        self.sets = [Turns(column, seed + 104729 * bucket) for bucket, column in enumerate(share.T.tolist())]
+        self.steps = WeightedInterleave(share.sum(axis=0).tolist(), seed ^ 0xB0C4)
+        self.sets = [
+            WeightedInterleave(column, seed + 104729 * bucket) for bucket, column in enumerate(share.T.tolist())
+        ]
 
     def step_of(self, step: int) -> tuple[int, int]:
         return self.steps(step)

@@ -1,54 +1,61 @@
-"""What training reads: pictures or cached moments, captions or cached embeddings."""
+"""What training reads: images or cached moments, captions or cached embeddings, or noise in their place."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from latentsmith.checkpoints.from_config import is_encoded
+from latentsmith.config.typed import Config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
-from latentsmith.training import setup
-from latentsmith.training.random_draws import CROPS
-from latentsmith.training.samples import Reader, Record, one_by_one
 from latentsmith.units import BYTES, scaled
 
 from .buckets import LEFT_OUT, BucketOrder, MixedBuckets, listing
 from .foreign_cache import ForeignCache
 from .image_sizes import image_sizes
-from .latent_cache import CAPTION_KEY, IMAGE_KEY, JoinedCaches, LatentCache, Rows
-from .mixture import Mixture
-from .sample_io import caption_of, image_member, named
-from .shards import Sample, Shard, ShardSet
-from .shuffle import integer_below, sample_seed, shuffled_index
-from .synthetic import Synthetic, synthetic_set
+from .latent_cache import CAPTION_KEY, IMAGE_KEY, JoinedCaches, LatentCache
+from .loader import Reader, Record, Shape, collate, collated
+from .sample_io import blaming_sample, caption_of, image_member
+from .shards import Sample, ShardSet
+from .shuffle import CROPS, Mixture, integer_below, sample_seed, shuffled_index
+from .sources import read_wdinfo
+from .storage import MirrorCache, is_remote
 from .transforms import Transforms
 
-LOOKED_AT = 1000  # captions whose lengths are counted before training
+CAPTIONS_CHECKED = 1000  # whose lengths are counted before training
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The samples of a run. cache: None where nothing is encoded. latent_shape: (channels, height, width) of a sample,
-    or of a square one where there are buckets of other sizes, in pixels `sizes`. order: which sample comes when, where
-    it is not a shuffle of all."""
+    """The samples of a run, and what follows from them for its networks.
 
-    shards: ShardSet | Synthetic
+    cache: None where nothing is encoded. transforms: of the images, None where they are encoded.
+    latent_shape: (channels, height, width) of a sample; where images have several sizes, of the squarest.
+    sizes: (height, width) in pixels, where there are several. order: position -> index, where it is not a shuffle of
+    all samples. pad_to: the length to which the cached text embeddings were filled up, where the config does not say
+    it: the caller has to set model.cond_stage_config.pad_to to it.
+    """
+
+    shards: "ShardSet | SyntheticSet"
     cache: LatentCache | None
     transforms: Transforms | None
-    latent_shape: tuple[int, int, int]
+    latent_shape: Shape
     sizes: Sequence[tuple[int, int]] = ()
     order: BucketOrder | Mixture | None = None
+    pad_to: int | None = None
 
     def index(self, position: int, seed: int) -> int:
-        """Which sample comes at a position of a run."""
+        """Return the index of the sample at a position of a run."""
         return self.order(position) if self.order else shuffled_index(seed, position, len(self.shards))
 
     @property
@@ -57,97 +64,211 @@ class TrainingSet:
         return len(self.order) if isinstance(self.order, BucketOrder) else len(self.shards)
 
 
-def open_set(
-    config: DictConfig, networks: Mapping[str, nn.Module], words: Tokenizer | None, data: str = "train"
-) -> TrainingSet:
-    """Open the set of model.data.train (or `data`) and check that it is what stage keys and networks need.
+# ---- Opening ----
 
-    Raises BadInput for raw pictures where encodings are wanted, and the reverse; for encodings of other shapes than
-    the U-Net takes, or made by another VAE, text encoder or tokenizer than the config's.
+
+def open_dataset(
+    config: Config,
+    networks: Mapping[str, nn.Module],
+    tokenizer: Tokenizer | None,
+    split: str = "train",
+    *,
+    global_batch: int = 1,
+) -> TrainingSet:
+    """Open the set of model.data.train (or `split`), and check that it is what stage keys and networks need.
+
+    networks: those whose weights are known, by name; a cache has to be made by them. global_batch: samples of one
+    optimizer step of the training, which have one size where the set has aspect buckets.
+    Raises BadInput for raw images where encodings are wanted, and the reverse; for encodings of other shapes than the
+    U-Net takes, or made by another VAE, text encoder or tokenizer than the config's.
     """
     model = config.model
     encoded = {IMAGE_KEY: is_encoded(model.first_stage_key), CAPTION_KEY: is_encoded(model.cond_stage_key)}
-    if model.data.synthetic_data and data == "train":
-        random = synthetic_set(config, encoded)
-        return TrainingSet(random, None, None, random.latent_shape)
-    shards = setup.shard_set(config, data)
+    if model.data.synthetic_data and split == "train":
+        synthetic = SyntheticSet.from_config(config, encoded)
+        return TrainingSet(synthetic, None, None, synthetic.latent_shape)
+    shards = open_shards(config, split)
     is_cache = any(shard.parent.joinpath("cache.json").is_file() for shard in shards.paths[:1])
-    if any(encoded.values()) and not is_cache and ForeignCache.reads(shards):
-        return foreign_set(config, ForeignCache(shards), encoded, data)
-    if any(encoded.values()) and not is_cache:
+    pad_to, cache = None, None
+    if is_cache:
+        made_by = expected_fingerprints(config, encoded, networks, tokenizer, split)
+        cache = open_caches(config, shards, encoded, made_by, split)
+    elif any(encoded.values()) and ForeignCache.reads(shards):
+        cache = ForeignCache(shards)
+        pad_to = check_foreign(config, cache, encoded)
+    elif any(encoded.values()):
         raise BadInput(
-            f"{model.data[data].dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
+            f"{getattr(model.data, split).dataset_path}: not a latent cache, and the stage keys ask for encodings; run "
             "`latentsmith precache`, or set model.first_stage_key=images model.cond_stage_key=captions"
         )
-    folders = dict.fromkeys(shard.parent for shard in shards.paths)
-    caches = [LatentCache(folder) for folder in folders] if is_cache else []
-    if caches:
-        made_by = wanted_fingerprints(config, encoded, networks, words, data)
-    for one in caches:
-        check_members(config, one, encoded)
-        one.check(made_by)
-    names = [name for name, wanted in encoded.items() if wanted]
-    cache = JoinedCaches(caches, shards, names) if len(caches) > 1 else caches[0] if caches else None
-    whole = data == "train" and caches and "buckets" in caches[0].info
-    if whole and shards.paths != [path for one in caches for path in one.shards.paths]:
-        raise BadInput(f"{caches[0].folder}: a cache with buckets is taken whole: give its folder, and once")
-    return readable(config, shards, cache, encoded, data)
-
-
-def readable(
-    config: DictConfig, shards: ShardSet, cache: LatentCache | None, encoded: Mapping[str, bool], data: str
-) -> TrainingSet:
-    """The set, with the transforms of its pictures if it has some, and the size of its latents."""
     if encoded[IMAGE_KEY]:
         assert cache is not None
-        found, transforms = cache.buckets(), None
-        numbers, sizes = found or (None, [])
-        shape = tuple(cache.info["members"][IMAGE_KEY]["shape"][1:])
-        if found is None and None in shape:
-            raise BadInput(f"{cache.folder}: pictures of several sizes, and no buckets of them; precache again")
-        size = setup.square_of(sizes) if found else tuple(side * setup.factor(config) for side in shape)
+        transforms, (numbers, sizes, size) = None, cached_sizes(config, cache)
     else:
-        transforms = setup.transforms(config, data)
+        transforms = open_transforms(config, split)
         sizes = list(transforms.buckets.sizes) if transforms.buckets else []
-        size = setup.picture_size(transforms)
+        size = image_size(transforms)
         numbers = transforms.buckets.numbers_of(heights_and_widths(shards)) if transforms.buckets else None
-    latents = setup.latent_shape(config, size)
-    for one in sizes:
-        setup.latent_shape(config, one)
-    if sizes and config.model.inductor:
+    if sizes and model.inductor:
         raise BadInput(
             "model.inductor=True compiles for one size, and aspect_buckets have several; leave out one of them"
         )
-    order = order_of(config, shards, numbers) if data == "train" else None
-    return TrainingSet(shards, cache, transforms, latents, sizes, order)
+    for one in sizes:
+        latent_shape(config, one)  # raises BadInput for one that the VAE does not divide
+    order = sample_order(config, shards, numbers, global_batch) if split == "train" else None
+    return TrainingSet(shards, cache, transforms, latent_shape(config, size), sizes, order, pad_to)
 
 
-def order_of(config: DictConfig, shards: ShardSet, numbers: np.ndarray | None) -> BucketOrder | Mixture | None:
-    """Which sample comes when: by buckets (their `numbers`), without what filterings leave out, or mixed by weights."""
-    model, wanted = config.model, setup.filtered_by(config)
-    if wanted is not None:
+def open_images(config: Config) -> TrainingSet:
+    """Open model.data.train as images of one size, without captions, to train an autoencoder on."""
+    shards, transforms = open_shards(config), open_transforms(config)
+    if min_or_max_size(config) is not None:
+        raise BadInput("model.data.train.filterings: not of train-vae; `data import --min-size` leaves images out")
+    if transforms.size is None:
+        raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
+    return TrainingSet(shards, None, transforms, latent_shape(config, transforms.size), order=open_mixture(config))
+
+
+def open_shards(config: Config, split: str = "train") -> ShardSet:
+    """Open the shards of model.data.train or model.data.validation."""
+    path = getattr(config.model.data, split).dataset_path
+    if not path:
+        raise BadInput(
+            f"model.data.{split}.dataset_path is not set; give the folder that `latentsmith data import` made"
+        )
+    return ShardSet([tar for one in as_list(path) for tar in tars_of(config, one)], mirror_cache(config))
+
+
+def tars_of(config: Config, path: str) -> list[str]:
+    """Return the tars or folder that a dataset_path names; relative ones start from webdataset.local_root_path."""
+    root = config.model.data.webdataset.local_root_path or ""
+    if not path.endswith(".pkl"):
+        return [path if is_remote(path) else os.path.join(root, path)]
+    tars = read_wdinfo(Path(path))
+    if remote := [tar for tar in tars if is_remote(tar)]:
+        raise BadInput(f"{path}: lists {remote[0]}, and only the config may name an address: give it in dataset_path")
+    return [os.path.join(root, tar) for tar in tars]
+
+
+def mirror_cache(config: Config) -> MirrorCache:
+    """Return the cache of remote sets that model.data.remote describes."""
+    remote, default = config.model.data.remote, MirrorCache.default()
+    return MirrorCache(Path(remote.cache_dir) if remote.cache_dir else default.folder, int(remote.cache_gib * 2**30))
+
+
+def open_mixture(config: Config) -> Mixture | None:
+    """Return the order of a training set mixed by model.data.train.weights; None where it is a shuffle of all."""
+    train = config.model.data.train
+    if train.weights is None:
+        return None
+    if isinstance(train.dataset_path, str):
+        raise BadInput(
+            "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
+        )
+    mirrors = mirror_cache(config)
+    lengths = [len(ShardSet(tars_of(config, one), mirrors)) for one in as_list(train.dataset_path)]
+    with blaming("model.data.train.weights"):
+        return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
+
+
+def open_transforms(config: Config, split: str = "train") -> Transforms:
+    """Return the image transforms of a set, or those of training where it states none.
+
+    Raises BadInput if they do not make images of one size, or of aspect buckets.
+    """
+    transforms = Transforms(**stated_augmentations(config, split))
+    if transforms.size is None and transforms.buckets is None:
+        raise BadInput(
+            "model.data.train.augmentations needs center_crop_h_w, random_crop_h_w or aspect_buckets: batches are of "
+            "one size"
+        )
+    return transforms
+
+
+def stated_augmentations(config: Config, split: str) -> dict[str, Any]:
+    """Return the augmentations that the config states for a set, or else for training."""
+    data = config.model.data
+    stated = getattr(getattr(data, split), "augmentations", None) or data.train.augmentations or {}
+    return {key: _plain(value) for key, value in stated.items() if value is not None}
+
+
+def min_or_max_size(config: Config) -> int | None:
+    """Return the pixels of model.data.train.filterings.resolution, None without."""
+    stated = getattr(getattr(config.model.data.train, "filterings", None), "resolution", None)
+    value = getattr(stated, "value", None)
+    if getattr(stated, "method", None) and value is None:
+        raise BadInput("model.data.train.filterings.resolution.method has no effect alone; give its value in pixels")
+    return value
+
+
+def sample_order(
+    config: Config, shards: ShardSet, numbers: np.ndarray | None, global_batch: int
+) -> BucketOrder | Mixture | None:
+    """Return which sample comes when: by buckets (their `numbers`), without filtered ones, or mixed by weights."""
+    train, seed, limit = config.model.data.train, config.model.seed, min_or_max_size(config)
+    if limit is not None:
         sizes = heights_and_widths(shards)
-        smaller = model.data.train.filterings.resolution.get("method") == "smaller"
-        kept = np.all(sizes <= wanted if smaller else sizes >= wanted, axis=1)
+        smaller = getattr(train.filterings.resolution, "method", None) == "smaller"
+        kept = np.all(sizes <= limit if smaller else sizes >= limit, axis=1)
         numbers = np.where(kept, np.uint8(0) if numbers is None else numbers, np.uint8(LEFT_OUT))
         print(f"filterings: {int(kept.sum()):,} of {len(kept):,} samples are taken")
-    mixed = setup.mixture(config)
+    mixture = open_mixture(config)
     if numbers is None:
-        return mixed
-    batch = setup.global_batch(config, setup.process_count(config))
-    if mixed is not None:
-        with setup.of_key("model.data.train.weights"):
-            return MixedBuckets(numbers, model.seed, batch, mixed.lengths, mixed.weights)
-    return BucketOrder(numbers, model.seed, batch)
+        return mixture
+    if mixture is not None:
+        with blaming("model.data.train.weights"):
+            return MixedBuckets(numbers, seed, global_batch, mixture.lengths, mixture.weights)
+    return BucketOrder(numbers, seed, global_batch)
 
 
 def heights_and_widths(shards: ShardSet) -> np.ndarray:
-    with progress("reading sizes", "pictures") as tell:
-        return image_sizes(shards, tell)
+    with progress("reading sizes", "images") as bar:
+        return image_sizes(shards, bar)
 
 
-def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, bool], data: str) -> TrainingSet:
-    """Encodings of NeMo's or MLPerf's, which the user must vouch for: nothing says what made them."""
+# ---- Caches ----
+
+
+def open_caches(
+    config: Config, shards: ShardSet, encoded: Mapping[str, bool], made_by: Mapping[str, Any], split: str
+) -> LatentCache:
+    """Open the caches that the shards belong to, as one, and check them against config and fingerprints."""
+    caches = [LatentCache(folder) for folder in dict.fromkeys(shard.parent for shard in shards.paths)]
+    for cache in caches:
+        check_members(config, cache, encoded)
+        cache.check(made_by)
+    is_whole = shards.paths == [path for cache in caches for path in cache.shards.paths]
+    if split == "train" and "buckets" in caches[0].info and not is_whole:
+        raise BadInput(f"{caches[0].folder}: a cache with buckets is taken whole: give its folder, and once")
+    names = [name for name, wanted in encoded.items() if wanted]
+    return JoinedCaches(caches, shards, names) if len(caches) > 1 else caches[0]
+
+
+def cached_sizes(
+    config: Config, cache: LatentCache
+) -> tuple[np.ndarray | None, list[tuple[int, int]], tuple[int, int]]:
+    """Return the bucket of each sample, the sizes of the buckets, and the one size, or the squarest, of the images."""
+    if found := cache.buckets():
+        return *found, squarest(found[1])
+    _, height, width = cache.info["members"][IMAGE_KEY]["shape"]
+    if height is None or width is None:
+        raise BadInput(f"{cache.folder}: images of several sizes, and no buckets of them; precache again")
+    return None, [], (height * downsampling(config), width * downsampling(config))
+
+
+def check_members(config: Config, cache: LatentCache, encoded: Mapping[str, bool]) -> None:
+    """Raise BadInput for a cache that lacks what the stage keys want, or does not fit the U-Net."""
+    for name, wanted in encoded.items():
+        if wanted and name not in cache.encoded:
+            raise BadInput(f"{cache.folder}: holds no {name}, only {', '.join(cache.encoded)}")
+        if not wanted and name == IMAGE_KEY and IMAGE_KEY in cache.encoded:
+            raise BadInput(f"{cache.folder}: a latent cache holds no images; set model.first_stage_key=image_encoded")
+    unet = config.model.unet_config
+    cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
+
+
+def check_foreign(config: Config, cache: ForeignCache, encoded: Mapping[str, bool]) -> int | None:
+    """Check encodings of NeMo's or MLPerf's, which the user must vouch for; returns the pad_to that they imply."""
     model = config.model
     if not model.data.accept_unfingerprinted:
         raise BadInput(
@@ -155,148 +276,215 @@ def foreign_set(config: DictConfig, cache: ForeignCache, encoded: Mapping[str, b
             "model.data.accept_unfingerprinted=true"
         )
     check_members(config, cache, encoded)
-    if encoded[CAPTION_KEY] and model.caption_dropout_rate:
+    if not encoded[CAPTION_KEY]:
+        return None
+    if model.caption_dropout_rate:
         raise BadInput(
             f"{cache.folder}: holds no embedding of the empty prompt, which model.caption_dropout_rate needs; use "
             "model.text_embedding_dropout_rate as NeMo does, or precache again"
         )
-    length = cache.info["members"].get(CAPTION_KEY, {}).get("shape", [0])[0]
-    if encoded[CAPTION_KEY] and length > model.cond_stage_config.max_length and not model.cond_stage_config.pad_to:
-        OmegaConf.update(config, "model.cond_stage_config.pad_to", length, force_add=True)
-        print(f"{cache.folder}: text embeddings filled up to {length}, so the model will be sampled so (pad_to)")
-    return readable(config, cache.shards, cache, encoded, data)
+    length = cache.info["members"][CAPTION_KEY]["shape"][0]
+    if length <= model.cond_stage_config.max_length or model.cond_stage_config.pad_to:
+        return None
+    print(f"{cache.folder}: text embeddings filled up to {length}, so the model will be sampled so (pad_to)")
+    return length
 
 
-def check_members(config: DictConfig, cache: LatentCache, encoded: Mapping[str, bool]) -> None:
-    """Refuse a cache that lacks what the stage keys want, or does not fit the U-Net."""
-    for name, wanted in encoded.items():
-        if wanted and name not in cache.encoded:
-            raise BadInput(f"{cache.folder}: holds no {name}, only {', '.join(cache.encoded)}")
-        if not wanted and name == IMAGE_KEY and IMAGE_KEY in cache.encoded:
-            raise BadInput(f"{cache.folder}: a latent cache holds no pictures; set model.first_stage_key=image_encoded")
-    unet = config.model.unet_config
-    cache.check_shapes(unet.in_channels, unet.context_dim if encoded[CAPTION_KEY] else None)
-
-
-def wanted_fingerprints(
-    config: DictConfig,
+def expected_fingerprints(
+    config: Config,
     encoded: Mapping[str, bool],
     networks: Mapping[str, nn.Module],
-    words: Tokenizer | None,
-    data: str,
+    tokenizer: Tokenizer | None,
+    split: str,
 ) -> dict[str, Any]:
-    """What has to have made a cache; None for what the config does not say."""
-    text = encoded[CAPTION_KEY] and "text_encoder" in networks
-    pictures = encoded[IMAGE_KEY]
+    """Return what has to have made a cache, by the names in its cache.json; None for what the config does not say."""
+    images, text = encoded[IMAGE_KEY], encoded[CAPTION_KEY] and "text_encoder" in networks
+    stated = images and stated_augmentations(config, split)
     return {
-        "vae": fingerprint(networks["vae"]) if pictures and "vae" in networks else None,
-        "text_encoder": fingerprint(networks["text_encoder"]) if text else None,
-        "layer": layer_of(config) if text else None,
-        "tokenizer": words.fingerprint() if text and words else None,
-        "transforms": stated_transforms(config, data) if pictures else None,
+        "vae": fingerprint_tensors(networks["vae"].state_dict()) if images and "vae" in networks else None,
+        "text_encoder": fingerprint_tensors(networks["text_encoder"].state_dict()) if text else None,
+        "layer": layer_fingerprint(config) if text else None,
+        "tokenizer": tokenizer.fingerprint() if text and tokenizer else None,
+        "transforms": open_transforms(config, split).describe() if stated else None,
     }
 
 
-def fingerprint(network: nn.Module) -> str:
-    return fingerprint_tensors(network.state_dict())
-
-
-def layer_of(config: DictConfig) -> str:
-    """Return what a cache records of the text encoder's output: the layer, and padding if there is any."""
+def layer_fingerprint(config: Config) -> str:
+    """Return what a cache records of the text encoder's output beside its weights: the layer, and the padding."""
     node = config.model.cond_stage_config
     return node.layer + (f", padded to {node.pad_to}" if node.pad_to else "")
 
 
-def stated_transforms(config: DictConfig, data: str) -> Any:
-    """The transforms of a set of the config, if it states any."""
-    stated = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
-    return setup.transforms(config, data).describe() if stated else None
+# ---- Reading ----
 
 
-def reader(samples: TrainingSet, seed: int, words: Tokenizer | None) -> Reader:
-    """The function (indices, positions) -> what training needs of those samples, stacked.
+def reader(samples: TrainingSet, seed: int, tokenizer: Tokenizer | None) -> Reader:
+    """Return the function (indices, positions) -> what training needs of those samples, stacked.
 
-    `images` (batch, 3, height, width) in [-1, 1] or `moments`; `context` (batch, length, context_dim) or `token_ids`
-    (batch, length); their `keys`. words: the tokenizer, None where the captions' embeddings are cached.
+    tokenizer: None where captions are not read as text. The batch has `keys`, and of these what the set gives:
+    `images` (batch, 3, height, width) in [-1, 1], or `moments` (`vae_latents` of a cache of means); `token_ids` (batch,
+    length), or `context` (batch, length, context_dim).
     """
     shards, cache, transforms = samples.shards, samples.cache, samples.transforms
-    if isinstance(shards, Synthetic):
-        return one_by_one(lambda index, position: shards.read(index, words))
-    encoded = {IMAGE_KEY: "vae_latents" if cache and cache.holds_means else "moments"} if transforms is None else {}
-    encoded |= {CAPTION_KEY: "context"} if words is None else {}
-    several_kept = cache is not None and cache.variants > 1
+    if isinstance(shards, SyntheticSet):
+        return collated(lambda index, position: shards.read(index, tokenizer))
+    names = {}  # of the cache's members, in the batch
+    if cache is not None and transforms is None:
+        names[IMAGE_KEY] = "vae_latents" if cache.holds_means else "moments"
+    if cache is not None and tokenizer is None:
+        names[CAPTION_KEY] = "context"
+
+    def read_sample(index: int, position: int) -> Record:
+        sample = shards[index]
+        record: Record = {"keys": sample.key}
+        crop_seed = sample_seed(seed, position, CROPS)
+        if cache is not None:
+            variant = integer_below(cache.variants, crop_seed)
+            arrays = cache.encodings(sample, list(names), variant)
+            record |= {names[name]: array for name, array in arrays.items()}
+        if transforms is not None:
+            record["images"] = transformed_image(sample, transforms, crop_seed)
+        if tokenizer is not None:
+            record["token_ids"] = tokenizer([caption_of(sample)])[0]
+        return record
 
     def read(indices: Sequence[int], positions: Sequence[int]) -> Record:
-        batch: Record = {"keys": []}
-        pictures, captions, rows = [], [], Rows(cache, len(indices), list(encoded)) if cache and encoded else None
-        for index, position in zip(indices, positions, strict=True):
-            shard, inside = shards.place(index)
-            sample = shard[inside] if transforms is not None or words is not None else None
-            drawn = sample_seed(seed, position, CROPS) if several_kept or transforms is not None else 0
-            batch["keys"].append(shard.key(inside))
-            if rows is not None:
-                variant = integer_below(rows.cache.variants, drawn) if several_kept else 0
-                rows.read(shard, inside, sample, variant)
-            if sample is not None and transforms is not None:
-                pictures.append(picture_of(shard, sample, transforms, drawn))
-            if sample is not None and words is not None:
-                captions.append(caption_of(shard, sample))
-        if rows is not None:
-            batch |= {encoded[name]: torch.from_numpy(array) for name, array in rows.arrays.items()}
-        if transforms is not None:
-            batch["images"] = torch.stack(pictures)
-        if words is not None:
-            batch["token_ids"] = words(captions)
-        if samples.sizes:
-            batch["latent_shape"] = latent_shape_of(batch, samples)
-        return batch
+        batch = collate([read_sample(*pair) for pair in zip(indices, positions, strict=True)])
+        return batch | {"latent_shape": latent_shape_of(batch, samples)} if samples.sizes else batch
 
     return read
 
 
-def picture_of(shard: Shard, sample: Sample, transforms: Transforms, seed: int) -> torch.Tensor:
-    """(3, height, width) in [-1, 1]: a sample's picture, transformed by the draws of a seed."""
-    with named(shard, sample):
-        return torch.from_numpy(transforms.decode(image_member(sample)[1], seed))
+def transformed_image(sample: Sample, transforms: Transforms, seed: int) -> np.ndarray:
+    """Return the image of a sample, (3, height, width) in [-1, 1]; its crop is a function of the seed."""
+    with blaming_sample(sample):
+        return transforms.decode(image_member(sample)[1], seed)
 
 
-def preflight(samples: TrainingSet, words: Tokenizer | None, steps: int, batch: int) -> list[str]:
-    """What there is to know of a set before its training, in lines. words: where captions are read as text."""
+def latent_shape_of(batch: Mapping[str, Any], samples: TrainingSet) -> Shape:
+    """Return the shape of the latents of a batch, where a set has several sizes."""
+    channels, side, _ = samples.latent_shape
+    factor = squarest(samples.sizes)[0] // side if "images" in batch else 1
+    height, width = next(batch[name] for name in ("moments", "vae_latents", "images") if name in batch).shape[2:]
+    return channels, height // factor, width // factor
+
+
+@dataclass(frozen=True)
+class SyntheticSet:
+    """A set of `length` random samples (model.data.synthetic_data); sample i is the same in every run."""
+
+    length: int
+    latent_shape: Shape
+    image_size: tuple[int, int]
+    text_shape: tuple[int, int]
+    encoded: Mapping[str, bool]
+
+    @classmethod
+    def from_config(cls, config: Config, encoded: Mapping[str, bool]) -> "SyntheticSet":
+        """Return the set that a config asks for, with the size of its crops, or latents of model.image_size."""
+        model, text = config.model, config.model.cond_stage_config
+        side = downsampling(config) * int(getattr(model, "image_size", None) or 64)
+        size = image_size(open_transforms(config)) if model.data.train.augmentations else (side, side)
+        embedding = (text.pad_to or text.max_length, model.unet_config.context_dim or 1)
+        return cls(model.data.synthetic_data_length, latent_shape(config, size), size, embedding, encoded)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int, tokenizer: Tokenizer | None) -> Record:
+        """Return noise for an image or its moments, and a caption or noise for its embedding."""
+        generator = torch.Generator().manual_seed(sample_seed(0, index))
+        record: Record = {"keys": f"synthetic-{index}"}
+        if self.encoded[IMAGE_KEY]:
+            channels, *size = self.latent_shape
+            record["moments"] = torch.randn(2 * channels, *size, generator=generator)
+        else:
+            record["images"] = 2 * torch.rand(3, *self.image_size, generator=generator) - 1
+        if tokenizer is None:
+            record["context"] = torch.randn(self.text_shape, generator=generator)
+        else:
+            record["token_ids"] = tokenizer([f"a picture with the number {index}"])[0]
+        return record
+
+
+# ---- What is printed before a training ----
+
+
+def preflight(samples: TrainingSet, tokenizer: Tokenizer | None, steps: int, batch: int) -> list[str]:
+    """Return lines that describe a set before its training. tokenizer: None where captions are not read as text."""
     lines = [f"{summary(samples)}; {steps:,} steps of {batch}: {steps * batch / samples.count:.1f} epochs"]
     if samples.sizes and isinstance(samples.order, BucketOrder):
         lines += listing(samples.sizes, samples.order.counts, batch)
-    if words is not None and not isinstance(samples.shards, Synthetic):
-        lines += long_captions(samples.shards, words)
+    if tokenizer is not None and isinstance(samples.shards, ShardSet):
+        lines += long_captions(samples.shards, tokenizer)
     return lines
 
 
-def long_captions(shards: ShardSet, words: Tokenizer) -> list[str]:
-    """Return a line on captions longer than the text encoder reads, estimated from some of them; none if all fit."""
-    looked_at = min(LOOKED_AT, len(shards))
-    long = 0
-    for number in range(looked_at):
-        shard, inside = shards.place(number * len(shards) // looked_at)
-        long += bool(words([caption_of(shard, shard[inside])], return_cut=True)[1][0])
-    share = f"{long:,} of {looked_at:,} captions" + (" looked at" if looked_at < len(shards) else "")
-    return [f"{share} have more than {words.max_length} tokens: their ends are not seen"] if long else []
-
-
-def latent_shape_of(batch: Mapping[str, Any], samples: TrainingSet) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of a batch of one size out of several."""
-    channels, side, _ = samples.latent_shape
-    factor = setup.square_of(samples.sizes)[0] // side if "images" in batch else 1
-    height, width = next(batch[name] for name in ("moments", "vae_latents", "images") if name in batch).shape[2:]
-    return (channels, height // factor, width // factor)
-
-
 def summary(samples: TrainingSet) -> str:
-    """One line for the header of a run."""
-    if isinstance(samples.shards, Synthetic):
+    """Return one line on size and content of a set."""
+    if isinstance(samples.shards, SyntheticSet):
         return f"{len(samples.shards):,} samples of noise, latents {json.dumps(samples.latent_shape)}"
-    kind = "cached latents" if samples.transforms is None else "pictures"
+    content = "cached latents" if samples.transforms is None else "images"
     if samples.sizes:
-        kind += " of several sizes"
+        content += " of several sizes"
     elif samples.transforms is None:
-        kind += f" {json.dumps(samples.latent_shape)}"
+        content += f" {json.dumps(samples.latent_shape)}"
     size = scaled(samples.shards.bytes, BYTES, 1024)
-    return f"{samples.count:,} samples in {len(samples.shards.paths)} shards ({size}), {kind}"
+    return f"{samples.count:,} samples in {len(samples.shards.paths)} shards ({size}), {content}"
+
+
+def long_captions(shards: ShardSet, tokenizer: Tokenizer) -> list[str]:
+    """Return a line on captions longer than the text encoder reads, estimated from some of them; none if all fit."""
+    checked = min(CAPTIONS_CHECKED, len(shards))
+    long = 0
+    for number in range(checked):
+        caption = caption_of(shards[number * len(shards) // checked])
+        long += bool(tokenizer([caption], return_cut=True)[1][0])
+    share = f"{long:,} of {checked:,} captions" + (" looked at" if checked < len(shards) else "")
+    return [f"{share} have more than {tokenizer.max_length} tokens: their ends are not seen"] if long else []
+
+
+# ---- Sizes ----
+
+
+def image_size(transforms: Transforms) -> tuple[int, int]:
+    """Return (height, width) of the images, of the squarest where they have several sizes."""
+    return transforms.size or squarest(transforms.buckets.sizes if transforms.buckets else [])
+
+
+def squarest(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    height, width = min(sizes, key=lambda size: max(size) / min(size))
+    return height, width
+
+
+def downsampling(config: Config) -> int:
+    """Return the pixels of an image's side for each of its latents'."""
+    return 2 ** (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
+
+
+def latent_shape(config: Config, size: tuple[int, int]) -> Shape:
+    """Return (channels, height, width) of the latents of images of `size` (height, width)."""
+    by = downsampling(config)
+    if size[0] % by or size[1] % by:
+        raise BadInput(f"images of {size[0]}x{size[1]} do not divide by {by}, the downsampling of the VAE")
+    return config.model.first_stage_config.embed_dim, size[0] // by, size[1] // by
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Put the key of the config that is to blame before the message of a BadInput."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{key}: {error}") from None
+
+
+def as_list(paths: Any) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
+
+
+def _plain(value: Any) -> Any:
+    """Return a config node as plain dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return value if isinstance(value, str | int | float) or value is None else [_plain(entry) for entry in value]

@@ -1,6 +1,6 @@
 """Tars of encodings that NeMo's and MLPerf's precaching made, without a word of what made them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,8 @@ from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
 
 from .latent_cache import CAPTION_KEY, IMAGE_KEY, LatentCache
-from .sample_io import parsed_header
-from .shards import Sample, Shard, ShardSet
+from .sample_io import array_of
+from .shards import Sample, ShardSet
 
 NAMES = {  # of the encodings, by their ends, in a .pickle of precaching or a .pyd
     IMAGE_KEY: ("_image", "image_embed"),
@@ -25,14 +25,12 @@ class ForeignCache(LatentCache):
     the first sample holds. Nothing says which networks and transforms made them.
     """
 
-    plain = False
-
     def __init__(self, shards: ShardSet):
         self.shards = shards
         self.folder = shards.paths[0].parent
         self.empty_prompt = None
         self.info: dict[str, Any] = {"members": {}}
-        first = self[0]
+        first = _encodings(shards[0])
         members = {name: _described(array) for name, array in first.items()}
         self.info = {"members": members, "samples": len(shards), "fingerprints": {}}
 
@@ -42,52 +40,42 @@ class ForeignCache(LatentCache):
         members = shards[0].members
         return bool(members.keys() & {"pickle", "pyd"}) or ("npy" in members and "txt" in members)
 
-    def encodings(self, shard: Shard, sample: Sample, variant: int = 0) -> dict[str, np.ndarray]:
-        what = f"{shard.path}: sample {sample.key!r}"
-        found = _encodings(sample, what)
+    def encodings(self, sample: Sample, names: Sequence[str], variant: int = 0) -> dict[str, np.ndarray]:
+        found = _encodings(sample)
         for name, member in self.info["members"].items():
             now = _described(found[name]) if name in found else {"shape": "none", "dtype": ""}
             if now != member:
                 first = f"{member['shape']} {member['dtype']} in the first sample of the set"
-                raise BadInput(f"{what}: {name} is {now['shape']} {now['dtype']}, but {first}")
-        return found
+                raise BadInput(f"{sample}: {name} is {now['shape']} {now['dtype']}, but {first}")
+        return {name: found[name] for name in names}
 
 
 def _described(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
-def _encodings(sample: Sample, what: str) -> dict[str, np.ndarray]:
+def _encodings(sample: Sample) -> dict[str, np.ndarray]:
     """The arrays of one sample under our names, moments as (2 * z, height, width), text as (length, width)."""
     extension = next((name for name in ("pickle", "pyd", "npy") if name in sample.members), None)
     if extension is None:
-        raise BadInput(f"{what}: has members {', '.join(sample.members)}, none of them encodings")
+        raise BadInput(f"{sample}: has members {', '.join(sample.members)}, none of them encodings")
     data = sample.members[extension]
     if extension == "npy":
-        return {IMAGE_KEY: _without_batch(_npy(data, what), 3)}
-    held = load_arrays(data, what)
+        return {IMAGE_KEY: _without_batch(array_of(sample, extension), 3)}
+    held = load_arrays(data, str(sample))
     if not isinstance(held, Mapping):
-        raise BadInput(f"{what}: its .{extension} holds no dict of arrays")
+        raise BadInput(f"{sample}: its .{extension} holds no dict of arrays")
     found = {}
     for name, ends in NAMES.items():
         if (key := next((key for key in held if str(key).endswith(ends)), None)) is not None:
             if not isinstance(held[key], np.ndarray):
-                raise BadInput(f"{what}: {key} is no array")
+                raise BadInput(f"{sample}: {key} is no array")
             found[name] = _without_batch(held[key], 3 if name == IMAGE_KEY else 2)
     if not found:
         names = ", ".join(map(str, list(held)[:4]))
-        raise BadInput(f"{what}: holds {names}; encodings have names that end in _image or _text")
+        raise BadInput(f"{sample}: holds {names}; encodings have names that end in _image or _text")
     return found
 
 
 def _without_batch(array: np.ndarray, dimensions: int) -> np.ndarray:
     return array[0] if array.ndim == dimensions + 1 and len(array) == 1 else array
-
-
-def _npy(data: memoryview, what: str) -> np.ndarray:
-    start = 10 + int.from_bytes(data[8:10], "little")
-    try:
-        dtype, shape = parsed_header(bytes(data[:start]))
-        return np.frombuffer(data, dtype, int(np.prod(shape)), start).reshape(shape)
-    except ValueError as error:
-        raise BadInput(f"{what}: its .npy is not a plain array ({error})") from None

@@ -60,4 +60,4 @@ def _size(shard: Shard, number: int, imported: bool) -> tuple[int, int]:
             width, height = image.size
             return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
     except BadInput as error:  # BadSample if there is none, BadImage if it cannot be opened
-        raise BadInput(f"{shard.path}: sample {sample.key!r}: no picture ({error}); import the set first") from None
+        raise BadInput(f"{sample}: no image ({error}); import the set first") from None

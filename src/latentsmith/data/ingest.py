@@ -14,12 +14,15 @@ from PIL import Image
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
+from latentsmith.progress import progress
+from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 
 from .errors import BadSample
 from .filters import Filters
 from .images import MAX_PIXELS, is_plain, load_image, rgb_of
 from .resumable_output import ResumableOutput, full_disk_reported
-from .shards import ShardRecord, ShardWriter, read_set_file
+from .sample_io import caption_of
+from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
 from .sources import Source, SourceItem, open_source
 from .storage import Access
 
@@ -233,3 +236,45 @@ def checked_caption(text: str) -> str:
 def printable(text: str) -> str:
     """Text on one line, with what cannot be printed or encoded escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def import_data(
+    source: str | Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    max_bad: int | None = None,
+    no_duplicates: bool = False,
+    follow_links: bool = False,
+    allow_outside: bool = False,
+    **filters: Any,
+) -> ImportReport:
+    """Pictures and captions to indexed shards; prints what came in and what was set aside, by reason.
+
+    filters: the fields of `Filters`.
+    """
+    with progress("importing", "samples") as bar:
+        report = import_dataset(
+            source,
+            out,
+            samples_per_shard=samples_per_shard,
+            max_bad=max_bad,
+            filters=Filters(**filters),
+            keep_duplicates=not no_duplicates,
+            follow_links=follow_links,
+            allow_outside=allow_outside,
+            progress=lambda done, total, bad: bar(done, total, note=f"{bad:,} set aside" if bad else ""),
+        )
+    print(f"{out}: {report.good:,} samples in {report.shards} shards, {report.bad:,} set aside")
+    for reason, count in sorted(report.reasons.items()):
+        print(f"  {count:,} {reason}")
+    if report.bad:
+        print(f"each is listed in {report.path}")
+    return report
+
+
+def train_vocabulary(source: Path, out: Path, *, size: int) -> None:
+    """Learn a vocabulary of `size` tokens from the captions of a set, and write it as tokenizer.json."""
+    samples = ShardSet(source)
+    learn_vocabulary(map(caption_of, samples), size, out)
+    print(f"{out}: a vocabulary learnt from {len(samples):,} captions")

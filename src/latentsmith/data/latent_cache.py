@@ -16,8 +16,8 @@ import numpy as np
 from latentsmith.files.errors import BadInput
 
 from .resumable_output import first_difference
-from .sample_io import Column, array_of, caption_of
-from .shards import Sample, Shard, ShardSet
+from .sample_io import array_of
+from .shards import Sample, ShardSet
 
 CACHE_FILE = "cache.json"
 EMPTY_PROMPT_FILE = "empty_prompt.npy"
@@ -36,8 +36,6 @@ class LatentCache:
     `info` is the content of cache.json. `empty_prompt`: (length, width), None if captions were not encoded.
     """
 
-    plain = True  # members are .npy files, which can be read where they belong
-
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.shards = ShardSet(self.folder)  # first, since it refuses an unfinished folder
@@ -53,13 +51,12 @@ class LatentCache:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """The encoded members of one sample by name, float16 views of the mapped file, read-only."""
-        shard, inside = self.shards.place(index)
-        return self.encodings(shard, shard[inside])
+        """Return the encoded members of one sample by name: float16 views of the mapped file, read-only."""
+        return self.encodings(self.shards[index], self.encoded)
 
-    def encodings(self, shard: Shard, sample: Sample, variant: int = 0) -> dict[str, np.ndarray]:
-        """The same of a sample at hand; variant: which of the encodings of its picture."""
-        return {name: array_of(shard, sample, _member(name, variant)) for name in self.encoded}
+    def encodings(self, sample: Sample, names: Sequence[str], variant: int = 0) -> dict[str, np.ndarray]:
+        """Return some encoded members of a sample. variant: which of the encodings of its image."""
+        return {name: array_of(sample, _member(name, variant)) for name in names}
 
     @property
     def variants(self) -> int:
@@ -94,19 +91,6 @@ class LatentCache:
         if numbers.shape != (len(self),) or numbers.dtype != np.uint8:
             raise BadInput(f"{path}: not the buckets of {len(self):,} samples; precache again")
         return numbers, [(height, width) for height, width in self.info["buckets"]]
-
-    def read_batch(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """The encoded members of several samples, stacked: `(batch, ...)` float16 for each name. ValueError if the
-        samples' shapes differ."""
-        chosen, rows = np.asarray(indices).tolist(), Rows(self, len(indices))
-        for index in chosen:
-            rows.read(*self.shards.place(index))
-        return rows.arrays
-
-    def caption(self, index: int) -> str:
-        """The caption's text."""
-        shard, inside = self.shards.place(index)
-        return caption_of(shard, shard[inside])
 
     def check(self, expected: Mapping[str, Any]) -> None:
         """Refuse the cache, with BadInput naming the difference, if something stated in `expected` did not make it.
@@ -156,60 +140,6 @@ class JoinedCaches(LatentCache):
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
         found = [each for cache in self.caches if (each := cache.buckets())]
         return (np.concatenate([numbers for numbers, _ in found]), found[0][1]) if found else None
-
-
-class Rows:
-    """Members of samples stacked as they are read, one sample after the other.
-
-    names: the members wanted, all that are encoded if none. Nothing of a shard is kept open for the samples read.
-    """
-
-    def __init__(self, cache: LatentCache, count: int, names: Sequence[str] = ()):
-        self.cache, self.count, self.names = cache, count, names or cache.encoded
-        self.columns: dict[str, Column] = {}
-        self.between = memoryview(bytearray(4096))  # what a tar has between members
-        self.done = 0
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """(count, ...) by name."""
-        return {name: column.rows for name, column in self.columns.items()}
-
-    def read(self, shard: Shard, inside: int, sample: Sample | None = None, variant: int = 0) -> None:
-        """The next sample: number `inside` of a shard, `sample` if it is at hand. variant: which of the encodings of
-        its picture. ValueError if its shapes are not the first one's."""
-        if not self.columns:
-            sample = sample or shard[inside]
-            for name, array in self.cache.encodings(shard, sample, variant).items():
-                if name in self.names:
-                    member = sample.members.get(_member(name, variant), b"")
-                    self.columns[name] = Column(self.count, array, max(0, len(member) - array.nbytes))
-        if not self._read_at_once(shard, inside, variant):
-            sample = sample or shard[inside]  # of a remote shard one request for all members
-            held = self.cache.encodings(shard, sample, variant)
-            for name, column in self.columns.items():
-                column.take(self.done, held[name], f"{name} of sample {sample.key!r}")
-        self.done += 1
-
-    def _read_at_once(self, shard: Shard, inside: int, variant: int) -> bool:
-        """Whether headers and numbers could be read where they belong: of a file here, in the form we write. A call for
-        all members that follow one another is faster than a copy from the mapped file."""
-        if shard.descriptor is None or not self.cache.plain:
-            return False
-        places: list = []
-        start = end = 0
-        for name, column in self.columns.items():
-            offset, size = shard.span(inside, _member(name, variant))
-            if size != len(column.head) + column.nbytes:
-                return False
-            if not 0 <= offset - end <= len(self.between):
-                if places and os.preadv(shard.descriptor, places, start) != end - start:
-                    return False
-                places, start, end = [], offset, offset
-            places += (self.between[: offset - end], column.head, column.place(self.done))
-            end = offset + size
-        done = os.preadv(shard.descriptor, places, start)
-        return done == end - start and all([column.head_fits() for column in self.columns.values()])
 
 
 def variant_name(number: int) -> str:

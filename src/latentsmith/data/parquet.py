@@ -10,7 +10,7 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
 
 from .errors import BadSample
-from .storage import Place
+from .storage import Storage
 
 ROWS = 256  # read at a time
 URL_COLUMNS = ("url", "image_url", "URL")
@@ -22,15 +22,15 @@ class ParquetTable:
     Raises BadInput for files that are none, and where pyarrow is not installed.
     """
 
-    def __init__(self, place: Place, names: Sequence[str]):
+    def __init__(self, storage: Storage, names: Sequence[str]):
         self.names = names
-        self.address = f"{place.address}/{names[0]}" if len(names) == 1 else place.address
+        self.address = f"{storage.address}/{names[0]}" if len(names) == 1 else storage.address
         try:
             import pyarrow.parquet as parquet
         except ModuleNotFoundError:
             raise BadInput(f"{self.address}: parquet needs pyarrow; pip install 'latentsmith[parquet]'") from None
         with self._read():
-            opened = [place.open(name) for name in names]
+            opened = [storage.open(name) for name in names]
             self.sizes = [file.seek(0, os.SEEK_END) for file in opened]
             self.files = [parquet.ParquetFile(file) for file in opened]
         self.columns = list(self.files[0].schema_arrow.names)
@@ -78,7 +78,7 @@ class ParquetTable:
         return fingerprint_text("\n".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True)))
 
 
-def picture_of(value: Any, place: Place, where: str) -> bytes:
+def image_of(value: Any, storage: Storage, where: str) -> bytes:
     """The bytes of a picture in a column: bytes, a path beside the table, or Hugging Face's {bytes, path}."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -87,6 +87,6 @@ def picture_of(value: Any, place: Place, where: str) -> bytes:
     if not isinstance(value, str) or not value:
         raise BadSample("missing image", f"{where}: holds no picture")
     try:
-        return place.read(value)
+        return storage.read(value)
     except BadSample as error:
         raise BadSample(error.reason, f"{where}: {error}") from None

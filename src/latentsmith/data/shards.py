@@ -21,13 +21,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import DIGEST_BYTES, fingerprint_text
 
-from .remote_cache import LocalCopies, Ranges, RemoteCopy, is_remote
+from .storage import Mirror, MirrorCache, RemoteFile, is_remote
 from .tar_index import SAMPLE_NAME, Row, build_index, index_array, index_path, load_index, padded, save_index
 
 SET_FILE = "set.json"
@@ -38,10 +36,14 @@ OPEN_SHARDS = 200  # each holds three file descriptors, and 1,024 is the usual l
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample: its key, and its members by extension (`jpg`, `image_encoded.npy`), viewing the mapped file."""
+    """One sample of a tar: its members by extension (`jpg`, `image_encoded.npy`), viewing the mapped file."""
 
+    path: Path  # of the tar
     key: str
     members: Mapping[str, memoryview]
+
+    def __str__(self) -> str:
+        return f"{self.path}: sample {self.key!r}"
 
     def text(self, extension: str) -> str:
         """A member as UTF-8 text."""
@@ -65,24 +67,22 @@ class Shard:
     BadInput, naming the tar and the byte, if it is missing, empty, truncated or garbage.
     """
 
-    def __init__(self, path: str | os.PathLike, remote: RemoteCopy | None = None):
+    def __init__(self, path: str | os.PathLike, remote: Mirror | None = None):
         self.path = Path(path)
         self.file: IO[bytes] | None = None
-        self.bytes: mmap.mmap | Ranges
+        self.bytes: mmap.mmap | RemoteFile
         if ranges := remote.fetch(self.path.name) if remote else None:
             self.bytes = ranges
         else:
             self.file, self.bytes = _map_file(self.path)
-        self.descriptor = self.file.fileno() if self.file else None
         self.index = self._open_index()
         self.extensions = tuple(name[1:] for name in (self.index.dtype.names or ())[1:])
-        self._spans: dict[str, np.ndarray] = {}
 
     def _open_index(self):
         stored = index_path(self.path)
         index = load_index(stored, self.bytes)  # type: ignore[arg-type]
         if index is None:
-            index = build_index(self.path, self.bytes.opened() if isinstance(self.bytes, Ranges) else None)
+            index = build_index(self.path, self.bytes.opened() if isinstance(self.bytes, RemoteFile) else None)
             with suppress(OSError):  # in a read-only folder the index lives in memory, and is built again next time
                 save_index(stored, index)
         return index
@@ -93,20 +93,12 @@ class Shard:
     def __getitem__(self, number: int) -> Sample:
         key, *spans = self.index[number].tolist()
         held = {name: span for name, span in zip(self.extensions, spans, strict=True) if span[0]}
-        if isinstance(self.bytes, Ranges):
+        if isinstance(self.bytes, RemoteFile):
             members = _read_parts(self.bytes, held)
         else:
             view = memoryview(self.bytes)
             members = {name: view[offset : offset + size] for name, (offset, size) in held.items()}
-        return Sample(key.decode("utf-8", "surrogateescape"), members)
-
-    def span(self, number: int, extension: str) -> tuple[int, int]:
-        """Offset and size of one member; (0, 0) if the sample has none of that extension."""
-        spans = self._spans.get(extension)
-        if spans is None:
-            none = np.zeros((len(self), 2), np.uint64)
-            spans = self._spans[extension] = self.index[f".{extension}"] if extension in self.extensions else none
-        return spans.item(number, 0), spans.item(number, 1)
+        return Sample(self.path, key.decode("utf-8", "surrogateescape"), members)
 
     def key(self, number: int) -> str:
         return self.index["key"][number].decode("utf-8", "surrogateescape")
@@ -116,14 +108,14 @@ class ShardSet(Sequence):
     """A random-access sequence of samples over tar shards.
 
     source: a finished folder, a folder of WebDataset tars, one tar, a pattern such as `shard-{000..010}.tar` or
-    `shard-*.tar`, or a list of these, here or at any address that fsspec opens; copies: where what comes from afar is
+    `shard-*.tar`, or a list of these, here or at any address that fsspec opens; mirrors: where what comes from afar is
     kept. BadInput if there is none, the folder is unfinished, or a tar is damaged.
     Nothing per sample is held in memory; at most OPEN_SHARDS shards are mapped at once. Can be pickled to workers.
     """
 
-    def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike], copies: LocalCopies | None = None):
-        self._copies = copies or LocalCopies.default()
-        shards = _find_shards(source, self._copies)
+    def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike], mirrors: MirrorCache | None = None):
+        self._mirrors = mirrors or MirrorCache.default()
+        shards = _find_shards(source, self._mirrors)
         if not shards:
             raise BadInput(
                 f"{source}: no .tar shards here; `latentsmith data import` makes them of images and captions"
@@ -131,7 +123,7 @@ class ShardSet(Sequence):
         self.paths = [path for path, _ in shards]
         self.records = [record for _, record in shards]
         self._open: OrderedDict[int, Shard] = OrderedDict()
-        self._remote: dict[Path, RemoteCopy | None] = {}  # by folder
+        self._remote: dict[Path, Mirror | None] = {}  # by folder
         self.counts = [record.samples if record else len(self.shard(i)) for i, record in enumerate(self.records)]
         self._ends = list(accumulate(self.counts))
 
@@ -144,20 +136,15 @@ class ShardSet(Sequence):
         return self._ends[-1]
 
     def __getitem__(self, index):
-        shard, inside = self.place(index)
-        return shard[inside]
+        shard, number = self.locate(index)
+        return shard[number]
 
-    def place(self, index: int) -> tuple[Shard, int]:
-        """The shard that holds sample `index`, mapped, and the sample's number within it."""
-        number, inside = self.locate(index)
-        return self.shard(number), inside
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The number of the shard that holds sample `index`, and the sample's number within it."""
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """Return the shard that holds sample `index`, mapped, and the sample's number within it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a set of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        return shard, index - (self._ends[shard] - self.counts[shard])
+        number = bisect.bisect_right(self._ends, index)
+        return self.shard(number), index - (self._ends[number] - self.counts[number])
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
@@ -170,9 +157,9 @@ class ShardSet(Sequence):
         self._open.move_to_end(number)
         return shard
 
-    def _remote_copy(self, folder: Path) -> RemoteCopy | None:
+    def _remote_copy(self, folder: Path) -> Mirror | None:
         if folder not in self._remote:
-            self._remote[folder] = self._copies.copy_in(folder)
+            self._remote[folder] = self._mirrors.mirror_at(folder)
         return self._remote[folder]
 
     def fingerprint(self) -> str:
@@ -342,7 +329,7 @@ def _map_file(path: Path) -> tuple[IO[bytes], mmap.mmap]:
         raise BadInput(f"{path}: {error.strerror}; has the shard been moved or deleted?") from None
 
 
-def _read_parts(source: Ranges, held: Mapping[str, Sequence[int]]) -> dict[str, memoryview]:
+def _read_parts(source: RemoteFile, held: Mapping[str, Sequence[int]]) -> dict[str, memoryview]:
     """The members of a sample from afar: in one request if they lie together, as they do unless some are shared."""
     first = min(offset for offset, _ in held.values())
     last = max(offset + size for offset, size in held.values())
@@ -352,15 +339,15 @@ def _read_parts(source: Ranges, held: Mapping[str, Sequence[int]]) -> dict[str, 
     return {name: view[offset - first : offset - first + size] for name, (offset, size) in held.items()}
 
 
-def _find_shards(source, copies: LocalCopies) -> list[tuple[Path, ShardRecord | None]]:
+def _find_shards(source, mirrors: MirrorCache) -> list[tuple[Path, ShardRecord | None]]:
     """The shards that `source` means, each with its record where a set.json has one."""
     if not isinstance(source, str | os.PathLike):
-        return [shard for part in source for shard in _find_shards(part, copies)]
+        return [shard for part in source for shard in _find_shards(part, mirrors)]
     if is_remote(source):
-        return [shard for url in expand_braces(str(source)) for shard in _folder_shards(copies.stand_in(url), copies)]
+        return [shard for url in expand_braces(str(source)) for shard in _folder_shards(mirrors.mirror(url), mirrors)]
     path = Path(source)
     if path.is_dir():
-        return _folder_shards(path, copies)
+        return _folder_shards(path, mirrors)
     if path.is_file():
         return [(path, None)]
     tars = [tar for text in expand_braces(str(source)) for tar in _glob(Path(text))]
@@ -369,12 +356,12 @@ def _find_shards(source, copies: LocalCopies) -> list[tuple[Path, ShardRecord | 
     return [(tar, None) for tar in tars]
 
 
-def _folder_shards(folder: Path, copies: LocalCopies) -> list[tuple[Path, ShardRecord | None]]:
+def _folder_shards(folder: Path, mirrors: MirrorCache) -> list[tuple[Path, ShardRecord | None]]:
     if (folder / UNFINISHED_FILE).exists():
         raise BadInput(f"{folder}: unfinished; run the command that filled it again, and it goes on where it stopped")
     if (folder / SET_FILE).exists():
         return [(folder / record.file, record) for record in read_set_file(folder)]
-    remote = copies.copy_in(folder)
+    remote = mirrors.mirror_at(folder)
     return [(tar, None) for tar in (remote.tars if remote else sorted(folder.glob("*.tar")))]
 
 

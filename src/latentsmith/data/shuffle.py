@@ -1,131 +1,129 @@
 """Order and randomness as pure functions of (seed, position): nothing is stored, nothing is consumed.
 
 A run's data state is one number, the position of its next sample. The order within an epoch is a keyed bijection on
-0..n-1: a Feistel network over the smallest even number of bits that holds n, walked again where it leaves the range
-(Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). Own integer arithmetic, so every NumPy agrees.
+0..n-1: a Feistel network over the smallest even number of bits that holds n, applied again while its result lies
+outside the range (Black & Rogaway 2002, "Ciphers with arbitrary finite domains"). It uses integer arithmetic of its
+own, so that every NumPy version gives the same order.
 """
 
-from functools import lru_cache
-from typing import overload
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from heapq import heapify, heapreplace
 
 import numpy as np
 
-ROUNDS = 8  # four already pass as random to a bounded observer (Luby & Rackoff 1988); halves as short as ours want more
-MIN_BITS = 6  # over 4 bits the orders of five samples are measurably uneven; over 8 the walk back into them is long
-SOME = 256  # positions whose indices are computed together, where single ones are asked for
+from latentsmith.files.errors import BadInput
+
+# Random streams of one position: what training adds to its sample (noise, timestep), its transforms, dropout.
+DRAWS, CROPS, DROPOUT = 1, 2, 3
+ROUNDS = 8  # four already pass as random to a bounded observer (Luby & Rackoff 1988); short halves need more
+MIN_BITS = 6  # with 4 bits the orders of five samples are measurably uneven; with 8 small sets need many passes
 WORD = (1 << 64) - 1
+INTERLEAVE_BLOCK = 100  # positions of a WeightedInterleave that are shuffled among themselves
+ONE = 1 << 64  # the unit of time of a WeightedInterleave
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 
 
-@overload
-def shuffled_index(seed: int, position: int, length: int) -> int: ...
-@overload
-def shuffled_index(seed: int, position: np.ndarray, length: int) -> np.ndarray: ...
-def shuffled_index(seed, position, length):
-    """Index of the sample at `position` of a run over a set of `length` samples, shuffled anew each epoch.
+def shuffled_index(seed: int, position: int, length: int) -> int:
+    """Return the index (0..length-1) of the sample at a position of a run over `length` samples, reshuffled each epoch.
 
-    position: 0, 1, 2, ... over the whole run and all processes, an int or an array; epoch = position // length.
-    Returns an index in 0..length-1, an int or an array of int64 of the same shape. ValueError if length < 1.
+    position: 0, 1, 2, ... over the whole run and all processes; epoch = position // length.
+    Raises ValueError if length < 1.
     """
     if length < 1:
         raise ValueError(f"a set of {length} samples has no order")
-    if np.ndim(position) == 0 and length < SOME:
-        epoch, place = divmod(int(position), length)
-        return _permuted_one(place, length, _word(seed, epoch))
-    if np.ndim(position) == 0:
-        return _some_indices(seed, int(position) // SOME, length)[int(position) % SOME]
-    positions = np.asarray(position, dtype=np.int64)
-    epochs, places = np.divmod(positions.reshape(-1), length)
-    indices = np.empty(places.shape, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = permuted(places[chosen], length, _word(seed, int(epoch)))
-    return indices.reshape(positions.shape)
-
-
-@lru_cache(maxsize=256)
-def _some_indices(seed: int, block: int, length: int) -> list[int]:
-    """The indices at SOME positions: what asks for one mostly goes on to ask for the next."""
-    return shuffled_index(seed, np.arange(block * SOME, (block + 1) * SOME), length).tolist()
-
-
-def permuted(places: np.ndarray, length: int, key: int) -> np.ndarray:
-    """Where the bijection named by `key` sends each of `places`, all within 0..length-1."""
-    half_bits = _half_bits(length)
-    keys = _round_keys(key)
-    values = _feistel(places.astype(np.uint64), half_bits, keys)
-    while (outside := values >= length).any():
-        values[outside] = _feistel(values[outside], half_bits, keys)
-    return values.astype(np.int64)
-
-
-def sample_seed(seed: int, position: int, stream: int = 0) -> int:
-    """A 64-bit seed for the sample at `position` of the run; `stream` tells independent uses of one position apart."""
-    return _some_seeds(seed, position // SOME, stream)[position % SOME]
-
-
-@lru_cache(maxsize=64)
-def _some_seeds(seed: int, block: int, stream: int) -> list[int]:
-    """Seeds of SOME positions, by what NumPy's SeedSequence makes of [seed, position, stream] (M. E. O'Neill's
-    seed_seq_fe128), for all of them at once."""
-    positions = np.arange(block * SOME, (block + 1) * SOME, dtype=np.uint64)
-    parts = [positions.astype(np.uint32)] + ([(positions >> np.uint64(32)).astype(np.uint32)] if block >> 24 else [])
-    entropy = [*_words(seed), *parts, *_words(stream)]
-    entropy += [*_words(0)] * (4 - len(entropy))
-    factor = 0x43B0D7E5
-
-    def hashed(value):
-        nonlocal factor
-        value, factor = value ^ np.uint32(factor), factor * 0x931E8875 & 0xFFFFFFFF
-        value = value * np.uint32(factor)
-        return value ^ (value >> np.uint32(16))
-
-    def mixed(a, b):
-        value = a * np.uint32(0xCA01F9DD) - b * np.uint32(0x4973F715)
-        return value ^ (value >> np.uint32(16))
-
-    pool = [hashed(word) for word in entropy[:4]]
-    for i in range(4):
-        for j in (j for j in range(4) if j != i):
-            pool[j] = mixed(pool[j], hashed(pool[i]))
-    for word in entropy[4:]:
-        pool = [mixed(one, hashed(word)) for one in pool]
-    halves, factor = [], 0x8B51F9DD
-    for one in pool[:2]:
-        value, factor = one ^ np.uint32(factor), factor * 0x58F38DED & 0xFFFFFFFF
-        value = value * np.uint32(factor)
-        halves.append((value ^ (value >> np.uint32(16))).astype(np.uint64))
-    return (halves[0] | halves[1] << np.uint64(32)).tolist()
-
-
-def _words(number: int) -> list[np.ndarray]:
-    """A number in words of 32 bits, the lowest first, each an array of one. ValueError for a negative one."""
-    if number < 0:
-        raise ValueError(f"{number} is no seed: it has to be 0 or more")
-    count = max(1, (number.bit_length() + 31) // 32)
-    return [np.array([number >> (32 * i) & 0xFFFFFFFF], np.uint32) for i in range(count)]
-
-
-def integer_below(bound: int, seed: int, stream: int = 0) -> int:
-    """An integer in 0..bound-1, uniform (to bound / 2**64), from a 64-bit seed; `stream` as in `sample_seed`."""
-    return (_word(seed, stream) * bound) >> 64
-
-
-def _permuted_one(place: int, length: int, key: int) -> int:
-    """`permuted` of one place: in Python's integers 20 times as fast as in arrays of one."""
-    half_bits, keys = _half_bits(length), _round_keys(key)
-    mask, kept = (1 << half_bits) - 1, 64 - half_bits
-    value = place
+    epoch, value = divmod(int(position), length)
+    half_bits = (max(MIN_BITS, (length - 1).bit_length()) + 1) // 2
+    keys = _round_keys(_word(seed, epoch))
+    mask, shift = (1 << half_bits) - 1, 64 - half_bits
     while True:
         left, right = value >> half_bits, value & mask
-        for one in keys:
-            left, right = right, left ^ (_mix_int(right ^ one) >> kept)
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) >> shift)
         value = (left << half_bits) | right
         if value < length:
             return value
 
 
-def _half_bits(length: int) -> int:
-    return (max(MIN_BITS, (length - 1).bit_length()) + 1) // 2
+def sample_seed(seed: int, position: int, stream: int = 0) -> int:
+    """Return a 64-bit seed for the sample at a position of the run; each `stream` gives an independent one.
+
+    Raises ValueError for a negative seed.
+    """
+    return int(np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)[0])
+
+
+def integer_below(bound: int, seed: int, stream: int = 0) -> int:
+    """Return an integer in 0..bound-1, uniform (to bound / 2**64), from a 64-bit seed; `stream` as in `sample_seed`."""
+    return (_word(seed, stream) * bound) >> 64
+
+
+class WeightedInterleave:
+    """Weighted round-robin: map a position to (source number, index of that draw within the source).
+
+    Draw n of source i of k, with share s, is due at time (n + (r + 1/2) / k) / s, where the ranks r = 0..k-1 of
+    neighbours are far apart, so that sources of equal weight do not clump. Draws come in the order of their times, but
+    each block of INTERLEAVE_BLOCK positions is shuffled.
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        self.seed = seed
+        self.rates = [round(weight / (sum(weights) or 1) * 2**32) or int(weight > 0) for weight in weights]
+        self.total = sum(self.rates)
+        count = len(self.rates)
+        spread = sorted(range(count), key=lambda i: i * GOLDEN % ONE)  # multiples of it fill a circle evenly
+        self.ranks = sorted(range(count), key=spread.__getitem__)
+
+    def __call__(self, position: int) -> tuple[int, int]:
+        """Return the source at a position, and how many draws it has had before."""
+        start = position // INTERLEAVE_BLOCK * INTERLEAVE_BLOCK
+        return self.unshuffled(start + shuffled_index(self.seed ^ 0x51ED, position, INTERLEAVE_BLOCK))
+
+    def unshuffled(self, position: int) -> tuple[int, int]:
+        """Return the same for the order of times. Integers alone, so that no two positions ever have the same draw."""
+        parts = 2 * len(self.rates)  # of the time between two draws; rank r comes after 2 * r + 1 of them
+        before = max(0, position - len(self.rates))  # at this time at most `position` draws are done
+        past = parts * before * ONE // self.total + 1
+        sources = zip(self.rates, self.ranks, strict=True)
+        done = [((past * rate - 1) // ONE - 2 * rank - 1) // parts + 1 for rate, rank in sources]
+
+        def next_draw(i: int) -> tuple[int, int]:
+            return (parts * done[i] + 2 * self.ranks[i] + 1) * ONE // self.rates[i], i
+
+        due = [next_draw(i) for i, rate in enumerate(self.rates) if rate]
+        heapify(due)
+        for _ in range(position - sum(done) + 1):
+            number = due[0][1]
+            done[number] += 1
+            heapreplace(due, next_draw(number))
+        return number, done[number] - 1
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Map a position to a sample of several sets, numbered one after the other, drawn in proportion to weights.
+
+    The sets take turns by `WeightedInterleave`; within its own draws each is shuffled, epoch by epoch, as if it were
+    alone. Raises BadInput for weights that are not one positive number for each set.
+    """
+
+    lengths: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(self.lengths) or min(self.weights) <= 0:
+            raise BadInput(f"weights {list(self.weights)} for {len(self.lengths)} sets: give each one number above 0")
+
+    @cached_property
+    def interleave(self) -> WeightedInterleave:
+        return WeightedInterleave(self.weights, self.seed)
+
+    def __call__(self, position: int) -> int:
+        number, draw = self.interleave(position)
+        first = sum(self.lengths[:number])
+        return first + shuffled_index(self.seed + 7919 * number, draw, self.lengths[number])
 
 
 @lru_cache(maxsize=64)
@@ -133,30 +131,14 @@ def _round_keys(key: int) -> tuple[int, ...]:
     return tuple(_word(key, number) for number in range(ROUNDS))
 
 
-def _feistel(values: np.ndarray, half_bits: int, keys: tuple[int, ...]) -> np.ndarray:
-    """A permutation of 0..2**(2 * half_bits)-1, applied to an array of uint64."""
-    mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ np.uint64(key)) >> np.uint64(64 - half_bits))
-    return (left << shift) | right
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """Spread every bit of 64-bit words over all 64 (the finaliser of SplitMix64: Steele, Lea & Flood 2014)."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
 def _word(seed: int, stream: int) -> int:
-    """The 64-bit word of number `stream` in the SplitMix64 sequence that starts at a mixed `seed`."""
-    state = _mix_int((seed & WORD) ^ 0x5851F42D4C957F2D)
-    return _mix_int((state + (stream + 1) * 0x9E3779B97F4A7C15) & WORD)
+    """Return word number `stream` (64 bits) of the SplitMix64 sequence that starts at a mixed `seed`."""
+    state = _mix((seed & WORD) ^ 0x5851F42D4C957F2D)
+    return _mix((state + (stream + 1) * GOLDEN) & WORD)
 
 
-def _mix_int(word: int) -> int:
-    """`_mix` of one Python integer below 2**64."""
+def _mix(word: int) -> int:
+    """Spread every bit of a 64-bit word over all 64 (the finaliser of SplitMix64: Steele, Lea & Flood 2014)."""
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & WORD
     return word ^ (word >> 31)

@@ -16,18 +16,29 @@ from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from latentsmith.files.array_pickles import load_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
 from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular
 
 from .errors import BadSample
-from .parquet import URL_COLUMNS, ParquetTable, picture_of
-from .remote_cache import attempted, file_system, is_remote, reported
+from .parquet import URL_COLUMNS, ParquetTable, image_of
 from .sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from .shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
-from .storage import AHEAD, INSIDE, Access, Far, Here, Place, link_refused
+from .storage import (
+    INSIDE,
+    PREFETCH,
+    Access,
+    LocalStorage,
+    RemoteStorage,
+    Storage,
+    file_system,
+    is_remote,
+    link_refused,
+    reported,
+    with_retries,
+)
 from .tar_index import index_path
-from .wdinfo import read_wdinfo
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
@@ -72,10 +83,10 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
         return TarSource(path)
     if suffix in (".jsonl", ".csv", ".parquet") and not is_folder(path):
         folder, name = os.path.split(path)
-        place = place_at(folder, access, given=name)
-        if not place.has(name):
+        storage = storage_at(folder, access, given=name)
+        if not storage.has(name):
             raise BadInput(f"{path}: no such folder or file")
-        return ParquetSource(place, [name]) if suffix == ".parquet" else TableSource(place, name)
+        return ParquetSource(storage, [name]) if suffix == ".parquet" else TableSource(storage, name)
     if is_remote(path) or Path(path).is_dir():
         return folder_source(path, access)
     if not Path(path).exists():
@@ -83,7 +94,7 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     if suffix == ".pkl":
         open_regular(path, JSON).close()
         folder, tars = Path(path).parent, read_wdinfo(Path(path))
-        _check_tars(Here(folder, access), tars)
+        _check_tars(LocalStorage(folder, access), tars)
         return TarSource([folder / tar for tar in tars])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
@@ -97,12 +108,12 @@ def is_folder(path: str | os.PathLike) -> bool:
     with reported(str(path)):
         system, inside = file_system(str(path))
         with suppress(FileNotFoundError):
-            return attempted(lambda: system.info(inside))["type"] == "directory"
+            return with_retries(lambda: system.info(inside))["type"] == "directory"
     return False
 
 
-def place_at(path: str | os.PathLike, access: Access = INSIDE, given: str | None = None) -> Place:
-    return Far(str(path), access) if is_remote(path) else Here(Path(path), access, given)
+def storage_at(path: str | os.PathLike, access: Access = INSIDE, given: str | None = None) -> Storage:
+    return RemoteStorage(str(path), access) if is_remote(path) else LocalStorage(Path(path), access, given)
 
 
 def _without_file_protocol(path: str | os.PathLike) -> str | os.PathLike:
@@ -113,57 +124,57 @@ def _without_file_protocol(path: str | os.PathLike) -> str | os.PathLike:
     return path
 
 
-def _check_tars(place: Here, names: Iterable[str]) -> None:
+def _check_tars(storage: LocalStorage, names: Iterable[str]) -> None:
     """Raise BadInput for a tar, or an index beside one, that may not be read or is no regular file."""
     for tar in names:
         for name in (tar, str(index_path(Path(tar)))):
             with suppress(FileNotFoundError):  # ShardSet reports a tar that is missing
-                check_regular(place.resolved(name), place.folder / name)
+                check_regular(storage.resolved(name), storage.folder / name)
 
 
 def _check_pattern(pattern: str, access: Access) -> None:
     """`_check_tars` for a tar that the user named, or those that a pattern names."""
     for path in map(Path, expand_braces(pattern)):
         if "*" not in path.name:
-            _check_tars(Here(path.parent, access, given=path.name), [path.name])
+            _check_tars(LocalStorage(path.parent, access, given=path.name), [path.name])
         else:
-            _check_tars(Here(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
+            _check_tars(LocalStorage(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
 
 
 def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     """What a folder is a source of, by the files in it."""
-    place = place_at(path, access)
-    if place.has(SET_FILE) or place.has(UNFINISHED_FILE):
-        if isinstance(place, Here) and place.has(SET_FILE):
-            open_regular(place.resolved(SET_FILE), JSON, place.folder / SET_FILE).close()
-            _check_tars(place, [record.file for record in read_set_file(place.folder)])
+    storage = storage_at(path, access)
+    if storage.has(SET_FILE) or storage.has(UNFINISHED_FILE):
+        if isinstance(storage, LocalStorage) and storage.has(SET_FILE):
+            open_regular(storage.resolved(SET_FILE), JSON, storage.folder / SET_FILE).close()
+            _check_tars(storage, [record.file for record in read_set_file(storage.folder)])
         return TarSource(path)
-    if tables := [name for name in TABLES if place.has(name)]:
-        return TableSource(place, tables[0])
-    sizes = place.sizes()
+    if tables := [name for name in TABLES if storage.has(name)]:
+        return TableSource(storage, tables[0])
+    sizes = storage.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
-        return _with_refused(FolderSource(place, sizes), place)
+        return _with_refused(FolderSource(storage, sizes), storage)
     # img2dataset leaves a .parquet beside each of its tars
     if tars := [name for name in sizes if "/" not in name and _extension(name) == "tar"]:
-        if isinstance(place, Here):
-            _check_tars(place, tars)
+        if isinstance(storage, LocalStorage):
+            _check_tars(storage, tars)
         return TarSource(path)
     if parquets := [name for name in sorted(sizes, key=PurePosixPath) if _extension(name) == "parquet"]:
-        return _with_refused(ParquetSource(place, parquets), place)
-    if place.refused:
-        raise link_refused(f"{place.address}/{place.refused[0]}")
-    raise BadInput(f"{place.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
+        return _with_refused(ParquetSource(storage, parquets), storage)
+    if storage.refused:
+        raise link_refused(f"{storage.address}/{storage.refused[0]}")
+    raise BadInput(f"{storage.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
 
 
-def _with_refused(source: Source, place: Place) -> Source:
-    return RefusedLinks(source, place) if place.refused else source
+def _with_refused(source: Source, storage: Storage) -> Source:
+    return RefusedLinks(source, storage) if storage.refused else source
 
 
 class RefusedLinks:
     """A source, and after its items one for each linked folder that was left out: reading it raises BadSample."""
 
-    def __init__(self, source: Source, place: Place):
-        self.source, self.place, self.names = source, place, tuple(place.refused)
+    def __init__(self, source: Source, storage: Storage):
+        self.source, self.storage, self.names = source, storage, tuple(storage.refused)
 
     def __len__(self) -> int:
         return len(self.source) + len(self.names)
@@ -177,14 +188,14 @@ class RefusedLinks:
         return fingerprint_text("\n".join([self.source.fingerprint(), *self.names]))
 
     def _refuse(self, name: str) -> bytes:
-        raise link_refused(f"{self.place.address}/{name}")
+        raise link_refused(f"{self.storage.address}/{name}")
 
 
 class FolderSource:
     """Images anywhere below a folder, by name, each with its caption in `NAME.txt` or `NAME.caption` beside it."""
 
-    def __init__(self, place: Place, sizes: Mapping[str, int]):
-        self.place, self.sizes = place, sizes
+    def __init__(self, storage: Storage, sizes: Mapping[str, int]):
+        self.storage, self.sizes = storage, sizes
         names = sorted(sizes, key=PurePosixPath)
         images = [name for name in names if _extension(name) in IMAGE_EXTENSIONS]
         captioned = {_stem(name) for name in images}
@@ -197,15 +208,15 @@ class FolderSource:
         return len(self.names)
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        for at in range(start, len(self), AHEAD):
-            names = self.names[at : at + AHEAD]
+        for at in range(start, len(self), PREFETCH):
+            names = self.names[at : at + PREFETCH]
             captions = [self.captions[stem] for stem in map(_stem, names) if stem in self.captions]
-            self.place.ahead(list(dict.fromkeys([*names, *captions])))
+            self.storage.prefetch(list(dict.fromkeys([*names, *captions])))
             for name in names:
                 if _extension(name) in CAPTION_EXTENSIONS:
                     yield SourceItem(name, _no_image_for(name), lambda: "")
                 else:
-                    yield SourceItem(name, partial(self.place.read, name), partial(self._caption, name))
+                    yield SourceItem(name, partial(self.storage.read, name), partial(self._caption, name))
 
     def _caption(self, image: str) -> str:
         name = self.captions.get(_stem(image))
@@ -213,7 +224,7 @@ class FolderSource:
             stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
             raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
         try:
-            return self.place.read(name, CAPTION).decode("utf-8-sig", "surrogateescape")
+            return self.storage.read(name, CAPTION).decode("utf-8-sig", "surrogateescape")
         except BadSample as error:
             reason = "missing caption" if error.reason in ("missing image", "unreadable file") else error.reason
             raise BadSample(reason, str(error)) from None
@@ -227,9 +238,9 @@ class TableSource:
     the caption; every other column is kept as JSON. BadInput, with the line's number, for a table that cannot be read.
     """
 
-    def __init__(self, place: Place, name: str):
-        self.place, self.name = place, name
-        self.table = f"{place.address}/{name}"
+    def __init__(self, storage: Storage, name: str):
+        self.storage, self.name = storage, name
+        self.table = f"{storage.address}/{name}"
         rows = self._rows()
         first = next(rows, None)
         if first is None:
@@ -243,25 +254,25 @@ class TableSource:
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
         rows = islice(self._rows(), start, None)
-        while some := list(islice(rows, AHEAD)):
+        while some := list(islice(rows, PREFETCH)):
             names = [row.get(self.image_column) for _, row in some]
-            self.place.ahead([name for name in names if isinstance(name, str) and name])
+            self.storage.prefetch([name for name in names if isinstance(name, str) and name])
             for (line, row), name in zip(some, names, strict=True):
                 caption = row.get(self.caption_column)
                 extra = {key: v for key, v in row.items() if key not in (self.image_column, self.caption_column)}
                 if isinstance(name, str) and name:
-                    yield SourceItem(name, partial(self.place.read, name), _text_reader(caption), extra)
+                    yield SourceItem(name, partial(self.storage.read, name), _text_reader(caption), extra)
                 else:
                     where = f"line {line:,} of {self.name}"
                     yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
 
     def fingerprint(self) -> str:
-        with reported(self.table), self.place.open(self.name) as file:
+        with reported(self.table), self.storage.open(self.name) as file:
             return hash_stream(file)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
-        with reported(self.table), self.place.open(self.name) as file:
+        with reported(self.table), self.storage.open(self.name) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
             yield from rows(_lines(text, self.table), self.table)
 
@@ -277,8 +288,8 @@ class ParquetSource:
     """Parquet files: a column with the image (bytes, a path beside the table, or both as Hugging Face has them), one
     with the caption; other columns that JSON can hold are kept."""
 
-    def __init__(self, place: Place, names: Sequence[str]):
-        self.place, self.table = place, ParquetTable(place, names)
+    def __init__(self, storage: Storage, names: Sequence[str]):
+        self.storage, self.table = storage, ParquetTable(storage, names)
         if not len(self.table):
             raise BadInput(f"{self.table.address}: the table has no rows")
         self.image_column = self._column(PICTURE_COLUMNS, "the image (bytes or a path)")
@@ -294,7 +305,7 @@ class ParquetSource:
                 for key, value in row.items()
                 if key not in (self.image_column, self.caption_column) and isinstance(value, str | int | float | bool)
             }
-            picture = partial(picture_of, row[self.image_column], self.place, where)
+            picture = partial(image_of, row[self.image_column], self.storage, where)
             yield SourceItem(where, picture, _text_reader(row[self.caption_column]), extra)
 
     def fingerprint(self) -> str:
@@ -420,3 +431,15 @@ def _raiser(reason: str, detail: str) -> Callable[[], bytes]:
         raise BadSample(reason, detail)
 
     return read
+
+
+def read_wdinfo(path: Path) -> list[str]:
+    """The tars that a `wdinfo.pkl` lists, as it names them. Raises BadInput for a file that is none."""
+    try:
+        info = load_plain(path.read_bytes(), str(path))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    tars = info.get("tar_files") if isinstance(info, dict) else None
+    if not isinstance(tars, list) or not tars or not all(isinstance(tar, str) for tar in tars):
+        raise BadInput(f"{path}: not a wdinfo.pkl: it has no list tar_files of names")
+    return tars

@@ -13,8 +13,8 @@ from PIL import Image
 
 from latentsmith import html_report
 from latentsmith.config import load_config
-from latentsmith.data.ingest_command import import_data, train_vocabulary, write_scenes
-from latentsmith.data.precache_command import precache
+from latentsmith.data.ingest import import_data, train_vocabulary
+from latentsmith.data.precache import precache
 from latentsmith.data.sample_io import image_member
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms
@@ -102,7 +102,7 @@ class Commands:
             f"data import {self.out / 'scenes'} {self.out / 'shards'}",
         )
         if not (self.out / "shards" / "set.json").exists():
-            write_scenes(self.out / "scenes", count=count)
+            scenes.write_pictures(self.out / "scenes", count, 0, doodles=0.0)
             import_data(self.out / "scenes", self.out / "shards")
 
     def precache(self, overrides: Sequence[str]) -> None:
@@ -128,7 +128,7 @@ def from_nothing(out: Path, stages: Stages, commands: Commands) -> list[str]:
             f"data import {out / 'pictures'} {out / 'pictures-shards'}",
             f"train-vae --config demo_vae {shards} {exp_dir}",
         )
-        write_scenes(out / "pictures", count=PICTURES, seed=1, doodles=0.5)
+        scenes.write_pictures(out / "pictures", PICTURES, 1, doodles=0.5)
         import_data(out / "pictures", out / "pictures-shards")
         vae = train_vae(load_config("demo_vae", [shards, exp_dir]))
     with stages.stage("training the text encoder"):

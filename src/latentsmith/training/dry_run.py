@@ -18,6 +18,7 @@ from latentsmith.checkpoints.from_config import (
     with_padding,
 )
 from latentsmith.checkpoints.load import without_weights
+from latentsmith.config.typed import replaced
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions
@@ -56,10 +57,13 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     words = build_tokenizer(config) if "text_encoder" in networks else None
     cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
     frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
-    samples = dataset.open_set(config, frozen, words)
+    samples = dataset.open_dataset(config, frozen, words, global_batch=batch)
+    if samples.pad_to:
+        config = replaced(config, "model.cond_stage_config.pad_to", samples.pad_to)
+        model = config.model
     steps = setup.step_limit(config, samples.count, batch)
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
-        dataset.open_set(config, frozen, words, "validation")
+        dataset.open_dataset(config, frozen, words, "validation")
     setup.optimisation(config, batch, steps)
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:

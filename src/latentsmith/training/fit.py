@@ -1,11 +1,9 @@
 """One training from where its counters stand to max_steps, through Lightning."""
 
 import logging
-import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch.distributed
 
+from latentsmith.data.loader import RunPositions, RunSamples, no_worker_left, run_loader
 from latentsmith.files.errors import BadInput
 
 from .checkpoint import load_checkpoint, read_state
@@ -21,10 +20,7 @@ from .metrics_log import ScalarLog
 from .module import TrainingModule
 from .nonfinite import WatchNonFinite
 from .progress_bar import DataWait, ProgressLine
-from .samples import RunPositions, RunSamples, run_loader
 from .signals import StopOnSignal
-
-JOIN_SECONDS = 5  # for a process that was killed; one that waits for a dead disk cannot go
 
 
 class Resume(L.Callback):
@@ -127,21 +123,6 @@ def fit(
         leave_group()
     watch.raise_if_stopped()
     stop.raise_if_stopped(max_steps)
-
-
-@contextmanager
-def no_worker_left() -> Iterator[None]:
-    """Lightning asks the loader's workers to end. One that is stuck would never: it leaves signals to the training, and
-    the interpreter's exit would wait for it for ever."""
-    before = multiprocessing.active_children()
-    try:
-        yield
-    finally:
-        left = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
-        for act in (lambda child: child.kill(), lambda child: child.join(JOIN_SECONDS)):
-            for child in left:
-                with suppress(RuntimeError):  # torch's answer to a worker's death, in the place of what ended all
-                    act(child)
 
 
 def leave_group() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
+from latentsmith.data.loader import RunSamples
+
 from . import setup
 from .checkpointing import Checkpointing
 from .fit import Data, fit
 from .module import TrainingModule
 from .report import RunReport
 from .run_folder import CHECKPOINTS, checkpoint_to_resume
-from .samples import RunSamples
 
 
 def fit_as_configured(

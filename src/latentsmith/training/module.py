@@ -10,10 +10,11 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from latentsmith.data.loader import to_device
+
 from .clipping import excess, gradient_norm
 from .ema import Ema
 from .optimizers import Schedule, build_optimizer
-from .samples import on_device
 from .sharding import shard
 
 
@@ -98,7 +99,7 @@ class TrainingModule(L.LightningModule):
             yield
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return on_device(batch, device)
+        return to_device(batch, device)
 
     def on_train_batch_start(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Dropout, too, is a function of the seed and the position, not of what ran before."""

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentsmith.data.loader import RunSamples, to_device
 from latentsmith.files.atomic import write_text
 from latentsmith.files.tensors import save_safetensors
 
 from .module import StepCallback, TrainingModule
-from .samples import RunSamples, on_device
 
 FOLDER = "nonfinite"
 
@@ -130,7 +130,7 @@ def rank_of(module: TrainingModule) -> str:
 
 def batch_of(samples: RunSamples, positions: list[int], device: torch.device) -> dict[str, Any]:
     """The micro batch at these positions, as training sees it."""
-    return on_device(samples[positions], device)
+    return to_device(samples[positions], device)
 
 
 def first_bad(module: TrainingModule, batch: Mapping[str, Any]) -> dict[str, Any]:

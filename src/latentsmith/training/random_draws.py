@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from latentsmith.data.shuffle import sample_seed, shuffled_index
+from latentsmith.data.loader import Shape
+from latentsmith.data.shuffle import DRAWS, sample_seed, shuffled_index
 from latentsmith.diffusion import NoiseSchedule
 
-DRAWS, CROPS, DROPOUT = 1, 2, 3  # streams of one position's seed: what is added to its sample; transforms; dropout
-Shape = tuple[int, int, int]
 VALIDATION = 20230501  # the seed of every validation loss, so that runs can be compared
 
 
@@ -81,7 +79,7 @@ class ValidationDraws:
     count: int
 
     def __call__(self, numbers: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        strata = torch.from_numpy(shuffled_index(VALIDATION, np.asarray(numbers), self.count))
+        strata = torch.tensor([shuffled_index(VALIDATION, number, self.count) for number in numbers])
         timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
         drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(numbers, latent_shape)
         signal, noise_level = self.schedule.signal_and_noise(timesteps)

@@ -1,32 +1,19 @@
 """From the config to the pieces that the commands put together."""
 
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
-from latentsmith.data.mixture import Mixture
-from latentsmith.data.remote_cache import LocalCopies, is_remote
-from latentsmith.data.sample_io import caption_of, image_member, named
-from latentsmith.data.shards import ShardSet
-from latentsmith.data.shuffle import sample_seed
-from latentsmith.data.transforms import Transforms
-from latentsmith.data.wdinfo import read_wdinfo
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
 
 from .module import Optimisation
 from .optimizers import BITSANDBYTES, lr_schedule
-from .random_draws import CROPS
-from .samples import Reader, one_by_one
 from .sharding import strategy
 
 
@@ -66,61 +53,6 @@ def global_batch(config: DictConfig, processes: int) -> int:
     return wanted
 
 
-def shard_set(config: DictConfig, data: str = "train") -> ShardSet:
-    """The samples of model.data.train or model.data.validation."""
-    path = config.model.data[data].dataset_path
-    if not path:
-        raise BadInput(
-            f"model.data.{data}.dataset_path is not set; give the folder that `latentsmith data import` made"
-        )
-    return ShardSet([tar for one in listed(path) for tar in located(config, one)], local_copies(config))
-
-
-def located(config: DictConfig, path: str) -> list[str]:
-    """The tars or folder that a dataset_path means, a relative one from model.data.webdataset.local_root_path."""
-    root = config.model.data.webdataset.local_root_path or ""
-    if not path.endswith(".pkl"):
-        return [path if is_remote(path) else os.path.join(root, path)]
-    tars = read_wdinfo(Path(path))
-    if remote := [tar for tar in tars if is_remote(tar)]:
-        raise BadInput(f"{path}: lists {remote[0]}, and only the config may name an address: give it in dataset_path")
-    return [os.path.join(root, tar) for tar in tars]
-
-
-def local_copies(config: DictConfig) -> LocalCopies:
-    """Where copies of what is far away lie, and how much of it."""
-    remote, default = config.model.data.remote, LocalCopies.default()
-    return LocalCopies(Path(remote.cache_dir) if remote.cache_dir else default.folder, int(remote.cache_gib * 2**30))
-
-
-def mixture(config: DictConfig) -> Mixture | None:
-    """The order of the training set where model.data.train.weights mixes several; None where it is a shuffle of all."""
-    train = config.model.data.train
-    if train.weights is None:
-        return None
-    if not isinstance(train.dataset_path, ListConfig):
-        raise BadInput(
-            "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
-        )
-    copies = local_copies(config)
-    lengths = [len(ShardSet(located(config, one), copies)) for one in listed(train.dataset_path)]
-    with of_key("model.data.train.weights"):
-        return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
-
-
-@contextmanager
-def of_key(key: str) -> Iterator[None]:
-    """BadInput names the key of the config that is to blame."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{key}: {error}") from None
-
-
-def listed(paths: Any) -> list[str]:
-    return [paths] if isinstance(paths, str) else list(paths)
-
-
 def step_limit(config: DictConfig, samples: int, batch: int) -> int:
     """Optimizer steps of the run, by trainer.max_steps or max_epochs, whichever ends first; BadInput without."""
     trainer = config.trainer
@@ -129,68 +61,6 @@ def step_limit(config: DictConfig, samples: int, batch: int) -> int:
     if not ends:
         raise BadInput("trainer.max_steps and max_epochs are both unlimited: give one of them")
     return min(ends)
-
-
-def transforms(config: DictConfig, data: str = "train") -> Transforms:
-    """The picture transforms of a set, or those of training where it states none.
-
-    BadInput if they do not make pictures of one size.
-    """
-    augmentations = config.model.data[data].get("augmentations") or config.model.data.train.augmentations
-    stated: Any = OmegaConf.to_container(augmentations) if augmentations else {}
-    made = Transforms(**{key: value for key, value in stated.items() if value is not None})
-    if made.size is None and made.buckets is None:
-        raise BadInput(
-            "model.data.train.augmentations needs center_crop_h_w, random_crop_h_w or aspect_buckets: batches are of "
-            "one size"
-        )
-    return made
-
-
-def filtered_by(config: DictConfig) -> int | None:
-    """Pixels of model.data.train.filterings.resolution, None without."""
-    stated = config.model.data.train.get("filterings", {}).get("resolution", {})
-    if stated.get("method") and stated.get("value") is None:
-        raise BadInput("model.data.train.filterings.resolution.method has no effect alone; give its value in pixels")
-    return stated.get("value")
-
-
-def picture_size(made: Transforms) -> tuple[int, int]:
-    """(height, width) of the pictures, of the squarest where they have several."""
-    return made.size or square_of(made.buckets.sizes if made.buckets else [])
-
-
-def square_of(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The squarest of several sizes (height, width)."""
-    height, width = min(sizes, key=lambda size: max(size) / min(size))
-    return height, width
-
-
-def factor(config: DictConfig) -> int:
-    """Pixels of a picture's side for each of its latents'."""
-    return 2 ** (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
-
-
-def latent_shape(config: DictConfig, size: tuple[int, int]) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents of pictures of `size` (height, width)."""
-    by = factor(config)
-    if size[0] % by or size[1] % by:
-        raise BadInput(f"pictures of {size[0]}x{size[1]} do not divide by {by}, the downsampling of the VAE")
-    return config.model.first_stage_config.embed_dim, size[0] // by, size[1] // by
-
-
-def read_images(samples: ShardSet, made: Transforms, seed: int) -> Reader:
-    """A reader of (indices, positions): `images` (batch, 3, height, width) in [-1, 1], `captions`, `keys`."""
-
-    def read(index: int, position: int) -> dict[str, Any]:
-        shard, inside = samples.place(index)
-        sample = shard[inside]
-        with named(shard, sample):
-            picture = made.decode(image_member(sample)[1], sample_seed(seed, position, CROPS))
-        caption = caption_of(shard, sample)
-        return {"images": torch.from_numpy(picture), "captions": caption, "keys": sample.key}
-
-    return one_by_one(read)
 
 
 def check_device(config: DictConfig) -> None:

@@ -13,9 +13,9 @@ from torch import nn
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, keywords, with_padding
-from latentsmith.config.typed import Config
+from latentsmith.config.typed import Config, replaced
 from latentsmith.data import dataset
-from latentsmith.data.synthetic import Synthetic
+from latentsmith.data.loader import Reader, RunSamples
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
@@ -31,7 +31,6 @@ from .fitting import fit_as_configured
 from .random_draws import VALIDATION, DiffusionDraws, PosteriorDraws, ValidationDraws
 from .run_folder import open_run_folder, run_folder, save_frozen, scale_so_far
 from .sample_images import SampleLog
-from .samples import Reader, RunSamples
 from .validation import HeldOut, Validation
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
@@ -103,7 +102,10 @@ def prepared(config: DictConfig) -> Ready:
     model = config.model
     networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
-    samples = dataset.open_set(config, networks, words)
+    samples = dataset.open_dataset(config, networks, words, global_batch=batch)
+    if samples.pad_to:
+        config = replaced(config, "model.cond_stage_config.pad_to", samples.pad_to)
+        model = config.model
     max_steps = setup.step_limit(config, samples.count, batch)
     optimisation = setup.optimisation(config, batch, max_steps)
     raw_captions = not is_encoded(model.cond_stage_key)
@@ -126,7 +128,7 @@ def held_out(
     model, limit = config.model, config.trainer.limit_val_batches
     if not model.data.validation.dataset_path or not limit:
         return None
-    samples = dataset.open_set(config, networks, words, "validation")
+    samples = dataset.open_dataset(config, networks, words, "validation")
     if samples.latent_shape != training.latent_shape:
         raise BadInput(
             f"{model.data.validation.dataset_path}: latents of {samples.latent_shape}, but training has "
@@ -209,7 +211,7 @@ def empty_prompt(samples: dataset.TrainingSet, words: Tokenizer | None, raw_capt
     if raw_captions:
         assert words is not None
         return EmptyPrompt(token_ids=words([""]))
-    if isinstance(samples.shards, Synthetic):
+    if isinstance(samples.shards, dataset.SyntheticSet):
         return EmptyPrompt(embedding=torch.zeros(samples.shards.text_shape))
     assert samples.cache is not None
     if samples.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it

@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 from latentsmith.checkpoints.from_config import build_network, keywords
 from latentsmith.checkpoints.load import without_weights
 from latentsmith.config.build import build
+from latentsmith.data.dataset import open_images, reader
+from latentsmith.data.loader import RunSamples
 from latentsmith.files.errors import BadInput
 
 from . import setup
@@ -18,7 +20,6 @@ from .dry_run import check_folder, header
 from .fitting import fit_as_configured
 from .random_draws import PosteriorDraws
 from .run_folder import open_run_folder, run_folder
-from .samples import RunSamples
 from .vae_module import VaeTraining
 
 
@@ -35,20 +36,15 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         raise BadInput(
             f"first_stage_config.lossconfig is torch.nn.Identity, which trains nothing; set _target_: {target}"
         )
-    samples, transforms = setup.shard_set(config), setup.transforms(config)
-    if setup.filtered_by(config) is not None:
-        raise BadInput("model.data.train.filterings: not of train-vae; `data import --min-size` leaves pictures out")
-    if transforms.size is None:
-        raise BadInput("model.data.train.augmentations.aspect_buckets: an autoencoder is trained on crops of one size")
+    samples = open_images(config)
     batch, seed = setup.global_batch(config, setup.process_count(config)), config.model.seed
-    max_steps = setup.step_limit(config, len(samples), batch)
+    max_steps = setup.step_limit(config, samples.count, batch)
     with without_weights() if dry_run else nullcontext():
         vae: Any = build_network(config, "vae")
-    shape = setup.latent_shape(config, transforms.size)
     optimisation = setup.optimisation(config, batch, max_steps)
-    epochs = max_steps * batch / len(samples)
+    epochs = max_steps * batch / samples.count
     head = header({"vae": vae}, ("vae",))
-    head.append(f"{len(samples):,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs")
+    head.append(f"{samples.count:,} pictures; {max_steps:,} steps of {batch}: {epochs:.1f} epochs")
     print(*head, sep="\n", flush=True)
     if dry_run:
         check_folder(config)
@@ -56,11 +52,11 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
     if config.model.channels_last:
         vae.to(memory_format=torch.channels_last)
     run = RunSamples(
-        read=setup.read_images(samples, transforms, seed),
-        draw=PosteriorDraws(seed, shape),
-        length=len(samples),
+        read=reader(samples, seed, None),
+        draw=PosteriorDraws(seed, samples.latent_shape),
+        length=samples.count,
         seed=seed,
-        order=setup.mixture(config),
+        order=samples.order,
     )
     folder = open_run_folder(config)
     fit_as_configured(

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from latentsmith.data.loader import Reader, Record, to_device
+
 from .diffusion_module import DiffusionTraining
 from .metrics_log import append_row, drop_rows_after
 from .module import StepCallback, frozen, tolerated
 from .random_draws import ValidationDraws
-from .samples import Reader, Record, on_device
 
 VALIDATION_FILE = "validation.csv"
 
@@ -73,7 +74,7 @@ class Validation(StepCallback):
             weights = batch.pop("weight").double()
             given = trainer.precision_plugin.convert_input(batch)  # made outside its context: draws are float32
             with trainer.precision_plugin.forward_context():
-                errors = module.losses(on_device(given, module.device), "l2")
+                errors = module.losses(to_device(given, module.device), "l2")
             total += (errors.cpu().double() * weights).sum()
         if trainer.world_size > 1:
             gathered: Any = module.all_gather(total.float().to(module.device))

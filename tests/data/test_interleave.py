@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from latentsmith.data.mixture import BLOCK, Mixture, Turns
+from latentsmith.data.shuffle import INTERLEAVE_BLOCK as BLOCK
+from latentsmith.data.shuffle import Mixture, WeightedInterleave
 from latentsmith.files.errors import BadInput
 
 WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (0.2, 0.5, 0.9), (1e-6, 5.0, 0.0, 2.0), tuple(range(1, 40))]
@@ -14,7 +15,7 @@ WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (0.2, 0.5, 0.9), (1e-6, 5.0, 0.0, 2.0), tuple
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("start", [0, 1, 10**9])
 def test_turns_are_in_proportion_and_each_comes_once(weights, start):
-    turns, had = Turns(weights, seed=3), {}
+    turns, had = WeightedInterleave(weights, seed=3), {}
     for place in range(start, start + 3000):
         number, own = turns.unshuffled(place)
         assert own == had.get(number, own - 1) + 1  # none is left out and none comes twice, however far the run is
@@ -48,7 +49,7 @@ def test_each_block_holds_the_shares_and_each_set_goes_through_all_its_samples(w
     [[39] + [1] * 39, [199] + [1] * 199, [1] * 40, [10] * 20 + [1] * 20, [0, 3] * 20, [0] * 20 + [1] * 20],
 )
 def test_sets_of_equal_weight_do_not_come_in_clumps(weights):
-    turns, half = Turns(weights, seed=1), len(weights) // 2
+    turns, half = WeightedInterleave(weights, seed=1), len(weights) // 2
     for first in (range(1), range(half)):
         drawn = [sum(turns(block * BLOCK + i)[0] in first for i in range(BLOCK)) for block in range(10)]
         wanted = BLOCK * sum(weights[i] for i in first) / sum(weights)
@@ -56,7 +57,7 @@ def test_sets_of_equal_weight_do_not_come_in_clumps(weights):
 
 
 def test_the_order_within_a_block_is_shuffled():
-    turns = Turns((1, 1), seed=0)
+    turns = WeightedInterleave((1, 1), seed=0)
     numbers = [turns(position)[0] for position in range(20 * BLOCK)]
     assert numbers != [turns.unshuffled(position)[0] for position in range(20 * BLOCK)]
     same = sum(a == b for a, b in itertools.pairwise(numbers)) / len(numbers)

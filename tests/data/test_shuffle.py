@@ -7,31 +7,23 @@ import pytest
 from latentsmith.data.shuffle import integer_below, sample_seed, shuffled_index
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 255, 256, 257, 1000, 4097, 70_001])
+def indices(seed, positions, length):
+    return np.array([shuffled_index(seed, int(position), length) for position in positions])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 255, 256, 257, 1000, 4097])
 @pytest.mark.parametrize("seed", [0, 1, 2**63, -5])
 def test_each_epoch_is_a_permutation(length, seed):
-    epochs = shuffled_index(seed, np.arange(3 * length), length).reshape(3, length)
+    epochs = indices(seed, range(3 * length), length).reshape(3, length)
     for epoch in epochs:
         assert (np.sort(epoch) == np.arange(length)).all()
     if length > 5:
         assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
-def test_one_by_one_equals_all_at_once_in_any_shape():
-    positions = np.array([[0, 99, 100], [12_345, 5, 101]])
-    indices = shuffled_index(7, positions, 100)
-    assert indices.shape == positions.shape and indices.dtype == np.int64
-    assert [[shuffled_index(7, int(p), 100) for p in row] for row in positions] == indices.tolist()
-    assert type(shuffled_index(7, 3, 100)) is int
-    positions = np.random.default_rng(0).integers(0, 10**6, 300)
-    for length in (255, 256, 257, 70_001):
-        singly = [shuffled_index(7, int(p), length) for p in positions]
-        assert singly == shuffled_index(7, positions, length).tolist() and {type(index) for index in singly} == {int}
-
-
 def test_values_are_fixed_for_good():
     """Recorded: a change here would change the order of every run that is under way."""
-    assert shuffled_index(0, np.arange(8), 10).tolist() == RECORDED_ORDER
+    assert indices(0, range(8), 10).tolist() == RECORDED_ORDER
     assert sample_seed(1, 2, 3) == RECORDED_SEED
     assert integer_below(1000, 42, 1) == RECORDED_INTEGER
 
@@ -52,7 +44,7 @@ def test_all_orders_of_a_small_set_are_equally_likely():
 
 def test_order_is_uncorrelated_with_position_and_with_the_next_epoch():
     length = 20_000
-    first, second = shuffled_index(3, np.arange(2 * length), length).reshape(2, length)
+    first, second = indices(3, range(2 * length), length).reshape(2, length)
     bound = 4 / length**0.5  # four standard deviations of a sample correlation
     for a, b in [(first, np.arange(length)), (first, second), (first[:-1], first[1:])]:
         assert abs(np.corrcoef(a, b)[0, 1]) < bound
@@ -60,8 +52,8 @@ def test_order_is_uncorrelated_with_position_and_with_the_next_epoch():
 
 def test_huge_sets_cost_nothing():
     length = 10**12
-    indices = shuffled_index(0, np.arange(10**12 - 5, 10**12 + 5), length)
-    assert len(set(indices.tolist())) == 10 and (indices >= 0).all() and (indices < length).all()
+    found = [shuffled_index(0, position, length) for position in range(10**12 - 5, 10**12 + 5)]
+    assert len(set(found)) == 10 and min(found) >= 0 and max(found) < length
 
 
 def test_an_empty_set_has_no_order():
@@ -76,7 +68,7 @@ def test_sample_seeds_are_numpys(seed):
         for stream in (0, 1, 7, 2**32):
             wanted = np.random.SeedSequence([seed, position, stream]).generate_state(1, np.uint64)
             assert sample_seed(seed, position, stream) == wanted[0]
-    with pytest.raises(ValueError, match="is no seed"):
+    with pytest.raises(ValueError, match="non-negative"):
         sample_seed(-1, 0)
 
 

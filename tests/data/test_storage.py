@@ -12,11 +12,11 @@ import pytest
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
 from latentsmith.data.sources import FolderSource, ParquetSource, TableSource, open_source
-from latentsmith.data.storage import AHEAD, OUTSIDE, Access, Far, Here
+from latentsmith.data.storage import OUTSIDE, PREFETCH, Access, LocalStorage, RemoteStorage
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import CAPTION
 
-COUNT = AHEAD + 7
+COUNT = PREFETCH + 7
 OUTSIDE_TOO = Access(allow_outside=True)  # the tables made here have names with `..`
 
 
@@ -72,7 +72,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Listening(ThreadingHTTPServer):
-    request_queue_size = AHEAD  # of connections that may wait: with Python's five, others wait for a retransmission
+    request_queue_size = PREFETCH  # of connections that may wait: with Python's five, others wait for a retransmission
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_the_same_as_here(tmp_path, png, addresses, kind):
             continue  # a web server's listing escapes names
         far = open_source(url, OUTSIDE_TOO)
         assert isinstance(far, wanted) and len(far) == len(here)
-        for start in (0, 3, AHEAD + 1):
+        for start in (0, 3, PREFETCH + 1):
             assert content(far, start) == content(here, start)
         assert far.fingerprint() == here.fingerprint() == open_source(url).fingerprint()
 
@@ -132,12 +132,12 @@ def test_files_come_many_at_once(tmp_path, png, addresses, monkeypatch):
         "cat",
         lambda self, paths, **options: asked.append(len(paths)) or cat(self, paths, **options),
     )
-    assert len(content(source)) == COUNT and asked == [AHEAD, COUNT - AHEAD]
+    assert len(content(source)) == COUNT and asked == [PREFETCH, COUNT - PREFETCH]
 
 
 def test_parquet(tmp_path, png, addresses):
     parquets(tmp_path / "source", png)
-    here = ParquetSource(Here(tmp_path / "source"), ["a.parquet", "b.parquet"])
+    here = ParquetSource(LocalStorage(tmp_path / "source"), ["a.parquet", "b.parquet"])
     far = open_source(addresses()["memory"] + "/a.parquet")
     assert content(far) == content(here)[:2] and content(far)[1][2] == "missing image"
     (tmp_path / "source" / "beside.png").unlink()
@@ -181,7 +181,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_p
                 return None
             return super().send_head()
 
-    monkeypatch.setattr("latentsmith.data.remote_cache.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentsmith.data.storage.time.sleep", lambda seconds: None)
     with Listening(("127.0.0.1", 0), functools.partial(Busy, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/source"
@@ -193,7 +193,7 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_p
 
 
 def test_nobody_at_the_address_is_not_nothing_there(monkeypatch):
-    monkeypatch.setattr("latentsmith.data.remote_cache.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("latentsmith.data.storage.time.sleep", lambda seconds: None)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -215,7 +215,7 @@ def test_a_table_may_point_beside_its_folder(tmp_path, png, addresses):
 def test_large_files_far_away_are_not_fetched(monkeypatch):
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/large/a.txt", bytes(CAPTION.size + 1))
-    far = Far("memory://large")
+    far = RemoteStorage("memory://large")
     with pytest.raises(BadSample, match=r"large/a\.txt: 1,048,577 bytes") as error:
         far.read("a.txt", CAPTION)
     assert error.value.reason == "too many bytes"
@@ -254,16 +254,16 @@ def test_names_stay_inside_the_folder(tmp_path):
     (tmp_path / "named").symlink_to(folder)  # the user's own name of the folder may be a link
     absolute, up = str(folder / "sub" / "own.txt"), "sub/../sub/own.txt"
     links = ["out.txt", "twice.txt", "folder/other.txt", "prefix.txt", "nowhere.txt"]
-    place = Here(tmp_path / "named")
+    place = LocalStorage(tmp_path / "named")
     assert place.read("link.txt") == place.read("sub/own.txt") == b"own.txt"
     assert {name: reason_of(place, name) for name in [*links, absolute, up, "../beside/other.txt"]} == dict.fromkeys(
         [*links, absolute, up, "../beside/other.txt"], OUTSIDE
     )
     assert reason_of(place, "self.txt") == "unreadable file" and reason_of(place, "gone.txt") == "missing image"
-    follows = Here(folder, Access(follow_links=True))
+    follows = LocalStorage(folder, Access(follow_links=True))
     assert [follows.read(name) for name in links[:3]] == [b"other.txt"] * 3
     assert reason_of(follows, up) == reason_of(follows, absolute) == OUTSIDE
-    outside = Here(folder, OUTSIDE_TOO)
+    outside = LocalStorage(folder, OUTSIDE_TOO)
     assert outside.read(absolute) == outside.read(up) == b"own.txt" and outside.read("../in-2.txt")
     assert all(reason_of(outside, name) == OUTSIDE for name in links)
 
@@ -283,12 +283,12 @@ def test_linked_folders_are_walked_and_loops_end(tmp_path):
         ("a/out", str(tmp_path)),
     ):
         (folder / name).symlink_to(target)
-    place = Here(folder)
+    place = LocalStorage(folder)
     names = set(place.sizes())
     assert names >= {"a/deep/x.txt", "again/deep/x.txt", "a/to-b/y.txt", "b/to-a/deep/x.txt"} and len(names) < 20
     assert not any("out" in name for name in names)
     assert {name.rpartition("/")[2] for name in place.refused} == {"out"} and {"out", "a/out"} <= set(place.refused)
-    follows = Here(folder, Access(follow_links=True))
+    follows = LocalStorage(folder, Access(follow_links=True))
     assert "out/z.txt" in follows.sizes() and not follows.refused
 
 
@@ -299,7 +299,7 @@ def test_links_that_multiply_are_refused(tmp_path, monkeypatch):
         for name in "xy":
             (tmp_path / f"{number}" / name).symlink_to(f"../{number + 1}")
     with pytest.raises(BadInput, match="more than 1,000 links to folders"):
-        Here(tmp_path).sizes()
+        LocalStorage(tmp_path).sizes()
 
 
 def test_a_folder_named_as_a_file(tmp_path, png, addresses):
@@ -323,5 +323,5 @@ def test_what_is_hidden_does_not_count():
     memory.pipe_file("/hidden-ones/__MACOSX/a.png", b"x")
     memory.pipe_file("/hidden-ones/b/.c.png", b"x")
     memory.pipe_file("/hidden-ones/b/d.png", b"xyz")
-    assert Far("memory://hidden-ones").sizes() == {"b/d.png": 3}
+    assert RemoteStorage("memory://hidden-ones").sizes() == {"b/d.png": 3}
     memory.store.clear()
