@@ -19,6 +19,14 @@ CLIP_SIZES = {
     "ViT-H-14": ClipSizes(1024, 24, 16, 4096, "gelu"),  # OpenCLIP's, in v2
 }
 CLIP_BY_WIDTH = {sizes.width: arch for arch, sizes in CLIP_SIZES.items()}  # features of a text embedding -> arch
+
+
+def is_open_clip(arch: str | None, activation: str | None) -> bool:
+    """Return whether a text encoder is of OpenCLIP's kind (exact GELU), as in v2. activation: overrides arch's."""
+    published = CLIP_SIZES.get(arch or "")
+    return (activation or (published.activation if published else None)) == "gelu"
+
+
 SD_VERSIONS = {768: "v1", 1024: "v2"}  # by the U-Net's context_dim
 UNET_INPUTS = {  # what a U-Net of another number of input channels was made for
     9: "an inpainting model",

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from latentsmith.files.errors import BadInput
 
 if TYPE_CHECKING:
     import torch
+
+
+class Dtype(StrEnum):
+    """The dtypes that --dtype takes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # of --dtype
 PRECISIONS = {  # of trainer.precision: (dtype of the weights, dtype that autocast computes in, or None)

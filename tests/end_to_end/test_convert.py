@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,8 +11,7 @@ import torch
 import transformers
 
 import latentsmith
-from latentsmith.checkpoints import convert as module
-from latentsmith.checkpoints import match, open_checkpoint, spec_of
+from latentsmith.checkpoints import formats, match, open_checkpoint, spec_of
 from latentsmith.checkpoints.convert import convert, network_shapes
 from latentsmith.cli import main
 from latentsmith.files.errors import BadInput
@@ -75,9 +75,10 @@ def test_there_and_back_is_bit_exact(tmp_path, source, tiny, first, capsys):
     padding = "note: other programs do not know of text without NeMo's three zero vectors (NeMo adds them)"
     assert (padding in printed) == (first == "nemo")
     assert "epsilon, " in lines[0] and "float32" in lines[0]
-    assert [line.split(":")[0] for line in lines[1:]] == list(PARTS)
-    for line in lines[1:]:
-        assert re.search(r"largest difference 0; of its output 0, where the largest value is [0-9.]*[1-9]", line), line
+    assert [line.split(":")[0] for line in lines[1:]] == [*PARTS, *PARTS]
+    assert all(re.search(r"tensors, largest difference 0$", line) for line in lines[1:4])
+    same_output = r"largest difference of its output 0, where the largest value is [0-9.]*[1-9]"
+    assert all(re.search(same_output, line) for line in lines[4:])
     convert(tmp_path / ENDING[first], tmp_path / "back", "diffusers", tokenizer=source / "tokenizer")
     kinds = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     for name, stem in kinds.items():
@@ -106,12 +107,12 @@ def test_half_precision_is_rounded_once_and_measured(tmp_path, source, capsys):
     assert all(torch.equal(after[name], before[name].half()) for name in before)
     lines = capsys.readouterr().out.splitlines()
     assert "float16" in lines[0]
-    for part, line in zip(PARTS, lines[1:], strict=True):
+    for part, tensors, outputs in zip(PARTS, lines[1:4], lines[4:], strict=True):
         worst = max(
             (before[name] - after[name].float()).abs().max().item() for name in before if name.startswith(f"{part} ")
         )
-        assert worst > 0 and f"largest difference {worst:.3g} (" in line
-        output, scale = re.search(r"of its output (\S+), where the largest value is (\S+)", line).groups()
+        assert worst > 0 and f"largest difference {worst:.3g} (" in tensors
+        output, scale = re.search(r"of its output (\S+), where the largest value is (\S+)", outputs).groups()
         assert 0 < float(output) < 0.01 * float(scale)
 
 
@@ -128,7 +129,7 @@ def test_no_folder_without_a_tokenizer_that_fits(tmp_path, source, monkeypatch):
     convert(source, tmp_path / "m.nemo", "nemo")
     train_vocabulary(["many different words, none of them shorter than those before"], 560, tmp_path / "words")
     monkeypatch.setenv("LATENTSMITH_CLIP_VOCAB", str(tmp_path / "words"))
-    with pytest.raises(BadInput, match="words: a tokenizer of 550 tokens, the text encoder knows 520; give the model"):
+    with pytest.raises(BadInput, match="words: a tokenizer of 550 tokens, the text encoder has 520; give the model"):
         convert(tmp_path / "m.nemo", tmp_path / "out", "diffusers")
     monkeypatch.delenv("LATENTSMITH_CLIP_VOCAB")
     monkeypatch.setattr("latentsmith.text.vocabulary._open_clip_file", lambda: None)
@@ -171,15 +172,15 @@ def test_a_part_is_not_a_whole_model(tmp_path, source):
 
 def test_verify_finds_a_changed_tensor(tmp_path, source, monkeypatch, capsys):
     """A disk that lies: one byte of the result changes between writing and comparing."""
-    write = module.EXPORTERS["ldm"]
+    ldm = formats.FORMATS["ldm"]
 
     def lying(parts, out, *args, **kwargs):
-        write(parts, out, *args, **kwargs)
+        ldm.write(parts, out, *args, **kwargs)
         data = bytearray(out.read_bytes())
         data[len(data) // 2] ^= 1
         out.write_bytes(data)
 
-    monkeypatch.setitem(module.EXPORTERS, "ldm", lying)
+    monkeypatch.setitem(formats.FORMATS, "ldm", replace(ldm, write=lying))
     arguments = ["convert", str(source), str(tmp_path / "m.safetensors"), "--to", "ldm", "--verify"]
     assert main(arguments) == 1
     assert "is not what was written" in capsys.readouterr().err

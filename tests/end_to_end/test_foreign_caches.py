@@ -12,8 +12,8 @@ from latentsmith.data.latent_cache import LatentCache
 from latentsmith.data.sample_io import caption_of
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.sources import read_wdinfo
-from latentsmith.files.array_pickles import load_arrays, load_plain
 from latentsmith.files.errors import BadInput
+from latentsmith.files.pickles import load_arrays, load_plain
 from latentsmith.inference import Pipeline
 
 DATA = "model.data.train.dataset_path"

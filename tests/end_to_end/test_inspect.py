@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from latentsmith.checkpoints import ModelSpec, export_ldm
-from latentsmith.checkpoints.inspect import inspect
 from latentsmith.cli import main
 from latentsmith.data.ingest import import_data
 from latentsmith.data.precache import Encoders, write_cache
@@ -202,9 +201,11 @@ def test_damage_and_loss_in_a_run_are_named(capsys, run):
     old, new = (run / "checkpoints" / f"step-{step:08d}" for step in (5, 10))
     flip(old / "unet.safetensors", -9)
     (new / "ema" / "unet.safetensors").unlink()
-    assert inspect(run, verify=True) == [
-        f"{old / 'unet.safetensors'}: not as it was written",
-        f"{new / 'ema' / 'unet.safetensors'}: missing",
+    code, lines = said(capsys, run, "--verify")
+    assert code == 1 and lines[-3:] == [
+        f"damaged: {old / 'unet.safetensors'}: not as it was written",
+        f"damaged: {new / 'ema' / 'unet.safetensors'}: missing",
+        "verified: 4 files, 2 damaged",
     ]
     code, lines = said(capsys, new, "--verify")
     assert code == 1 and lines[-1] == "verified: 2 files, 1 damaged"

@@ -1,27 +1,34 @@
-"""Text-encoder key tables: canonical (Hugging Face) names against OpenCLIP's and both of Megatron's.
+"""Text encoders: canonical (Hugging Face) names against OpenCLIP's and both of Megatron's.
 
 OpenCLIP and Megatron keep queries, keys and values in one tensor, so a table's right side is a `SourceKey`: a key, and
 which third of its rows.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from latentsmith.architectures import CLIP_BY_WIDTH, CLIP_SIZES
+from latentsmith.files.errors import BadInput
+from latentsmith.files.lazy import LazyTensor
+
+from .base import Dialect, Format, Part, SourceKey, packed
+
+KEY_RULES = (
+    ("other", r"(?=(model\.)?(vision_encoder|vision_model|visual|visual_projection)\.)"),  # the image tower
+    ("text_encoder", r"(?=(model\.)?(logit_scale|logit_bias|text_projection(\.weight)?)$)"),
+    ("text_encoder", r"(?=encoder\.layers\.)"),
+    ("text_encoder", r"(?=(model\.)?(text|text_model|transformer|embeddings|final_layer_norm)\.)"),
+    ("text_encoder", r"(?=(model\.)?((token_embedding|ln_final)\.|(positional_embedding|attn_mask|position_ids)$))"),
+    ("text_encoder", r"(?=(model\.)?(language_model|embedding|decoder\.layers|final_layernorm|head)\.)"),
+)
 THIRDS = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class SourceKey:
-    """Where a canonical tensor lies in a file. third: rows of q, k or v (0, 1, 2) of a fused tensor.
-
-    heads: rows of the fused tensor run [heads, 3, head_dim] if given, [3, heads, head_dim] if None.
-    """
-
-    key: str
-    third: int | None = None
-    heads: int | None = None
-
+POSITIONS = "embeddings.position_embedding.weight"
 
 OPEN_CLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
@@ -66,9 +73,7 @@ MEGATRON_CORE = {
     "qkv.weight": "self_attention.linear_qkv.weight",
     "qkv.bias": "self_attention.linear_qkv.bias",
 }
-TABLES = {"openclip": OPEN_CLIP, "megatron": MEGATRON, "megatron-core": MEGATRON_CORE}
-
-# Stored beside a text tower and not needed by it, with the reason. The deeper layer rule is `is_ignorable`'s.
+# Stored beside a text tower and not needed by it, with the reason. `ignorable` adds the unused last layer.
 IGNORABLE = {
     r"embeddings\.position_ids$": "0..76, always the same",
     r"text_projection(\.weight)?$": "projection to the image space, not used by diffusion",
@@ -80,37 +85,64 @@ IGNORABLE = {
 
 
 def normalise(key: str) -> str:
-    """A text tower's key without the wrappers in front of its own names (a text encoder's prefixes already gone)."""
+    """Return a text tower's key without the wrappers in front of its own names (a text encoder's prefix is gone)."""
     key = key.removeprefix("model.")
     key = re.sub(r"^transformer\.(?=text_model\.|embeddings\.|encoder\.|final_layer_norm\.)", "", key)
     key = re.sub(r"^text\.(?=transformer\.|token_embedding|positional_embedding|ln_final|text_projection)", "", key)
     return key.removeprefix("text_model.")
 
 
-def detect(keys: Collection[str]) -> str:
-    """ "hf", "openclip", "megatron" or "megatron-core", from normalised keys."""
+def dialect_of(entries: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Dialect:
+    """Recognise the dialect of normalised keys. config: the checkpoint's, which says how Megatron's q, k, v lie."""
+    keys = entries.keys()
     if any(key.startswith("language_model.") for key in keys):
-        return "megatron"
+        return _megatron("megatron", MEGATRON, entries, config)
     if any(key.startswith("decoder.layers.") or ".linear_qkv." in key for key in keys):
-        return "megatron-core"
-    return "openclip" if any(key.startswith("transformer.resblocks.") for key in keys) else "hf"
+        return _megatron("megatron-core", MEGATRON_CORE, entries, config)
+    return OPEN_CLIP_DIALECT if any(key.startswith("transformer.resblocks.") for key in keys) else HUGGING_FACE
 
 
-def slots(names: Iterable[str], dialect: str, heads: int | None, keys: Collection[str] = ()) -> dict[str, SourceKey]:
-    """Canonical name -> its slot. heads: number of attention heads if fused rows are interleaved per head, else None.
+def _megatron(
+    title: str, table: Mapping[str, str], entries: Mapping[str, LazyTensor], config: Mapping[str, Any]
+) -> Dialect:
+    """Return Megatron's dialect for a file, whose bare position table may or may not be spelt with `.weight`."""
+    bare = table[POSITIONS].removesuffix(".weight")
+    spelling = next((key for key in (bare + ".weight", bare) if key in entries), table[POSITIONS])
+    heads = _interleaved_heads(title, entries, config)
+    return Dialect("clip", title, partial(_table, {**table, POSITIONS: spelling}, heads))
 
-    keys: the file's keys, which settle whether Megatron's bare position table is spelt with `.weight`.
+
+def _interleaved_heads(title: str, entries: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> int | None:
+    """Return the number of heads if fused q, k, v rows are interleaved per head, None if they lie one after the other.
+
+    megatron-core always interleaves; Megatron does where the file's CLIP config says megatron_legacy: false, or says
+    nothing, as that is NeMo's default. A file without a CLIP config is taken as NeMo's two shipped configs make it,
+    which say true, with a warning. Heads: from that config, else width / 64 as in every CLIP text tower.
     """
-    if dialect == "hf":
-        return {name: SourceKey(name.removeprefix("text_model.")) for name in names}
-    table = dict(TABLES[dialect])
-    position = "embeddings.position_embedding.weight"
-    for spelling in (table[position].removesuffix(".weight"), table[position].removesuffix(".weight") + ".weight"):
-        table[position] = spelling if spelling in keys else table[position]
-    return {name: _slot(name.removeprefix("text_model."), table, heads) for name in names}
+    text = _text_config(config)
+    if title == "megatron" and not text:
+        note = "a Megatron CLIP without its config: its q, k, v are read in the layout of megatron_legacy: true"
+        warnings.warn(note, stacklevel=2)
+    if title == "megatron" and (not text or text.get("megatron_legacy", False)):
+        return None
+    width = next((entry.shape[-1] for key, entry in entries.items() if key.endswith("word_embeddings.weight")), 0)
+    return int(text.get("num_attention_heads") or width // 64)
 
 
-def _slot(name: str, table: dict[str, str], heads: int | None) -> SourceKey:
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a CLIP config's `text` section: at the top of a CLIP .nemo, else in cond_stage_config.cfg."""
+    for inner in (config, (config.get("cond_stage_config") or {}).get("cfg") or {}):
+        if isinstance(inner.get("text"), Mapping):
+            return inner["text"]
+    return {}
+
+
+def _table(table: Mapping[str, str], heads: int | None, names: Iterable[str]) -> dict[str, SourceKey]:
+    """Return canonical name -> where it lies. heads: as _interleaved_heads returns them."""
+    return {name: _source(name.removeprefix("text_model."), table, heads) for name in names}
+
+
+def _source(name: str, table: Mapping[str, str], heads: int | None) -> SourceKey:
     if name in table:
         return SourceKey(table[name])
     layer = re.match(r"encoder\.layers\.(\d+)\.(.+)", name)
@@ -123,19 +155,31 @@ def _slot(name: str, table: dict[str, str], heads: int | None) -> SourceKey:
     return SourceKey(prefix + _tail(layer[2], table))
 
 
-def _tail(name: str, table: dict[str, str]) -> str:
+def _tail(name: str, table: Mapping[str, str]) -> str:
     module, _, tensor = name.rpartition(".")
     return table.get(name) or f"{table.get(module, module)}.{tensor}"
 
 
+HUGGING_FACE = Dialect(
+    "clip", "hf", lambda names: {name: SourceKey(name.removeprefix("text_model.")) for name in names}
+)
+OPEN_CLIP_DIALECT = Dialect("clip", "openclip", partial(_table, OPEN_CLIP, None))
+
+
 def depth(names: Iterable[str]) -> int:
-    """How many layers the names (canonical or of any dialect) speak of."""
+    """Return how many layers the names (canonical or of any dialect) speak of."""
     layers = (re.search(r"(?:layers|resblocks)\.(\d+)\.", name) for name in names)
     return 1 + max((int(match[1]) for match in layers if match), default=-1)
 
 
+def max_length(tensors: Mapping[str, Tensor | LazyTensor]) -> int:
+    """Return how many positions a text encoder has, from its table of them in any dialect; 0 without one."""
+    table = re.compile(r"(position_embeddings?|positional_embedding)(\.weight)?$")
+    return next((tensor.shape[0] for name, tensor in tensors.items() if table.search(name)), 0)
+
+
 def ignorable(model_depth: int, file_depth: int) -> Callable[[str], str | None]:
-    """Why a key of a text tower may be left unread, or None.
+    """Return a function that says why a key of a text tower may be left unread, or None.
 
     A tower with exactly one layer more than the model is the full one of a model that stops at the penultimate layer.
     """
@@ -150,3 +194,38 @@ def ignorable(model_depth: int, file_depth: int) -> Callable[[str], str | None]:
         return None
 
     return reason
+
+
+def sizes_of_weights(part: Part, dialect: Dialect) -> dict[str, Any]:
+    """Return the keywords of ClipTextEncoder that the shapes show; heads and activation only for published widths."""
+    names = ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1")
+    table = dialect.table(f"text_model.{name}.weight" for name in names)
+    try:
+        tokens, positions, inner = (part.entries[source.key].shape for source in table.values())
+    except KeyError as error:
+        raise BadInput(f"{part.path}: its text encoder lacks {error}") from None
+    layers, width = depth(part.entries), tokens[1]
+    sizes: dict[str, Any] = {
+        "width": width,
+        "layers": layers,
+        "intermediate_size": inner[0],
+        "vocab_size": tokens[0],
+        "max_length": positions[0],
+    }
+    if published := CLIP_SIZES.get(CLIP_BY_WIDTH.get(width, "")):
+        sizes |= {"heads": published.heads, "activation": published.activation}
+    if (width, layers) in ((1024, 23), (1024, 24)):  # SD2 reads the last but one of 24 layers
+        sizes |= {"layers": 24, "layer": "penultimate"}
+    return sizes
+
+
+def text_tower(
+    tensors: Mapping[str, Tensor | LazyTensor], open_clip: bool, dtype: torch.dtype | None, prefix: str
+) -> dict[str, LazyTensor]:
+    """Return a text encoder as LDM and NeMo hold it below `prefix`: Hugging Face's names, or OpenCLIP's."""
+    if open_clip:
+        return packed(tensors, OPEN_CLIP_DIALECT, dtype, f"{prefix}model.")
+    return {f"{prefix}transformer.{name}": LazyTensor.of(tensor).to(dtype) for name, tensor in tensors.items()}
+
+
+FORMAT = Format(name="clip", title="text encoder", key_rules=KEY_RULES, dialects={"text_encoder": dialect_of})

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from latentsmith.architectures import COMPONENTS
+from latentsmith.architectures import COMPONENTS, is_open_clip
 from latentsmith.config.build import arguments, build
 from latentsmith.config.typed import Config, replaced
 from latentsmith.files.errors import BadInput
@@ -15,7 +15,7 @@ from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.text.vocabulary import own_vocabulary
 
 from .open import open_checkpoint
-from .spec import NEMO_LENGTH, pads_text, stated_text
+from .spec import padded_length
 
 SOURCES = ("_target_", "from_pretrained", "from_NeMo", "restore_from_path", "monitor", "lossconfig", "device")
 
@@ -47,10 +47,11 @@ def with_padding(config: Config) -> Config:
     start = stated_weights(config, "unet")
     if not start or config.model.cond_stage_config.pad_to is not None:
         return config
-    if not pads_text(stated_text(open_checkpoint(start))):
+    length = padded_length(open_checkpoint(start))
+    if length is None:
         return config
-    print(f"{start}: trained by NeMo with text embeddings filled up to {NEMO_LENGTH}, and used so here (pad_to)")
-    return replaced(config, "model.cond_stage_config.pad_to", NEMO_LENGTH)
+    print(f"{start}: trained by NeMo with text embeddings filled up to {length}, and used so here (pad_to)")
+    return replaced(config, "model.cond_stage_config.pad_to", length)
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:
@@ -90,7 +91,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
     An OpenCLIP encoder without files of its own reads captions as open_clip does; NeMo's Megatron CLIP does not.
     """
     node, weights = config.model.cond_stage_config, weights_of(config, "text_encoder")
-    of_open_clip = (node.activation or {"ViT-H-14": "gelu"}.get(node.arch)) == "gelu" and not node.restore_from_path
+    of_open_clip = is_open_clip(node.arch, node.activation) and not node.restore_from_path
     as_open_clip = of_open_clip and not own_vocabulary(weights)
     cleaning = "open_clip" if as_open_clip else None
     tokenizer = Tokenizer.find(node.tokenizer, weights, node.max_length, cleaning=cleaning)

@@ -1,14 +1,89 @@
-"""One file in the LDM layout, as web UIs and ComfyUI take it."""
+"""LDM's layout: one file, as CompVis and Stability published it and web UIs and ComfyUI take it.
 
+Its names of U-Net and VAE are the canonical ones. Text encoders have Hugging Face's names in v1, OpenCLIP's in v2.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from latentsmith.files.pickles import LazyTensor
-from latentsmith.files.tensors import save_safetensors
+from latentsmith.architectures import SD_VERSIONS
+from latentsmith.files.errors import BadInput
+from latentsmith.files.lazy import LazyTensor
+from latentsmith.files.tensors import open_tensors, save_safetensors
 
-from .packing import Parts, Written, lazy, require_whole, schedule_buffers, text_tower
-from .spec import SPEC_KEY, ModelSpec
+from . import clip
+from .base import (
+    PREDICTIONS,
+    SPEC_KEY,
+    Checkpoint,
+    Contents,
+    Dialect,
+    Format,
+    ModelSpec,
+    Parts,
+    Written,
+    lost_padding,
+    lost_zero_snr,
+    packed,
+    renamed,
+    require_whole,
+    some,
+)
+
+BUFFERS = (
+    "betas|alphas_cumprod|alphas_cumprod_prev|sqrt_alphas_cumprod|sqrt_one_minus_alphas_cumprod|"
+    "log_one_minus_alphas_cumprod|sqrt_recip_alphas_cumprod|sqrt_recipm1_alphas_cumprod|posterior_variance|"
+    "posterior_log_variance_clipped|posterior_mean_coef1|posterior_mean_coef2|logvar|scale_factor|lvlb_weights"
+)
+KEY_RULES = (
+    ("ema", r"model_ema\."),
+    ("unet", r"(model\.){0,2}diffusion_model\."),
+    ("vae", r"(model\.)?first_stage_model\."),
+    ("text_encoder", r"(model\.)?cond_stage_model\."),
+    ("schedule", rf"(model\.)?(?=({BUFFERS})$)"),
+    ("other", r"(?=(control_model|embedding_manager|loss|discriminator)\.)"),  # extras of other trainings
+    ("unet", r"(?=(input_blocks|middle_block|output_blocks|time_embed|out)\.)"),
+    ("vae", r"(?=(encoder|decoder)\.(conv_in|conv_out|down|up|mid|norm_out)\.|(quant_conv|post_quant_conv)\.)"),
+)
+DIALECT = Dialect("ldm", "LDM", lambda names: renamed({name: name for name in names}))
+
+
+def open_ldm(path: Path, weights: str) -> Contents | None:
+    """Open a single file of tensors, whatever its keys."""
+    return Contents({None: open_tensors(path)})
+
+
+def averaged_unet(
+    path: Path, averages: Mapping[str, LazyTensor], unet: Mapping[str, LazyTensor]
+) -> dict[str, LazyTensor]:
+    """Return the moving averages under the names of the U-Net's raw tensors.
+
+    averages: keys without `model_ema.`. Raises BadInput unless the two match one to one.
+    """
+    twins = {key: ema_key(key) for key in unet}
+    if missing := [key for key, twin in twins.items() if twin not in averages]:
+        raise BadInput(
+            f"{path}: no moving average of {len(missing)} U-Net tensors ({some(missing)}); take its raw weights"
+        )
+    if extra := sorted(set(averages) - set(twins.values()) - {"decay", "num_updates"}):
+        raise BadInput(f"{path}: moving averages of no known tensor ({some(extra)}); take its raw weights")
+    return {key: averages[twin] for key, twin in twins.items()}
+
+
+def ema_key(key: str) -> str:
+    """Return LDM's name of a U-Net tensor's moving average: dots deleted, so it can never be parsed back."""
+    return f"diffusion_model.{key}".replace(".", "")
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the prediction type that ModelSpec metadata (SAI's, 1.0.0) state."""
+    for key in ("modelspec.prediction_type", "modelspec.predict_key"):
+        if checkpoint.metadata.get(key) in PREDICTIONS:
+            return {"prediction": (PREDICTIONS[checkpoint.metadata[key]], f"metadata {key}")}
+    return {}
 
 
 def export_ldm(
@@ -22,13 +97,12 @@ def export_ldm(
     hold it; where they do not, the metadata says so.
     """
     require_whole(parts)
-    tensors = {f"model.diffusion_model.{name}": lazy(tensor, dtype) for name, tensor in parts["unet"].items()}
-    tensors |= {f"first_stage_model.{name}": lazy(tensor, dtype) for name, tensor in parts["vae"].items()}
-    text = text_tower(parts["text_encoder"], spec.open_clip, dtype)
+    tensors = packed(parts["unet"], DIALECT, dtype, "model.diffusion_model.")
+    tensors |= packed(parts["vae"], DIALECT, dtype, "first_stage_model.")
+    tensors |= clip.text_tower(parts["text_encoder"], spec.open_clip, dtype, "cond_stage_model.")
     if not spec.open_clip:
-        length = parts["text_encoder"]["text_model.embeddings.position_embedding.weight"].shape[0]
-        text["transformer.text_model.embeddings.position_ids"] = _position_ids(length)
-    tensors |= {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
+        ids = LazyTensor.of(torch.arange(clip.max_length(parts["text_encoder"])).unsqueeze(0))
+        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = ids
     tensors |= schedule_buffers(spec)
     metadata = model_spec(spec, title or Path(out).stem)
     if spec.open_clip and "logit_scale" not in parts["text_encoder"]:
@@ -37,21 +111,45 @@ def export_ldm(
     save_safetensors(out, tensors, metadata, written=written)
 
 
-def _position_ids(length: int) -> LazyTensor:
-    return lazy(torch.arange(length).unsqueeze(0))
+def schedule_buffers(spec: ModelSpec) -> dict[str, LazyTensor]:
+    """Return the twelve float32 tables that LDM and NeMo store, computed in float64 (Ho et al. 2020, eq. 4 to 7)."""
+    powers = {"linear": 2, "sqrt_linear": 1}
+    if spec.beta_schedule not in powers:
+        raise BadInput(
+            f"beta_schedule {spec.beta_schedule}: only {' and '.join(powers)} can be written to other formats"
+        )
+    power, steps = powers[spec.beta_schedule], spec.timesteps
+    ends = spec.linear_start ** (1 / power), spec.linear_end ** (1 / power)
+    betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
+    alphas_cumprod = torch.cumprod(1 - betas, 0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    tables = {
+        "betas": betas,
+        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod_prev": previous,
+        "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alphas_cumprod).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alphas_cumprod).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alphas_cumprod - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * previous.sqrt() / (1 - alphas_cumprod),
+        "posterior_mean_coef2": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+    }
+    return {name: LazyTensor.of(table.float()) for name, table in tables.items()}
 
 
 def model_spec(spec: ModelSpec, title: str) -> dict[str, str]:
-    """SAI ModelSpec 1.0.0 metadata, and our own spec beside it."""
-    architecture = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512"}.get(
-        spec.unet_config.get("context_dim") or 0
-    )
-    if architecture == "stable-diffusion-v2-512" and spec.prediction_type == "v_prediction":
-        architecture = "stable-diffusion-v2-768-v"
+    """Return SAI ModelSpec 1.0.0 metadata, and our own spec beside it."""
+    version = SD_VERSIONS.get(spec.unet_config.get("context_dim") or 0)
+    v2 = "stable-diffusion-v2-768-v" if spec.prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+    architecture = {"v1": "stable-diffusion-v1", "v2": v2}.get(version or "", "stable-diffusion-custom")
     pixels = spec.image_size * 2 ** (len(spec.first_stage_config["ddconfig"]["ch_mult"]) - 1)
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": architecture or "stable-diffusion-custom",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": title,
         "modelspec.resolution": f"{pixels}x{pixels}",
@@ -59,3 +157,18 @@ def model_spec(spec: ModelSpec, title: str) -> dict[str, str]:
         SPEC_KEY: spec.to_json(),
         "format": "pt",
     }
+
+
+FORMAT = Format(
+    name="ldm",
+    title="LDM file",
+    key_rules=KEY_RULES,
+    whole_keys=r"(model|first_stage_model|cond_stage_model)\.",
+    dialects={"unet": lambda entries, config: DIALECT, "vae": lambda entries, config: DIALECT},
+    open=open_ldm,
+    facts=facts,
+    write=export_ldm,
+    ending=".safetensors",
+    keeps_unused_text=True,
+    loses=lambda spec: lost_zero_snr(spec) + lost_padding(spec),
+)

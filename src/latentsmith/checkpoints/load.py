@@ -1,11 +1,15 @@
 """Filling a module from a checkpoint, strictly, or leaving it without numbers."""
 
-from collections.abc import Iterator
+import importlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from latentsmith.architectures import COMPONENTS
 
 
 def load_pretrained(
@@ -26,6 +30,17 @@ def load_pretrained(
         checkpoints.check_component(path, part, shapes, from_nemo=from_nemo, weights=weights)
         return
     module.load_state_dict(checkpoints.load_component(path, part, shapes, from_nemo=from_nemo, weights=weights))
+
+
+def new_network(part: str, arguments: Mapping[str, Any]) -> Any:
+    """Return the network of a part of COMPONENTS with fresh weights."""
+    module, _, name = COMPONENTS[part].class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every tensor that a checkpoint of the network holds."""
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 @contextmanager

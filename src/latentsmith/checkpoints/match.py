@@ -1,38 +1,43 @@
 """Every model key filled exactly once, every file key used or named as ignorable: or one line says what is wrong."""
 
 import re
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-import torch
+from torch import Tensor
 
+from latentsmith.architectures import CLIP_SIZES, COMPONENTS, SD_VERSIONS, UNET_INPUTS
 from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import LazyTensor
+from latentsmith.files.lazy import LazyTensor
 
-from . import clip, unet_keys, vae_keys
-from .clip import SourceKey
-from .open import OWN_SECTION, Checkpoint, Part
+from . import clip, nemo
+from .base import Checkpoint, Part, Shapes, SourceKey, some
+from .formats import dialect_of
 
-Shapes = Mapping[str, tuple[int, ...]]
+Found = Mapping[str, LazyTensor | None]  # canonical name -> what the file has under it
 UNIT_DIMS = re.compile(r"\.(proj_in|proj_out)\.weight$|\.(attn_1|attn\.\d+)\.(q|k|v)\.weight$")  # 1x1 conv or Linear
-TITLES = {"unet": "U-Net", "vae": "VAE", "text_encoder": "text encoder"}
+TITLES = {part: component.title.removeprefix("the ") for part, component in COMPONENTS.items()}
+BLOCKS = {  # keys of a config that decide how many blocks there are
+    "unet": "channel_mult, num_res_blocks, attention_resolutions and transformer_depth",
+    "vae": "ddconfig's ch_mult, num_res_blocks and attn_resolutions",
+}
 
 
 def match(checkpoint: Checkpoint, name: str, shapes: Shapes, from_nemo: bool | None = None) -> dict[str, LazyTensor]:
-    """Canonical name -> tensor on disk, in the shape the model wants, for one part of a checkpoint.
+    """Return canonical name -> tensor on disk, in the shape that the network wants, for one part of a checkpoint.
 
-    Raises BadInput unless the part's keys and `shapes` match one to one (reasons under `_likely_reason`).
+    name: the part. shapes: the network's. from_nemo: NeMo's `from_NeMo` key; None recognises the dialect.
+    Raises BadInput unless every name is filled once and every key of the part is used or ignorable.
     """
     if checkpoint.unknown:
-        count, some = len(checkpoint.unknown), _some(list(checkpoint.unknown))
-        raise BadInput(f"{checkpoint.path}: {count} keys of no known format ({some}); delete them from the file")
+        listed = f"{len(checkpoint.unknown)} keys of no known format ({some(checkpoint.unknown)})"
+        raise BadInput(f"{checkpoint.path}: {listed}; delete them from the file")
     if name not in checkpoint.parts:
-        held = ", ".join(TITLES[part] for part in checkpoint.parts) or "nothing we know"
+        held = ", ".join(TITLES[part] for part in checkpoint.parts) or "no known part"
         raise BadInput(f"{checkpoint.path}: no {TITLES[name]} inside; it holds {held}")
     part = checkpoint.parts[name]
     if name != "text_encoder":
-        check_from_nemo(part, from_nemo)
+        _check_from_nemo(checkpoint, part, from_nemo)
     found, unread = _fill(checkpoint, part, shapes)
     missing, mismatched = _faults(found, shapes)
     if missing or mismatched or unread:
@@ -41,7 +46,7 @@ def match(checkpoint: Checkpoint, name: str, shapes: Shapes, from_nemo: bool | N
 
 
 def audit(checkpoint: Checkpoint, name: str, shapes: Shapes) -> tuple[list[str], list[str], list[str]]:
-    """(missing, extra, mismatched) keys of one part against `shapes`; extra as the file spells them."""
+    """Return the missing, extra and mismatched keys of one part against `shapes`; extra as the file spells them."""
     part = checkpoint.parts[name]
     found, unread = _fill(checkpoint, part, shapes)
     missing, mismatched = _faults(found, shapes)
@@ -49,130 +54,80 @@ def audit(checkpoint: Checkpoint, name: str, shapes: Shapes) -> tuple[list[str],
 
 
 def unused_text(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, LazyTensor]:
-    """What an OpenCLIP text tower holds beyond the model of `shapes`, which uses none of it: the last layer where that
-    stops before it, text_projection and logit_scale. {} unless the file has all of them, trained."""
-    part, stated = checkpoint.parts["text_encoder"], checkpoint.config.get(OWN_SECTION) or {}
-    zeros = (stated.get("cond_stage_config") or {}).get("unused_layer") == "zeros"
-    if clip.detect(part.entries) != "openclip" or zeros:
+    """Return what an OpenCLIP text tower holds beyond the network of `shapes`, which uses none of it.
+
+    That is the last layer where the network stops before it, text_projection and logit_scale; {} unless the file has
+    all of them, trained.
+    """
+    part = checkpoint.parts["text_encoder"]
+    stated = nemo.own_section(checkpoint).get("cond_stage_config") or {}
+    dialect = dialect_of(part, checkpoint.config)
+    if dialect is not clip.OPEN_CLIP_DIALECT or stated.get("unused_layer") == "zeros":
         return {}
     found = {name: part.entries.get(name) for name in ("text_projection", "logit_scale")}
     used, held = clip.depth(shapes), clip.depth(part.entries)
     if held == used + 1:
         before, after = f".layers.{used - 1}.", f".layers.{used}."
         last = {name.replace(before, after): shape for name, shape in shapes.items() if before in name}
-        table = table_for(part, last, checkpoint.config)
-        found |= {ours: _at_slot(part, table[ours], shape, ours) for ours, shape in last.items()}
+        found |= {ours: _at(part, key, last[ours], ours) for ours, key in dialect.table(last).items()}
     return {} if None in found.values() else found  # type: ignore[return-value]
 
 
-def _fill(checkpoint: Checkpoint, part: Part, shapes: Shapes) -> tuple[dict[str, LazyTensor | None], list[str]]:
-    """What lies at each canonical name, and the keys nothing reads."""
-    table = table_for(part, shapes, checkpoint.config)
-    found = {ours: _at_slot(part, slot, shapes[ours], ours) for ours, slot in table.items()}
-    return found, unread_keys(part, table, shapes)
+def _fill(checkpoint: Checkpoint, part: Part, shapes: Shapes) -> tuple[Found, list[str]]:
+    """Return what the file has under each canonical name, and the keys that nothing reads and no rule excuses."""
+    table = dialect_of(part, checkpoint.config).table(shapes)
+    found = {ours: _at(part, source, shapes[ours], ours) for ours, source in table.items()}
+    used = {source.key for source in table.values()}
+    unread = [key for key in part.entries if key not in used]
+    if part.name == "text_encoder":
+        excuse = clip.ignorable(clip.depth(shapes), clip.depth(part.entries))
+        unread = [key for key in unread if not excuse(key)]
+    return found, unread
 
 
-def _faults(found: Mapping[str, LazyTensor | None], shapes: Shapes) -> tuple[list[str], list[str]]:
+def _faults(found: Found, shapes: Shapes) -> tuple[list[str], list[str]]:
     missing = [ours for ours, tensor in found.items() if tensor is None]
     wrong = [ours for ours, tensor in found.items() if tensor is not None and tensor.shape != tuple(shapes[ours])]
     return missing, wrong
 
 
-def table_for(part: Part, shapes: Shapes, config: Mapping[str, Any]) -> dict[str, SourceKey]:
-    """Canonical name -> slot, in the dialect the part's own keys speak."""
-    if part.name == "text_encoder":
-        dialect = clip.detect(part.entries)
-        return clip.slots(shapes, dialect, interleaved_heads(dialect, shapes, config), part.entries)
-    renamed = (
-        unet_keys.rename(shapes, unet_keys.detect(part.entries))
-        if part.name == "unet"
-        else vae_keys.rename(shapes, vae_keys.detect(part.entries))
-    )
-    return {ours: SourceKey(theirs) for ours, theirs in renamed.items()}
+def _check_from_nemo(checkpoint: Checkpoint, part: Part, from_nemo: bool | None) -> None:
+    """Refuse diffusers names with from_NeMo true, NeMo's with false; LDM's are read with either."""
+    dialect = dialect_of(part, checkpoint.config)
+    refused = {True: ("diffusers", "diffusers'", "false"), False: ("nemo", "NeMo's", "true")}
+    if from_nemo is not None and refused[from_nemo][0] == dialect.format:
+        _, whose, value = refused[from_nemo]
+        first = next(iter(part.keys.values()))
+        raise BadInput(f'{part.path}: its {TITLES[part.name]} names ("{first}") are {whose}: set from_NeMo to {value}')
 
 
-def interleaved_heads(dialect: str, shapes: Shapes, config: Mapping[str, Any]) -> int | None:
-    """Number of heads if fused q, k, v rows are interleaved per head, None if they lie one after the other.
-
-    megatron-core always interleaves; Megatron does where the file's CLIP config says megatron_legacy: false, or says
-    nothing, as that is NeMo's default. A file without a CLIP config is taken as NeMo's two shipped configs make it,
-    which say true, with a warning. Heads: from that config, else width / 64 as in every CLIP text tower.
-    """
-    text = _text_config(config)
-    if dialect == "megatron" and not text:
-        note = "a Megatron CLIP without its config: its q, k, v are read in the layout of megatron_legacy: true"
-        warnings.warn(note, stacklevel=2)
-    if dialect == "megatron-core" or (dialect == "megatron" and text and not text.get("megatron_legacy", False)):
-        width = next(shape[-1] for name, shape in shapes.items() if name.endswith("token_embedding.weight"))
-        return int(text.get("num_attention_heads") or width // 64)
-    return None
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `text` section of a CLIP config: at the top of a CLIP .nemo, in a diffusion one's cond_stage_config.cfg."""
-    for inner in (config, (config.get("cond_stage_config") or {}).get("cfg") or {}):
-        if isinstance(inner.get("text"), Mapping):
-            return inner["text"]
-    return {}
-
-
-def unread_keys(part: Part, table: Mapping[str, SourceKey], shapes: Shapes) -> list[str]:
-    """The file's keys that nothing reads and no rule excuses."""
-    used = {slot.key for slot in table.values()}
-    left = [key for key in part.entries if key not in used]
-    if part.name != "text_encoder":
-        return left
-    excuse = clip.ignorable(clip.depth(shapes), clip.depth(part.entries))
-    return [key for key in left if not excuse(key)]
-
-
-def check_from_nemo(part: Part, from_nemo: bool | None) -> None:
-    """LDM names load whatever `from_NeMo` says; diffusers names with true, or NeMo names with false, are refused."""
-    dialect = unet_keys.detect(part.entries) if part.name == "unet" else vae_keys.detect(part.entries)
-    first = next(iter(part.keys.values()))
-    if from_nemo and str(dialect).startswith("diffusers"):
-        raise BadInput(
-            f'{part.path}: its {TITLES[part.name]} names ("{first}") are diffusers\': set from_NeMo to false'
-        )
-    if from_nemo is False and isinstance(dialect, unet_keys.UNetDialect) and dialect.nemo:
-        raise BadInput(f'{part.path}: its {TITLES[part.name]} names ("{first}") are NeMo\'s: set from_NeMo to true')
-
-
-def _at_slot(part: Part, slot: SourceKey, shape: tuple[int, ...], ours: str) -> LazyTensor | None:
-    entry = part.entries.get(slot.key)
+def _at(part: Part, source: SourceKey, shape: tuple[int, ...], ours: str) -> LazyTensor | None:
+    """Return the tensor at a key of the file in the shape wanted, where the format tells how; None if it is absent."""
+    entry, shape = part.entries.get(source.key), tuple(shape)
     if entry is None:
         return None
-    if slot.third is not None:
-        entry = _third(entry, slot.third, slot.heads)
-    if entry.shape != tuple(shape) and UNIT_DIMS.search(ours) and _squeezed(entry.shape) == _squeezed(tuple(shape)):
-        return _view(entry, tuple(shape))
-    if slot.key.endswith("word_embeddings.weight") and len(entry.shape) == 2 and entry.shape[1:] == tuple(shape[1:]):
+    if source.third is not None:
+        rows = entry.shape[0] // 3
+        entry = entry.changed((rows, *entry.shape[1:]), partial(_third, third=source.third, heads=source.heads))
+    if entry.shape != shape and UNIT_DIMS.search(ours) and _squeezed(entry.shape) == _squeezed(shape):
+        return entry.reshape(shape)
+    if source.key.endswith("word_embeddings.weight") and len(entry.shape) == 2 and entry.shape[1:] == shape[1:]:
         return _cropped(entry, shape[0])
     return entry
 
 
-def _third(entry: LazyTensor, third: int, heads: int | None) -> LazyTensor:
-    """Rows of q, k or v; entry: (3 * width, ...)."""
-    rows = entry.shape[0] // 3
-    shape = (rows, *entry.shape[1:])
-
-    def read() -> torch.Tensor:
-        if heads is None:
-            return entry.read()[third * rows : (third + 1) * rows]
-        return entry.read().unflatten(0, (heads, 3, rows // heads))[:, third].reshape(shape)
-
-    return LazyTensor(entry.dtype, shape, read)
-
-
-def _view(entry: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
-    return LazyTensor(entry.dtype, shape, lambda: entry.read().reshape(shape))
+def _third(fused: Tensor, third: int, heads: int | None) -> Tensor:
+    """Return the rows of q, k or v of a tensor (3 * width, ...); heads: as in SourceKey."""
+    if heads is None:
+        return fused.chunk(3)[third]
+    return fused.unflatten(0, (heads, 3, -1))[:, third].flatten(0, 1)
 
 
 def _cropped(entry: LazyTensor, rows: int) -> LazyTensor:
-    """Megatron pads the vocabulary to a multiple of 128 x tensor-parallel size with rows no token uses."""
+    """Drop what Megatron pads the vocabulary with: rows of no token, to a multiple of 128 x tensor-parallel size."""
     if entry.shape[0] <= rows or entry.shape[0] % 128 or entry.shape[0] - rows >= 1024:
         return entry
-    return LazyTensor(entry.dtype, (rows, *entry.shape[1:]), lambda: entry.read()[:rows])
+    return entry.changed((rows, *entry.shape[1:]), lambda tensor: tensor[:rows])
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -184,33 +139,31 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _complaint(
     part: Part,
     shapes: Shapes,
-    found: Mapping[str, LazyTensor | None],
+    found: Found,
     missing: list[str],
     mismatched: list[str],
     unread: list[str],
 ) -> str:
     facts = []
     if missing:
-        facts.append(f"{len(missing)} of {len(shapes)} {TITLES[part.name]} tensors missing ({_some(missing)})")
+        facts.append(f"{len(missing)} of {len(shapes)} {TITLES[part.name]} tensors missing ({some(missing)})")
     if unread:
-        facts.append(f"{len(unread)} unknown ({_some([part.keys.get(key, key) for key in unread])})")
+        facts.append(f"{len(unread)} unknown ({some([part.keys.get(key, key) for key in unread])})")
     if mismatched:
         name = mismatched[0]
         theirs = found[name].shape  # type: ignore[union-attr]
         facts.append(
             f"{len(mismatched)} of another shape ({name} is {theirs}, the config makes it {tuple(shapes[name])})"
         )
-    reason = _likely_reason(part, shapes, found, bool(missing or unread))
-    return f"{part.path}: {reason}{'; ' if reason else ''}{'; '.join(facts)}"
-
-
-def _likely_reason(part: Part, shapes: Shapes, found: Mapping[str, LazyTensor | None], depths_differ: bool) -> str:
     explain = {"unet": _unet_reason, "vae": _vae_reason, "text_encoder": _text_reason}[part.name]
-    return explain(part, shapes, found, depths_differ)
+    reason = explain(part, shapes, found)
+    if not reason and part.name in BLOCKS and (missing or unread):
+        reason = f"its blocks differ: compare {BLOCKS[part.name]}"
+    return f"{part.path}: {'; '.join([reason, *facts] if reason else facts)}"
 
 
-def _sizes(shapes: Shapes, found: Mapping[str, LazyTensor | None], ending: str, axis: int) -> tuple[int, int] | None:
-    """(file's, model's) extent along `axis` of the first tensor of that name ending, if they differ."""
+def _sizes(shapes: Shapes, found: Found, ending: str, axis: int) -> tuple[int, int] | None:
+    """Return the file's and the network's extent along `axis` of the first tensor with that ending, if they differ."""
     for name, shape in shapes.items():
         entry = found.get(name)
         if name.endswith(ending) and entry is not None and len(entry.shape) > axis and entry.shape[axis] != shape[axis]:
@@ -218,39 +171,33 @@ def _sizes(shapes: Shapes, found: Mapping[str, LazyTensor | None], ending: str, 
     return None
 
 
-def _unet_reason(part: Part, shapes: Shapes, found: Mapping[str, LazyTensor | None], depths_differ: bool) -> str:
+def _unet_reason(part: Part, shapes: Shapes, found: Found) -> str:
     if sizes := _sizes(shapes, found, "input_blocks.0.0.weight", 0):
         return f"its first convolution has {sizes[0]} channels, the config says model_channels {sizes[1]}"
     if sizes := _sizes(shapes, found, "attn2.to_k.weight", 1):
-        version = {768: "a v1 checkpoint: ", 1024: "a v2 checkpoint: "}.get(sizes[0], "")
+        version = f"a {SD_VERSIONS[sizes[0]]} checkpoint: " if sizes[0] in SD_VERSIONS else ""
         return f"{version}its context width is {sizes[0]}, the config says context_dim {sizes[1]}"
     if sizes := _sizes(shapes, found, "input_blocks.0.0.weight", 1):
-        kind = {9: "an inpainting model: ", 8: "an instruct-pix2pix model: ", 5: "a depth model: "}.get(sizes[0], "")
-        return f"{kind}it takes {sizes[0]} input channels, the config says in_channels {sizes[1]}"
-    return (
-        "its blocks differ: compare channel_mult, num_res_blocks, attention_resolutions and transformer_depth"
-        * depths_differ
-    )
+        purpose = f"{UNET_INPUTS[sizes[0]]}: " if sizes[0] in UNET_INPUTS else ""
+        return f"{purpose}it takes {sizes[0]} input channels, the config says in_channels {sizes[1]}"
+    return ""
 
 
-def _vae_reason(part: Part, shapes: Shapes, found: Mapping[str, LazyTensor | None], depths_differ: bool) -> str:
+def _vae_reason(part: Part, shapes: Shapes, found: Found) -> str:
     if sizes := _sizes(shapes, found, "encoder.conv_in.weight", 0):
         return f"its first convolution has {sizes[0]} channels, the config says ddconfig.ch {sizes[1]}"
     if sizes := _sizes(shapes, found, "decoder.conv_in.weight", 1):
         return f"its latents have {sizes[0]} channels, the config says z_channels {sizes[1]}"
-    return "its blocks differ: compare ddconfig's ch_mult, num_res_blocks and attn_resolutions" * depths_differ
+    return ""
 
 
-def _text_reason(part: Part, shapes: Shapes, found: Mapping[str, LazyTensor | None], depths_differ: bool) -> str:
+def _text_reason(part: Part, shapes: Shapes, found: Found) -> str:
     if sizes := _sizes(shapes, found, "final_layer_norm.weight", 0):
         return f"a text encoder of width {sizes[0]}, the config says {sizes[1]}"
     if sizes := _sizes(shapes, found, "token_embedding.weight", 0):
         return f"a vocabulary of {sizes[0]:,} tokens, the config says {sizes[1]:,}"
     layers, wanted = clip.depth(part.entries), clip.depth(shapes)
-    if layers == 23 and wanted == 24:
+    full = CLIP_SIZES["ViT-H-14"].layers
+    if (layers, wanted) == (full - 1, full):
         return "a 23-layer SD2 text encoder already stops at the penultimate layer: set layer to penultimate"
-    return f"a text encoder of {layers} layers, the config asks for {wanted}" * (layers != wanted)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"a text encoder of {layers} layers, the config asks for {wanted}" if layers != wanted else ""

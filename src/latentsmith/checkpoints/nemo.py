@@ -1,29 +1,171 @@
-"""A `.nemo` archive in NeMo v2.0.0's dialect: norms fused and moved, a bare state dict, the model config beside it."""
+"""NeMo: `.nemo` archives and its Lightning checkpoints, whose U-Net names depart from LDM's in three ways.
+
+Written in v2.0.0's dialect: norms fused and moved, a bare state dict, the model config beside it.
+"""
 
 import io
+import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from latentsmith.files.archives import is_archive, open_nemo
 from latentsmith.files.atomic import atomic_open
-from latentsmith.files.pickles import LazyTensor
-from latentsmith.files.tensors import tensor_bytes
+from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.torch_zip import write_torch_zip
 
-from . import clip
-from .open import OWN_SECTION
-from .packing import Parts, Written, lazy, require_whole, schedule_buffers, text_tower
-from .spec import OWN_SCHEDULE, ModelSpec
-from .unet_keys import NEMO_V2, rename
+from . import clip, ldm
+from .base import (
+    PREDICTIONS,
+    Checkpoint,
+    Contents,
+    Dialect,
+    Format,
+    ModelSpec,
+    Part,
+    Parts,
+    Written,
+    lost_zero_snr,
+    packed,
+    renamed,
+    require_whole,
+)
 
 TARGET = "nemo.collections.multimodal.models.text_to_image.stable_diffusion.ldm.ddpm.MegatronLatentDiffusion"
 ENCODERS = "nemo.collections.multimodal.modules.stable_diffusion"
 AUTOENCODER = "nemo.collections.multimodal.models.text_to_image.stable_diffusion.ldm.autoencoder.AutoencoderKL"
+OWN_SECTION = "latentsmith"  # of a model config that we write: what NeMo has no key for
+PADDED_LENGTH = 80  # text embeddings of a caption in NeMo v2.0.0, zeros from the 78th on
+SCHEDULE = ("linear_start", "linear_end", "timesteps", "beta_schedule")
+OWN_SCHEDULE = ("zero_terminal_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one")
 BLOCK = 512  # bytes of a tar header, and what members are padded to
+KEY_RULES = (
+    ("unet", r"(model\.)?unet\."),
+    ("vae", r"(model\.)?vae\."),
+    ("text_encoder", r"(model\.)?text_encoder\."),
+    ("schedule", r"(model\.)?noise_scheduler\."),
+)
+
+# ---- Names of the U-Net: three departures from LDM's, which come and go independently ----
+
+FUSED = [(r"\bin_layers\.2\.", "in_layers.1."), (r"\bout_layers\.3\.", "out_layers.2."), (r"^out\.2\.", "out.1.")]
+MOVED = [
+    (r"(transformer_blocks\.\d+)\.norm1\.", r"\1.attn1.norm."),
+    (r"(transformer_blocks\.\d+)\.norm2\.", r"\1.attn2.norm."),
+    (r"(transformer_blocks\.\d+)\.norm3\.", r"\1.ff.net.LN."),
+    (r"\bff\.net\.2\.", "ff.net.3."),
+    (r"\bff\.net\.0\.proj\.", "ff.net.1.proj."),
+    (r"\bff\.net\.LN\.", "ff.net.0."),
+]
+ENGINE = [  # on top of MOVED
+    (r"(\.attn[12])\.norm\.", r"\1.norm_to_q.layer_norm_"),
+    (r"(\.attn[12])\.to_q\.", r"\1.norm_to_q."),
+    (r"\bff\.net\.0\.", "ff.net.layer_norm_"),
+    (r"\bff\.net\.1\.proj\.", "ff.net.fc1_"),
+    (r"\bff\.net\.3\.", "ff.net.fc2_"),
+]
+DEPARTURES = {  # name -> (how its keys are recognised, what it does to LDM's)
+    "fused": (r"\bin_layers\.1\.|\bout_layers\.2\.|^out\.1\.", FUSED),  # SiLU inside GroupNorm
+    "moved": (r"\.attn[12]\.(norm|norm_to_q)\.|\bff\.net\.(3|1\.proj)\.|\bff\.net\.fc[12]_", MOVED),  # into the module
+    "transformer_engine": (r"\.norm_to_q\.|\bff\.net\.fc[12]_", ENGINE),  # fp8: norms inside the Linears after them
+}
+
+
+def unet_dialect(entries: Mapping[str, Any], config: Mapping[str, Any]) -> Dialect | None:
+    """Recognise NeMo's names of a U-Net; None if they are LDM's."""
+    found = [name for name, (pattern, _) in DEPARTURES.items() if any(re.search(pattern, key) for key in entries)]
+    return _dialect(*found) if found else None
+
+
+def _dialect(*departures: str) -> Dialect:
+    rules = [rule for name in departures for rule in DEPARTURES[name][1]]
+
+    def table(names: Iterable[str]) -> dict:
+        return renamed({name: _renamed(name, rules) for name in names})
+
+    return Dialect("nemo", f"NeMo ({', '.join(departures)})", table)
+
+
+def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+V2_UNET = _dialect("fused", "moved")
+
+# ---- Reading ----
+
+
+def open_checkpoint(path: Path, weights: str) -> Contents | None:
+    """Open a `.nemo` archive or an unpacked one; its Lightning checkpoints are opened as any single file."""
+    if (path / "model_config.yaml").is_file() if path.is_dir() else path.is_file() and is_archive(path):
+        file, config = open_nemo(path)
+        return Contents({None: file}, "nemo", config)
+    return None
+
+
+def own_section(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what we wrote into a model config beside NeMo's own keys."""
+    return checkpoint.config.get(OWN_SECTION) or {}
+
+
+def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
+    """Return what a model config says of a part beyond the shapes of its weights."""
+    config, own = checkpoint.config, own_section(checkpoint)
+    if part.name == "unet":
+        unet = config.get("unet_config")
+        if not isinstance(unet, Mapping):
+            return None
+        found = {key: unet.get(key) for key in ("num_heads", "num_head_channels", "resblock_gn_groups")}
+        found["upcast_attention"] = (own.get("unet_config") or {}).get("upcast_attention")
+        return {key: value for key, value in found.items() if value and value != -1}
+    if part.name == "vae":
+        groups = ((config.get("first_stage_config") or {}).get("ddconfig") or {}).get("num_groups")
+        return {"num_groups": groups} if groups else None
+    stated = stated_text(checkpoint)
+    found = {
+        "heads": stated.get("num_attention_heads") or stated.get("heads"),
+        "activation": stated.get("hidden_act") or stated.get("activation"),
+        "layer": stated.get("layer") if stated.get("layer") in ("last", "penultimate") else None,
+        "pad_to": PADDED_LENGTH if pads_text(stated) and clip.max_length(part.entries) == 77 else None,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def stated_text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a model config says of its text encoder, and what we wrote beside it."""
+    own = own_section(checkpoint).get("cond_stage_config") or {}
+    return {**(checkpoint.config.get("cond_stage_config") or {}), **own}
+
+
+def pads_text(stated: Mapping[str, Any]) -> bool:
+    """Return whether a text encoder fills its output with zeros up to 80 vectors.
+
+    NeMo v2.0.0's FrozenCLIPEmbedder and FrozenMegatronCLIPEmbedder do; a model exported from here says that it was not
+    trained so. stated: as stated_text returns it.
+    """
+    embedder = str(stated.get("_target_", "")).rpartition(".")[2]
+    return embedder in ("FrozenCLIPEmbedder", "FrozenMegatronCLIPEmbedder") and not stated.get("trained_unpadded")
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a model config states of a model."""
+    config = {**checkpoint.config, **own_section(checkpoint)}
+    found = {key: config[key] for key in (*SCHEDULE, *OWN_SCHEDULE) if key in config}
+    found |= {key: checkpoint.config.get(key) for key in ("image_size", "scale_factor")}
+    if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
+        found["null_text"] = "zero"
+    if config.get("parameterization") in PREDICTIONS:
+        found["prediction"] = PREDICTIONS[config["parameterization"]], "the model config's parameterization"
+    return found
+
+
+# ---- Writing ----
 
 
 def export_nemo(
@@ -43,7 +185,7 @@ def export_nemo(
         file.write(header.tobuf(tarfile.GNU_FORMAT) + config + _padding(len(config)))
         header_at = file.tell()
         file.write(bytes(BLOCK))  # the header of the weights, once their size is known
-        write_torch_zip(file, tensors, tensor_bytes, written)
+        write_torch_zip(file, tensors, written)
         weights = tarfile.TarInfo("./model_weights.ckpt")
         weights.size = file.seek(0, io.SEEK_END) - header_at - BLOCK
         file.write(_padding(weights.size) + bytes(2 * BLOCK))
@@ -56,42 +198,38 @@ def _padding(size: int) -> bytes:
 
 
 def _state(parts: Parts, spec: ModelSpec, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    """Keys below the leading `model.`."""
-    unet = rename(parts["unet"], NEMO_V2)
-    state = schedule_buffers(spec)
-    state |= {f"model.diffusion_model.{theirs}": lazy(parts["unet"][ours], dtype) for ours, theirs in unet.items()}
-    state |= {f"first_stage_model.{name}": lazy(tensor, dtype) for name, tensor in parts["vae"].items()}
-    text = text_tower(parts["text_encoder"], spec.open_clip, dtype)
-    if spec.open_clip and not _whole(parts):
+    """Return the state dict, its keys without the leading `model.`."""
+    state = ldm.schedule_buffers(spec)
+    state |= packed(parts["unet"], V2_UNET, dtype, "model.diffusion_model.")
+    state |= packed(parts["vae"], ldm.DIALECT, dtype, "first_stage_model.")
+    text = clip.text_tower(parts["text_encoder"], spec.open_clip, dtype, "cond_stage_model.")
+    if spec.open_clip and not _is_whole(parts):
         text |= _unused(text, clip.depth(parts["text_encoder"]) if spec.penultimate else None)
-    return state | {f"cond_stage_model.{name}": tensor for name, tensor in text.items()}
+    return state | text
 
 
-def _whole(parts: Parts) -> bool:
-    """Whether the text encoder brings along what nothing uses of it."""
+def _is_whole(parts: Parts) -> bool:
+    """Return whether the text encoder brings along what nothing uses of it."""
     return "logit_scale" in parts["text_encoder"]
 
 
 def _unused(text: Mapping[str, LazyTensor], depth: int | None) -> dict[str, LazyTensor]:
-    """OpenCLIP's projection, temperature and, at `depth`, last layer: NeMo loads them and never uses them."""
-    final = text["model.ln_final.weight"]
+    """Return zeros for OpenCLIP's projection, temperature and, at `depth`, last layer, which NeMo loads and ignores."""
+    tower = "cond_stage_model.model."
+    final = text[f"{tower}ln_final.weight"]
     zeros = {
-        "model.text_projection": _zeros((*final.shape, *final.shape), final.dtype),
-        "model.logit_scale": _zeros((), final.dtype),
+        f"{tower}text_projection": LazyTensor.zeros((*final.shape, *final.shape), final.dtype),
+        f"{tower}logit_scale": LazyTensor.zeros((), final.dtype),
     }
     if depth is None:
         return zeros
-    before, after = (f"model.transformer.resblocks.{layer}." for layer in (depth - 1, depth))
+    before, after = (f"{tower}transformer.resblocks.{layer}." for layer in (depth - 1, depth))
     last = {key: tensor for key, tensor in text.items() if key.startswith(before)}
-    return zeros | {key.replace(before, after): _zeros(tensor.shape, tensor.dtype) for key, tensor in last.items()}
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> LazyTensor:
-    return LazyTensor(dtype, tuple(shape), lambda: torch.zeros(shape, dtype=dtype))
+    return zeros | {key.replace(before, after): LazyTensor.zeros(t.shape, t.dtype) for key, t in last.items()}
 
 
 def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
-    """The `model:` section NeMo v2.0.0 restores from, and the sizes of ours that its encoders fix."""
+    """Return the `model:` section NeMo v2.0.0 restores from, and the sizes of ours that its encoders fix."""
     unet = {
         "_target_": f"{ENCODERS}.diffusionmodules.openaimodel.UNetModel",
         "from_pretrained": None,
@@ -124,41 +262,42 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "text_embedding_dropout_rate": 0.1 if spec.null_text == "zero" else 0.0,
         "unet_config": _plain(unet),
         "first_stage_config": _plain(vae),
-        "cond_stage_config": _plain(_encoder(parts, spec)),
+        "cond_stage_config": _plain(_embedder(spec)),
         OWN_SECTION: {
             "unet_config": {"upcast_attention": upcast},
-            "cond_stage_config": _plain(_beside_encoder(parts, spec)),
+            "cond_stage_config": _plain(_beside_embedder(parts, spec)),
             **{key: getattr(spec, key) for key in OWN_SCHEDULE},
         },
     }
 
 
-def _encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
-    """The embedder, with its own arguments alone: NeMo calls it with whatever stands here."""
+def _embedder(spec: ModelSpec) -> dict[str, Any]:
+    """Return the text encoder's config with NeMo's arguments alone: it calls the class with every key here."""
+    length = spec.cond_stage_config.get("max_length", 77)
     if not spec.open_clip:
         return {
             "_target_": f"{ENCODERS}.encoders.modules.FrozenCLIPEmbedder",
             "version": "openai/clip-vit-large-patch14",
-            "max_length": spec.cond_stage_config.get("max_length", 77),
+            "max_length": length,
             "layer": "last",
         }
     return {
         "_target_": f"{ENCODERS}.encoders.modules.FrozenOpenCLIPEmbedder",
         "arch": "ViT-H-14",
         "version": "laion2b_s32b_b79k",
-        "max_length": spec.cond_stage_config.get("max_length", 77),
+        "max_length": length,
         "layer": "penultimate" if spec.penultimate else "last",
     }
 
 
-def _beside_encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
-    """What NeMo's embedder has no argument for: sizes, and which weights were never trained."""
+def _beside_embedder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
+    """Return what NeMo's embedder has no argument for: sizes, and which weights were never trained."""
     text = {key: value for key, value in spec.cond_stage_config.items() if value is not None and key[0] != "_"}
     depth = clip.depth(parts["text_encoder"])
     if not spec.open_clip:
-        padded = {} if text.get("pad_to") else {"trained_unpadded": True}
-        return text | {"layer": "last", "layers": depth} | padded
-    if _whole(parts):
+        unpadded = {} if text.get("pad_to") else {"trained_unpadded": True}
+        return text | {"layer": "last", "layers": depth} | unpadded
+    if _is_whole(parts):
         return text | {"layers": depth}
     if not spec.penultimate:
         return text | {"layer": "last", "layers": depth, "unused_layer": "zeros"}
@@ -167,7 +306,29 @@ def _beside_encoder(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Only what YAML's safe dumper knows."""
+    """Return a value in the types that YAML's safe dumper takes."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def loses(spec: ModelSpec) -> list[str]:
+    """Return what other programs do not read; NeMo itself pads the text of every v1 model."""
+    pads = spec.open_clip or spec.cond_stage_config.get("pad_to")
+    return lost_zero_snr(spec) + ([] if pads else ["text without NeMo's three zero vectors (NeMo adds them)"])
+
+
+FORMAT = Format(
+    name="nemo",
+    title="NeMo checkpoint",
+    key_rules=KEY_RULES,
+    whole_keys=r"model\.(model|first_stage_model|_orig_mod|module)\.",
+    dialects={"unet": unet_dialect},
+    open=open_checkpoint,
+    sizes=sizes,
+    facts=facts,
+    write=export_nemo,
+    ending=".nemo",
+    keeps_unused_text=True,
+    loses=loses,
+)

@@ -1,65 +1,88 @@
-"""Is what `convert` wrote what it read? Every tensor, and what each network makes of one input."""
+"""Check that `convert` wrote what it read: every tensor, and what each network makes of one input.
 
-from collections.abc import Mapping
+Each check is a function of a Conversion that yields lines to print and raises RuntimeError for a fault. To check more
+of a model (its tokenizer, its schedule), write another and list it in CHECKS.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentsmith.files.pickles import LazyTensor
-from latentsmith.files.tensors import tensor_bytes
-from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.files.lazy import LazyTensor
 
-from . import ModelSpec, match, open_checkpoint, unused_text
-from .load import without_weights
-from .packing import lazy
-
-Parts = Mapping[str, Mapping[str, LazyTensor]]
-Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-NETWORKS: Mapping[str, Any] = {"unet": UNetModel, "vae": AutoencoderKL, "text_encoder": ClipTextEncoder}
+from .base import Checkpoint, ModelSpec, Shapes
+from .load import new_network, without_weights
+from .match import match, unused_text
 
 
-def verify_conversion(parts: Parts, dst: Path, spec: ModelSpec, shapes: Shapes, dtype: torch.dtype | None) -> None:
-    """Open `dst` and print, for each part, how far its tensors and its output lie from the source's.
+@dataclass(frozen=True)
+class Conversion:
+    """What was read and what was written, in canonical names. written: `path`, opened again. dtype: None keeps each."""
 
-    Both are 0 unless dtype rounds. RuntimeError for a tensor that is not, bit for bit, its source rounded to dtype.
-    """
-    again = open_checkpoint(dst)
-    configs = {"unet": spec.unet_config, "vae": spec.first_stage_config, "text_encoder": spec.cond_stage_config}
-    for part, tensors in parts.items():
-        written = match(again, part, shapes[part])
-        written |= unused_text(again, shapes[part]) if part == "text_encoder" else {}
+    path: Path
+    spec: ModelSpec
+    dtype: torch.dtype | None
+    shapes: Mapping[str, Shapes]
+    source: Mapping[str, Mapping[str, LazyTensor]]
+    written: Mapping[str, Mapping[str, LazyTensor]]
+
+
+def verify_conversion(
+    source: Mapping[str, Mapping[str, LazyTensor]],
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    shapes: Mapping[str, Shapes],
+    dtype: torch.dtype | None,
+) -> Iterator[str]:
+    """Run every check on a conversion. checkpoint: the result, opened again. Yields lines, raises RuntimeError."""
+    written = {part: match(checkpoint, part, shapes[part]) for part in source}
+    written["text_encoder"] |= unused_text(checkpoint, shapes["text_encoder"])
+    conversion = Conversion(checkpoint.path, spec, dtype, shapes, source, written)
+    for check in CHECKS:
+        yield from check(conversion)
+
+
+def check_tensors(conversion: Conversion) -> Iterator[str]:
+    """Require every tensor to be, bit for bit, its source rounded to the dtype; say how far that moved it."""
+    for part, tensors in conversion.source.items():
         largest, at = 0.0, ""
         for name, tensor in tensors.items():
-            if tensor_bytes(lazy(tensor, dtype)) != tensor_bytes(written[name]):
-                raise RuntimeError(f"{dst}: {part} {name} is not what was written; check the disk and convert again")
-            apart = difference(tensor, written[name])
+            written = conversion.written[part][name]
+            if tensor.to(conversion.dtype).to_bytes() != written.to_bytes():
+                path = conversion.path
+                raise RuntimeError(f"{path}: {part} {name} is not what was written; check the disk and convert again")
+            apart = _difference(tensor, written)
             if apart > largest:
                 largest, at = apart, f" ({name})"
-        used = ({name: weights[name] for name in shapes[part]} for weights in (tensors, written))
-        before, after = (probe(part, configs[part], weights) for weights in used)
-        apart = (after - before).abs().max().item()
-        scale = before.abs().max().item()
-        print(
-            f"{part}: {len(tensors):,} tensors, largest difference {largest:.3g}{at}; "
-            f"of its output {apart:.3g}, where the largest value is {scale:.3g}",
-            flush=True,
-        )
+        yield f"{part}: {len(tensors):,} tensors, largest difference {largest:.3g}{at}"
 
 
-def difference(before: LazyTensor, after: LazyTensor) -> float:
-    """The largest difference of two tensors of one shape; 0 for equal dtypes, whose bits were compared."""
-    if before.dtype == after.dtype or not before.numel:
+def _difference(source: LazyTensor, written: LazyTensor) -> float:
+    """Return the largest difference of two tensors of one shape; 0 for equal dtypes, whose bits were compared."""
+    if source.dtype == written.dtype or not source.numel:
         return 0.0
-    return (before.read().float() - after.read().float()).abs().max().item()
+    return (source.read().float() - written.read().float()).abs().max().item()
+
+
+def check_outputs(conversion: Conversion) -> Iterator[str]:
+    """Run each network with both sets of weights, in float32, and say how far the outputs lie apart."""
+    for part, shapes in conversion.shapes.items():
+        before, after = (
+            _output(part, conversion.spec, {name: weights[part][name] for name in shapes})
+            for weights in (conversion.source, conversion.written)
+        )
+        apart, scale = (after - before).abs().max().item(), before.abs().max().item()
+        yield f"{part}: largest difference of its output {apart:.3g}, where the largest value is {scale:.3g}"
 
 
 @torch.no_grad()
-def probe(part: str, config: Mapping[str, Any], weights: Mapping[str, LazyTensor]) -> Tensor:
-    """What the network makes, in float32, of a small input that is always the same."""
+def _output(part: str, spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> Tensor:
+    """Return what the network makes of a small input that is always the same."""
     with without_weights():
-        network = NETWORKS[part](**config)
+        network = new_network(part, spec.config_of(part))
     # Copies, since kernels round by where a tensor lies in memory, and mapped files lie anywhere.
     aligned = {name: tensor.read().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}
     network.load_state_dict(aligned, assign=True)
@@ -75,3 +98,6 @@ def probe(part: str, config: Mapping[str, Any], weights: Mapping[str, LazyTensor
     width = network.context_dim
     context = None if width is None else torch.randn(1, 77, width, generator=generator)
     return network(latents, torch.tensor([500]), context)
+
+
+CHECKS: tuple[Callable[[Conversion], Iterator[str]], ...] = (check_tensors, check_outputs)

@@ -8,11 +8,7 @@ from typing import Annotated
 
 import typer
 
-
-class Format(StrEnum):
-    diffusers = "diffusers"
-    ldm = "ldm"
-    nemo = "nemo"
+from latentsmith.precision import Dtype
 
 
 class Weights(StrEnum):
@@ -20,16 +16,12 @@ class Weights(StrEnum):
     raw = "raw"
 
 
-class Dtype(StrEnum):
-    fp32 = "fp32"
-    fp16 = "fp16"
-    bf16 = "bf16"
-
-
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any supported format.")],
     out: Annotated[Path, typer.Argument(metavar="DST", help="File or folder to write; must not exist.")],
-    to: Annotated[Format, typer.Option("--to", help="Format to write.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FORMAT", help="Format to write: diffusers, ldm, nemo, or another by name.")
+    ],
     weights: Annotated[Weights, typer.Option(help="The average or the trained weights, where both are there.")] = (
         Weights.ema
     ),
@@ -59,7 +51,7 @@ def convert(
     run(
         source,
         out,
-        to.value,
+        to,
         weights=weights.value,
         dtype=dtype.value if dtype else None,
         prediction_type=prediction_type,

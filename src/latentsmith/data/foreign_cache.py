@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from latentsmith.files.array_pickles import load_arrays
 from latentsmith.files.errors import BadInput
+from latentsmith.files.pickles import load_arrays
 
 from .latent_cache import CAPTION_KEY, IMAGE_KEY, LatentCache
 from .sample_io import array_of

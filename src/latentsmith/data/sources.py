@@ -16,7 +16,7 @@ from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from latentsmith.files.array_pickles import load_plain
+from latentsmith.files.pickles import load_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
 from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from .errors import BadInput
-from .pickles import read_torch_zip
 from .regular import CONFIG, open_regular, read_regular
 from .tensors import TensorFile, tensors_of
+from .torch_zip import read_torch_zip
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 64 * 2**30  # unpacked; the largest full NeMo checkpoint of an SD model is below 20 GiB

@@ -1,7 +1,8 @@
-"""Writing a file so that its name only ever shows the whole of it."""
+"""Write files and folders so that a name is only ever seen with all of its content."""
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,24 @@ def atomic_open(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator
     sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Make a folder under a hidden name; it takes its own, which nothing may have but an empty folder, at the end.
+
+    Yields the hidden folder. An error removes it.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{INCOMPLETE}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(path)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Replace the file at `path` by `data`, whole or not at all."""
     with atomic_open(path) as file:
@@ -47,7 +66,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
-    """Put a folder's own entries (a rename in it) on the disk; nothing where the system cannot open folders."""
+    """Flush a folder's own entries (a rename in it) to the disk, where the system can open folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows

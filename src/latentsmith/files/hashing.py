@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
@@ -54,6 +55,22 @@ def hash_file(path: str | os.PathLike) -> str:
     """Hex fingerprint of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hash_stream(file)
+
+
+def changed_files(folder: Path, checksums: Mapping[str, str], report: Callable[[int, int], None]) -> list[str]:
+    """Hash the named files of a folder and return a line for each that is missing or differs from its checksum.
+
+    report: called with how many files are done, of how many.
+    """
+    changed = []
+    for done, (name, checksum) in enumerate(checksums.items(), 1):
+        file = folder / name
+        if not file.is_file():
+            changed.append(f"{file}: missing")
+        elif hash_file(file) != checksum:
+            changed.append(f"{file}: not as it was written")
+        report(done, len(checksums))
+    return changed
 
 
 def hash_stream(file: BinaryIO) -> str:

@@ -1,299 +1,91 @@
-"""Torch's zip files of pickled tensors, read without ever running what a pickle asks for.
-
-The unpickler knows a handful of names that build tensors and a fixed list of inert ones (configs and trainer objects
-that Lightning and NeMo store beside the weights). Inert names become placeholders whose real class is never imported.
-Any other name refuses the file. Tensors come back as `LazyTensor`: shape and dtype at once, the numbers mapped from
-disk on demand.
-"""
+"""Pickles of plain containers and NumPy arrays, read without ever running what a pickle asks for."""
 
 import io
-import math
 import pickle
 import pickletools
-import struct
-import zipfile
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .errors import BadInput
-from .regular import check_regular, open_regular
 
-INERT_PACKAGES = ("omegaconf", "lightning", "lightning_fabric", "pytorch_lightning", "nemo")
-INERT_NAMES = frozenset(
-    {
-        "numpy.dtype",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-        "_codecs.encode",  # how numpy scalars and bytes are spelt in old pickle protocols
-        "typing.Any",  # OmegaConf's metadata names types; none is ever called
-        "argparse.Namespace",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "collections.defaultdict",
-        "_io.BytesIO",  # scales that Transformer Engine keeps as _extra_state
-        "io.BytesIO",
-        *(f"{module}.{kind}" for module in ("builtins", "__builtin__") for kind in
-          ("dict", "list", "tuple", "set", "frozenset", "str", "int", "long", "float", "bool", "bytes", "complex")),
-    }
-)  # fmt: skip
-STORAGES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
-}  # fmt: skip
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor still on disk. `read()` returns it, mapped copy-on-write where the file's layout allows."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-class Inert:
-    """Stands for an object of a listed class that weights do not need. Keeps its pickled state, does nothing."""
-
-    state: Any = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
-        return object.__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.state = {**(self.state or {}), key: value} if isinstance(key, str) else self.state
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    add = append
-
-
-class _Builder:
-    """What a known torch function name becomes: calls ours; cannot be given state by the pickle's BUILD."""
-
-    __slots__ = ("_make",)
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self._make = make
-
-    def __call__(self, *args: Any) -> Any:
-        return self._make(*args)
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("state for a function")
-
-
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-def read_torch_zip(path: Path, start: int = 0, length: int | None = None) -> Any:
-    """The object that torch.save wrote, with every tensor a `LazyTensor`.
-
-    start, length: byte range of the zip inside `path` (a member of an uncompressed tar); the whole file by default.
-    Raises BadInput for a damaged file, compressed members (torch never writes any; a bomb might) and unlisted globals.
-    """
-    with open_regular(path) as file:
-        window: Any = _Window(file, start, length) if length is not None else file
-        try:
-            return _unpickle(path, window, start)
-        except BadInput:
-            raise
-        except (zipfile.BadZipFile, EOFError, struct.error, OSError) as error:
-            raise BadInput(
-                f"{path}: truncated or damaged torch file ({_one_line(error)}); fetch or copy it again"
-            ) from None
-        except Exception as error:
-            # A pickle can fail in any way its author likes; all of them mean the same to the reader.
-            raise BadInput(f"{path}: its pickle is damaged or not torch's ({_one_line(error)})") from None
-
-
-def _unpickle(path: Path, window: Any, start: int) -> Any:
-    with zipfile.ZipFile(window) as archive:
-        pickles = [
-            info for info in archive.infolist() if info.filename.count("/") == 1 and info.filename.endswith("/data.pkl")
-        ]
-        if len(pickles) != 1:
-            raise BadInput(f"{path}: a zip, but not one written by torch.save (no data.pkl inside)")
-        members = {info.filename: info for info in archive.infolist()}
-        if packed := [name for name, info in members.items() if info.compress_type != zipfile.ZIP_STORED]:
-            raise BadInput(f'{path}: "{packed[0]}" is compressed, which torch.save never does; refused')
-        root = pickles[0].filename.removesuffix("data.pkl")
-        if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
-            raise BadInput(f"{path}: written on a big-endian machine; save it again on a little-endian one")
-        data = archive.read(pickles[0])
-        check_opcodes(path, data)
-        return _TensorUnpickler(path, data, members, root, start, window).load()
+ARRAY_MODULES = ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 
 
 def check_opcodes(path: Path | str, data: bytes) -> None:
-    """EXT codes skip find_class once cached; a huge memo index makes the C unpickler allocate gigabytes."""
+    """Refuse opcodes that get round an unpickler: EXT skips find_class once cached, a huge memo index takes gigabytes.
+
+    path: names the data in messages. Raises BadInput.
+    """
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name.startswith("EXT") or ("PUT" in opcode.name and int(argument or 0) > len(data)):
-            raise BadInput(f"{path}: its pickle uses {opcode.name} as torch never does; refused")
+            raise BadInput(f"{path}: its pickle uses {opcode.name} as no file of weights or arrays does; refused")
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, path: Path, data: bytes, members: dict, root: str, start: int, window: Any) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._path, self._members, self._root, self._start, self._window = path, members, root, start, window
-        self._inert: dict[str, type] = {}
+def load_arrays(data: bytes | memoryview, what: str) -> Any:
+    """Return what a pickle holds: dicts, lists, tuples, text, numbers and arrays of numbers.
+
+    what: names the data in messages. Raises BadInput for a pickle that asks for anything else, or is none.
+    """
+    return _load(_ArrayUnpickler, bytes(data), what)
+
+
+def load_plain(data: bytes, what: str) -> Any:
+    """Return what a pickle holds: dicts, lists, tuples, text and numbers. Raises BadInput as `load_arrays`."""
+    return _load(_PlainUnpickler, data, what)
+
+
+def _load(unpickler: type["_PlainUnpickler"], data: bytes, what: str) -> Any:
+    try:
+        check_opcodes(what, data)
+        return unpickler(io.BytesIO(data), encoding="latin1").load()
+    except BadInput:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise BadInput(f"{what}: cannot be read as a pickle of {unpickler.holds}: {error}"[:300]) from None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    holds = "plain values"
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}; refused")
+
+
+class _ArrayUnpickler(_PlainUnpickler):
+    holds = "arrays"
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return OrderedDict
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch" and name in DTYPES:
-            return DTYPES[name]
-        if full in _BUILDERS:
-            return _Builder(getattr(self, _BUILDERS[full]))
-        if full in INERT_NAMES or module.split(".")[0] in INERT_PACKAGES:
-            return self._inert.setdefault(full, type(name, (Inert,), {}))  # fresh per file: state cannot leak
-        raise BadInput(f"{self._path}: refused, its pickle names {full}, which is no tensor and could run code")
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int):
-            raise pickle.UnpicklingError("unknown persistent id")
-        info = self._members.get(f"{self._root}data/{key}")
-        if info is None or numel < 0 or numel * dtype.itemsize > info.file_size:
-            raise BadInput(f'{self._path}: tensor data "{key}" is missing or too short; fetch or copy it again')
-        return _Storage(str(key), dtype, numel)
-
-    def rebuild_tensor(
-        self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int], *_: Any
-    ) -> LazyTensor:
-        return self._tensor(storage, storage.dtype, offset, shape, stride)
-
-    def rebuild_tensor_v3(self, storage: _Storage, offset: int, shape: Sequence[int], stride: Sequence[int],
-                          _grad: Any, _hooks: Any, dtype: torch.dtype, *_: Any) -> LazyTensor:  # fmt: skip
-        return self._tensor(storage, dtype, offset, shape, stride)
-
-    def rebuild_parameter(self, data: LazyTensor, *_: Any) -> LazyTensor:
-        return data
-
-    def rebuild_from_type(self, function: _Builder, _type: Any, arguments: tuple, _state: Any) -> Any:
-        return function(*arguments)
-
-    def size(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape)
-
-    def _tensor(
-        self, storage: _Storage, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
-    ) -> LazyTensor:
-        numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
-            raise pickle.UnpicklingError("bad tensor geometry")
-        held = storage.numel * storage.dtype.itemsize // dtype.itemsize
-        count = math.prod(shape)
-        last = offset + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True)) if count else -1
-        if last >= held or count > held:
-            raise BadInput(
-                f'{self._path}: a tensor of shape {tuple(shape)} claims more than its data "{storage.key}" holds'
-            )
-        at = self._start + self._data_offset(storage.key)
-        size = storage.numel * storage.dtype.itemsize
-        path, geometry = self._path, (tuple(shape), tuple(stride), offset)
-        return LazyTensor(dtype, tuple(shape), lambda: strided(map_bytes(path, at, size, dtype), *geometry))
-
-    def _data_offset(self, key: str) -> int:
-        """Where a stored member's bytes begin: after its local header, whose extra field torch uses for alignment."""
-        header = self._members[f"{self._root}data/{key}"].header_offset
-        self._window.seek(header + 26)
-        name_length, extra_length = struct.unpack("<HH", self._window.read(4))
-        return header + 30 + name_length + extra_length
+        if full == "numpy.ndarray":
+            return np.ndarray
+        if full == "numpy.dtype":
+            return _number_dtype
+        if module in ARRAY_MODULES and name in ("_reconstruct", "_frombuffer"):
+            return _empty if name == "_reconstruct" else _from_buffer
+        if full == "_codecs.encode":  # how the bytes of an array are spelt in protocols 0 to 2
+            return _latin1
+        return super().find_class(module, name)
 
 
-_BUILDERS = {
-    "torch._utils._rebuild_tensor": "rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2": "rebuild_tensor",
-    "torch._utils._rebuild_tensor_v3": "rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter": "rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state": "rebuild_parameter",
-    "torch._tensor._rebuild_from_type_v2": "rebuild_from_type",
-    "torch.Size": "size",
-}
+def _number_dtype(code: Any, *flags: Any) -> np.dtype:
+    dtype = np.dtype(code)
+    if dtype.kind not in "fiub":
+        raise ValueError(f"an array of {dtype}, not of numbers")
+    return dtype
 
 
-def strided(flat: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
-    """`flat` seen in another geometry; offset counts from its first element, torch's own from the storage's."""
-    return flat.as_strided(shape, stride, flat.storage_offset() + offset)
+def _empty(_class: Any, _shape: Any, _code: Any) -> np.ndarray:
+    """Return the array that a pickle then fills: its state brings shape, dtype and numbers."""
+    return np.ndarray((0,), "b")
 
 
-def map_bytes(path: Path, at: int, size: int, dtype: torch.dtype) -> Tensor:
-    """A 1-D tensor over `size` bytes at `at` of a file, mapped copy-on-write (copied where misaligned)."""
-    stat = check_regular(path)
-    if at + size > stat.st_size:
-        raise BadInput(
-            f"{path}: truncated ({stat.st_size:,} bytes, at least {at + size:,} expected); fetch or copy it again"
-        )
-    if size == 0:
-        return torch.empty(0, dtype=dtype)
-    window = _mapped(path, stat.st_size, stat.st_mtime_ns)[at : at + size - size % dtype.itemsize]
-    return window.view(dtype) if at % dtype.itemsize == 0 else window.clone().view(dtype)
+def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
-def forget_maps() -> None:
-    """Keep no file mapped for the next tensor that is read; those in use stay as they are."""
-    _mapped.cache_clear()
-
-
-@lru_cache(maxsize=8)
-def _mapped(path: Path, size: int, _modified: int) -> Tensor:
-    return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-
-
-class _Window(io.RawIOBase):
-    """A byte range of an open file, seen as a file."""
-
-    def __init__(self, file: Any, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+def _latin1(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"bytes in {encoding}")
+    return text.encode("latin1")

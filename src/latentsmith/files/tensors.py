@@ -8,16 +8,20 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .atomic import atomic_open
 from .errors import BadInput
-from .pickles import LazyTensor, map_bytes, read_torch_zip
-from .regular import JSON, open_regular, read_regular
+from .json import read_json
+from .lazy import LazyTensor
+from .regular import check_regular, open_regular
+from .torch_zip import read_torch_zip
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,7 +29,6 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True)
@@ -76,40 +79,31 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     written: Callable[[str], None] | None = None,
 ) -> None:
-    """Write `tensors` atomically, contiguous, one at a time; byte for byte what the safetensors library writes.
+    """Write `tensors` atomically, contiguous, one at a time, which the safetensors library cannot.
 
-    written: told each name once its tensor is in the file.
+    written: called with each name once its tensor is in the file. Raises BadInput for a dtype of no safetensors name.
     """
     # Wider types first, then names: every tensor starts aligned without padding, as the library does it.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, _dtype_rank(tensors[name].dtype), name))
+    lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
+    names = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name in names:
-        tensor = tensors[name]
-        size = _numel(tensor) * tensor.dtype.itemsize
+        tensor = lazy[name]
         if tensor.dtype not in SAFETENSORS_NAMES:
             raise BadInput(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
-        header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
+        end = at + tensor.numel * tensor.dtype.itemsize
+        dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     with atomic_open(Path(path)) as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
-            file.write(tensor_bytes(tensors[name]))
+            file.write(lazy[name].to_bytes())
             if written:
                 written(name)
-
-
-def tensor_bytes(tensor: Tensor | LazyTensor) -> memoryview:
-    """The tensor's numbers in row-major order, little-endian."""
-    value = tensor.read() if isinstance(tensor, LazyTensor) else tensor.detach()
-    flat = value.to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data
 
 
 def tensors_of(path: Path, loaded: Any) -> TensorFile:
@@ -154,77 +148,40 @@ def _what_it_looks_like(start: bytes) -> str:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
-    size = path.stat().st_size
-    with open_regular(path) as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > MAX_HEADER or 8 + length > size:
-            raise BadInput(
-                f"{path}: truncated: header of {length:,} bytes in a file of {size:,}; fetch or copy it again"
-            )
-        header = file.read(length)
+    check_regular(path)
     try:
-        table = json.loads(header)
-        metadata = {str(key): str(value) for key, value in table.pop("__metadata__", {}).items()}
-        rows = {
-            name: (SAFETENSORS_DTYPES[row["dtype"]], tuple(row["shape"]), *row["data_offsets"])
-            for name, row in table.items()
+        file = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        entries = {
+            name: LazyTensor(SAFETENSORS_DTYPES[row.get_dtype()], tuple(row.get_shape()), partial(_read, file, name))
+            for name, row in slices.items()
         }
-        _check_layout(path, rows, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")[:80]
         raise BadInput(
-            f"{path}: its safetensors header is damaged ({type(error).__name__}: {str(error)[:80]})"
+            f"{path}: damaged or truncated safetensors file of {path.stat().st_size:,} bytes ({reason}); "
+            "fetch or copy it again"
         ) from None
-    return TensorFile(path, {name: _mapped_entry(path, 8 + length, *row) for name, row in rows.items()}, metadata)
+    except KeyError as error:
+        raise BadInput(f"{path}: holds tensors of type {error}, which cannot be read") from None
+    return TensorFile(path, entries, file.metadata() or {})
 
 
-def _check_layout(path: Path, rows: Mapping[str, tuple], held: int) -> None:
-    """Tensors lie back to back, without holes or overlaps, to the end of the file."""
-    at = 0
-    for name, (dtype, shape, begin, end) in sorted(rows.items(), key=lambda row: row[1][2:]):
-        expected = dtype.itemsize
-        for extent in shape:
-            if not isinstance(extent, int) or extent < 0:
-                raise ValueError(f"shape {shape} of {name}")
-            expected *= extent
-        if begin != at or end != begin + expected:
-            raise ValueError(f"data offsets of {name}")
-        at = end
-    if at != held:
-        raise BadInput(
-            f"{path}: truncated or padded: {held:,} bytes of tensors, {at:,} expected; fetch or copy it again"
-        )
-
-
-def _mapped_entry(
-    path: Path, data: int, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int
-) -> LazyTensor:
-    return LazyTensor(dtype, shape, lambda: map_bytes(path, data + begin, end - begin, dtype).reshape(shape))
+def _read(file: Any, name: str) -> Tensor:
+    """Map one tensor of an open safetensors file; a header of odd length leaves it misaligned, and it is copied."""
+    tensor = file.get_tensor(name)
+    return tensor if tensor.data_ptr() % tensor.dtype.itemsize == 0 else tensor.clone()
 
 
 def _open_sharded(path: Path) -> TensorFile:
-    try:
-        table = json.loads(read_regular(path, JSON))["weight_map"]
-        shards = sorted(set(table.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BadInput(f'{path}: is no shard index (no "weight_map" of tensor names to files)') from None
-    if bad := [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]:
+    table = read_json(path, "an index of tensor shards").get("weight_map")
+    if not isinstance(table, dict):
+        raise BadInput(f'{path}: is no shard index (no "weight_map" of tensor names to files)')
+    if bad := [shard for shard in table.values() if not isinstance(shard, str) or Path(shard).name != shard]:
         raise BadInput(f"{path}: shard {bad[0]!r} must be a plain file name beside the index")
-    opened = {shard: open_tensors(path.parent / shard) for shard in shards}
+    opened = {shard: open_tensors(path.parent / shard) for shard in sorted(set(table.values()))}
     if lost := [name for name, shard in table.items() if name not in opened[shard]]:
         raise BadInput(f"{path}: {lost[0]} is not in its shard {table[lost[0]]}")
     entries = {name: opened[shard].entries[name] for name, shard in table.items()}
-    files = (path, *(path.parent / shard for shard in shards))
-    return TensorFile(path, entries, opened[shards[0]].metadata if shards else {}, files=files)
-
-
-def _numel(tensor: Tensor | LazyTensor) -> int:
-    return tensor.numel if isinstance(tensor, LazyTensor) else tensor.numel()
-
-
-def _dtype_rank(dtype: torch.dtype) -> int:
-    return -_RANKED.index(dtype) if dtype in _RANKED else 0
-
-
-# The library's order among dtypes (ascending), which it walks downwards.
-_RANKED = [torch.bool, torch.uint8, torch.int8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int16, torch.float16,
-           torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64]  # fmt: skip
+    first = next(iter(opened.values()), None)
+    return TensorFile(path, entries, first.metadata if first else {}, files=(path, *(f.path for f in opened.values())))

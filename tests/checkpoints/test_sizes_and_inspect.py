@@ -11,18 +11,19 @@ from latentsmith.checkpoints import (
     ModelSpec,
     architecture,
     clip,
-    describe,
     load_component,
+    nemo,
     open_checkpoint,
     prediction_of,
     spec_of,
-    unet_keys,
-    vae_keys,
 )
-from latentsmith.checkpoints.open import Checkpoint, Part
-from latentsmith.checkpoints.spec import pads_text
+from latentsmith.checkpoints import (
+    diffusers as folders,
+)
+from latentsmith.checkpoints.base import Checkpoint, Part
+from latentsmith.checkpoints.inspect import summary
 from latentsmith.files.errors import BadInput
-from latentsmith.files.pickles import LazyTensor
+from latentsmith.files.lazy import LazyTensor
 from latentsmith.models.autoencoder import AutoencoderKL
 from latentsmith.models.text_encoder import ClipTextEncoder
 from latentsmith.models.unet import UNetModel
@@ -74,26 +75,27 @@ def test_counts_of_the_published_models(full):
 
 
 def test_every_full_size_key_maps_one_to_one(full):
-    unet = unet_keys.rename(full.ours["unet"], unet_keys.DIFFUSERS)
+    unet = folders.unet_names(full.ours["unet"])
     assert {theirs: full.ours["unet"][ours] for ours, theirs in unet.items()} == full.theirs["unet"]
-    vae = vae_keys.rename(full.ours["vae"], "diffusers")
+    vae = folders.vae_names(full.ours["vae"])
     assert set(vae.values()) == set(full.theirs["vae"]) and len(set(vae.values())) == 248
     changed = [ours for ours, theirs in vae.items() if full.ours["vae"][ours] != full.theirs["vae"][theirs]]
     assert len(changed) == 8 and all(".mid.attn_1." in name for name in changed)
     text = {name.removeprefix("text_model."): shape for name, shape in full.theirs["text_encoder"].items()}
     ours = full.ours["text_encoder"]
-    assert {slot.key: ours[name] for name, slot in clip.slots(ours, "hf", None).items()} == text
+    assert {source.key: ours[name] for name, source in clip.HUGGING_FACE.table(ours).items()} == text
 
 
 def test_nemo_and_openclip_figures(full):
     names = full.ours["unet"]
-    renamed = unet_keys.rename(names, unet_keys.NEMO_V2)
-    assert sum(ours != theirs for ours, theirs in renamed.items()) == 250 and len(set(renamed.values())) == 686
+    renamed = nemo.V2_UNET.table(names)
+    assert sum(ours != theirs.key for ours, theirs in renamed.items()) == 250 and len(set(renamed.values())) == 686
     if full.v2:
-        assert len({slot.key for slot in clip.slots(full.ours["text_encoder"], "openclip", None).values()}) == 280
+        table = clip.OPEN_CLIP_DIALECT.table(full.ours["text_encoder"])
+        assert len({source.key for source in table.values()}) == 280
 
 
-def checkpoint_of(full, path, kind="ldm", extras=None, metadata=None):
+def checkpoint_of(full, path, extras=None, metadata=None):
     def never():
         raise AssertionError("weights were read")
 
@@ -102,7 +104,7 @@ def checkpoint_of(full, path, kind="ldm", extras=None, metadata=None):
                                 for key, shape in shapes.items()}, {})
         for name, shapes in full.ours.items()
     }  # fmt: skip
-    return Checkpoint(path, kind, parts, extras=extras or {}, metadata=metadata or {})
+    return Checkpoint(path, "ldm", parts, extras=extras or {}, metadata=metadata or {})
 
 
 def test_architecture_is_told_from_shapes(full, tmp_path):
@@ -144,17 +146,18 @@ def test_odd_sizes_need_their_config(tmp_path, make_shapes):
         architecture(open_checkpoint(tmp_path / "m.ckpt"))
 
 
-def test_describe_a_diffusers_folder(reference, reference_folder, shapes):
-    found = describe(reference_folder, shapes)
-    assert (found.kind, found.version) == ("diffusers", "")
-    assert found.prediction == ("epsilon" if reference.version == 1 else "v_prediction")
-    assert found.prediction_source == "scheduler_config.json"
+def test_summary_of_a_diffusers_folder(reference, reference_folder, shapes):
+    checkpoint = open_checkpoint(reference_folder)
+    found = summary(checkpoint, shapes)
+    assert (checkpoint.format, found.version) == ("diffusers", "")
+    prediction = "epsilon" if reference.version == 1 else "v_prediction"
+    assert found.prediction == (prediction, "scheduler_config.json")
     unet = found.parts["unet"]
     assert (unet.dialect, unet.tensors, unet.missing, unet.extra) == ("diffusers", len(shapes["unet"]), (), ())
     assert unet.parameters == parameters(shapes["unet"]) and unet.dtypes == {"float32": len(shapes["unet"])}
 
 
-def test_describe_names_missing_extra_and_ignored(tmp_path, make_shapes):
+def test_summary_names_missing_extra_and_ignored(tmp_path, make_shapes):
     shapes = make_shapes(1)
     state = {f"model.diffusion_model.{name}": torch.zeros(shape).half() for name, shape in shapes["unet"].items()}
     del state["model.diffusion_model.out.0.bias"]
@@ -162,8 +165,9 @@ def test_describe_names_missing_extra_and_ignored(tmp_path, make_shapes):
     state["who.knows"] = torch.ones(1)
     torch.save({"state_dict": state, "global_step": 5}, tmp_path / "m.ckpt")
     torch.save({}, tmp_path / "m-EMA.ckpt")
-    found = describe(tmp_path / "m.ckpt", shapes)
-    assert found.kind == "ldm" and found.ignored == {"schedule and scalars": 1} and not found.has_ema
+    checkpoint = open_checkpoint(tmp_path / "m.ckpt")
+    found = summary(checkpoint, shapes)
+    assert checkpoint.format == "ldm" and found.ignored == {"schedule and scalars": 1} and not checkpoint.has_ema
     unet = found.parts["unet"]
     assert unet.missing == ("out.0.bias",) and unet.extra == ("model.diffusion_model.label_emb.weight",)
     assert found.unknown == ("who.knows",)
@@ -190,4 +194,4 @@ def test_spec_survives_json():
     ],
 )
 def test_which_text_nemo_padded(stated, padded):
-    assert pads_text(stated) == padded
+    assert nemo.pads_text(stated) == padded
