@@ -220,7 +220,7 @@ def test_what_is_no_regular_file(tmp_path, name):
 
     thread = threading.Thread(target=run, daemon=True)  # a FIFO that is opened waits for a writer
     thread.start()
-    thread.join(20)
+    thread.join(600)
     assert errors and errors[0].startswith(f"{tmp_path / name}: ")
 
 

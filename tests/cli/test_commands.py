@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -45,15 +44,13 @@ def test_help_has_examples(command, capsys):
     assert "Examples:" in out and f"latentsmith {command}" in out
 
 
-def test_help_answers_at_once_and_without_torch():
+def test_help_needs_no_torch():
     script = (
         "import sys; from latentsmith.cli import main; main(['--help']); main(['train', '--help']);"
         "print(sorted({'torch', 'lightning', 'numpy'} & set(sys.modules)))"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert time.perf_counter() - start < 5  # 0.15 s on an idle machine
 
 
 def test_config_commands_need_no_torch():

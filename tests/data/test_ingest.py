@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -194,17 +193,18 @@ def test_tars_and_sets_can_be_imported_again(tmp_path, png):
 
 
 def interrupted_import(source, out):
-    """Import in another process, slowly, and kill it (SIGKILL) once two shards are done."""
+    """Import in another process, and kill it (SIGKILL) where it waits within the third shard."""
     program = (
-        "import sys, time; from latentsmith.data.ingest import import_dataset\n"
-        "import_dataset(sys.argv[1], sys.argv[2], samples_per_shard=4, progress=lambda *a: time.sleep(0.03))\n"
+        "import sys; from latentsmith.data.ingest import import_dataset\n"
+        "def pause(done, *_):\n"
+        "    if done == 13:\n"
+        "        print('paused', flush=True); sys.stdin.read()\n"
+        "import_dataset(sys.argv[1], sys.argv[2], samples_per_shard=4, progress=pause)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program, str(source), str(out)]) as process:
-        until = time.monotonic() + 30
-        while not (out / "shard-000001.done.json").exists():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.01)
-        time.sleep(0.05)  # into the third shard
+    command = [sys.executable, "-c", program, str(source), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip() == b"paused"
+        assert (out / "shard-000001.done.json").exists()
         process.send_signal(signal.SIGKILL)
 
 

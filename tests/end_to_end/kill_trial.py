@@ -1,4 +1,4 @@
-"""Kill a training with SIGKILL again and again, at random moments, and start it again until it is done.
+"""Kill a training with SIGKILL again and again, after a random number of steps, and start it again until it is done.
 
     python kill_trial.py KILLS SEED RUN_FOLDER train --config ... KEY=VALUE ...
 
@@ -20,6 +20,8 @@ import torch
 from latentsmith.cli import main
 from latentsmith.training import train  # noqa: F401
 
+STEPS = 20  # of a life, at most
+
 
 def life(words: list[str], log: int) -> int:
     """A child that runs the command; its process number."""
@@ -31,8 +33,9 @@ def life(words: list[str], log: int) -> int:
     return child
 
 
-def size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def steps_in(path: Path) -> int:
+    """Return the rows of a metrics.csv so far."""
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
 def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, int]:
@@ -40,16 +43,18 @@ def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, in
     found = {"kills": 0, "saves_interrupted": 0, "before_a_step": 0}
     log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     while found["kills"] < kills:
-        rows, left = size(folder / "metrics.csv"), set(folder.glob("checkpoints/*.INCOMPLETE"))
+        rows, left = steps_in(folder / "metrics.csv"), set(folder.glob("checkpoints/*.INCOMPLETE"))
         child = life(words, log)
-        early = chance.random() < 0.1
-        deadline = time.monotonic() + (chance.uniform(0.0, 0.5) if early else 60)
-        while time.monotonic() < deadline and size(folder / "metrics.csv") <= rows:
-            if os.waitpid(child, os.WNOHANG)[0]:
-                raise SystemExit("a life ended before its first step; see the log")
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0.0, 0.3))
-        moved = size(folder / "metrics.csv") > rows
+        if chance.random() < 0.1:  # at any moment of its start
+            time.sleep(chance.uniform(0.0, 0.5))
+        else:
+            steps = rows + chance.randint(1, STEPS)
+            while steps_in(folder / "metrics.csv") < steps:
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    raise SystemExit("a life ended by itself: too few steps, or an error; see the log")
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0.0, 0.02))  # at any moment of a step
+        moved = steps_in(folder / "metrics.csv") > rows
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "a life ended by itself: too few steps, or an error; see the log"

@@ -77,7 +77,7 @@ def job(world, words, port):
 
 
 def finished(processes):
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-4000:]
 
 
@@ -95,10 +95,9 @@ def test_one_host_is_cut_off_and_the_job_started_again(world, hosts):
             assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
             time.sleep(0.02)
         ip("-n", "lsmith1", "link", "set", "cable1", "down")
-        time.sleep(2)
         rows = len(read_rows(run / "metrics.csv"))
-        time.sleep(1)
-        assert rows == len(read_rows(run / "metrics.csv")) < 40  # nobody goes on alone
+        time.sleep(3)  # a slow machine only sees less of what must not happen
+        assert len(read_rows(run / "metrics.csv")) <= min(rows + 2, 39)  # nobody goes on alone
     ip("-n", "lsmith1", "link", "set", "cable1", "up")
     with job(world, words, 29713) as processes:
         finished(processes)

@@ -65,7 +65,7 @@ def test_as_srun_starts_them(world):
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=180)[1] for task in tasks]
+    said = [task.communicate(timeout=600)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     alone = world.train("cached", "srun-alone", "model.global_batch_size=4", "model.micro_batch_size=4")
     assert world.losses(world.root / "runs" / "srun") == pytest.approx(world.losses(alone), rel=1e-4)
@@ -176,7 +176,7 @@ def test_two_processes_fill_one_cache(world):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=120)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert sum("22 samples, image_encoded" in one for one in said) >= 1, said
     folders = [world.root / name for name in ("cache", "cache-of-two")]

@@ -37,12 +37,12 @@ def test_two_writers_of_one_name_do_not_mix(tmp_path):
 
 def test_killed_writer_leaves_no_file_of_that_name(tmp_path):
     program = (
-        "import sys, time; from latentsmith.files.atomic import atomic_open\n"
+        "import sys; from latentsmith.files.atomic import atomic_open\n"
         "with atomic_open(sys.argv[1]) as file:\n"
-        "    file.write(b'half'); file.flush(); print('writing', flush=True); time.sleep(60)\n"
+        "    file.write(b'half'); file.flush(); print('writing', flush=True); sys.stdin.read()\n"
     )
     arguments = [sys.executable, "-c", program, str(tmp_path / "a.bin")]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as writer:
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout.readline().strip() == b"writing"
         writer.send_signal(signal.SIGKILL)
     (leftover,) = os.listdir(tmp_path)
