@@ -22,10 +22,10 @@ class Rate:
 
     def __init__(self, seconds: float = RATE_SECONDS) -> None:
         self.seconds = seconds
-        self.marks: deque[tuple[float, float]] = deque()  # (time, units done), at most about 100
+        self.marks: deque[tuple[float, float]] = deque()  # (time, units done), about 100 at most
 
     def update(self, done: float, now: float) -> float:
-        """Return the rate; 0 until two reports are apart in time. done: units so far, now: seconds of any clock."""
+        """Return the rate, 0 until two reports lie apart in time. done: units so far; now: seconds of any clock."""
         if len(self.marks) > 1 and self.marks[-1][0] - self.marks[-2][0] < self.seconds / 100:
             self.marks.pop()
         self.marks.append((now, done))
@@ -35,48 +35,51 @@ class Rate:
         return (done - first) / (now - start) if now > start else 0.0
 
 
-class _Bar:
-    """What `progress` yields; holds the last report."""
+class ProgressBar:
+    """Reports of one loop, shown by a rich bar on a terminal and as plain lines elsewhere."""
 
-    def __init__(
-        self,
-        title: str,
-        unit: str,
-        show: Callable[[int, int, str], None],
-        every: float,
-        clock: Callable[[], float],
-        rate_unit: str,
-        rate_scale: float,
-    ) -> None:
-        self.title, self.unit, self.show, self.every, self.clock = title, unit, show, every, clock
-        self.rate_unit, self.rate_scale, self.rate = rate_unit, rate_scale, Rate()
-        self.first: tuple[float, int] | None = None  # time and units of the first report
-        self.shown = clock()
-        self.done = self.total = 0
-        self.note = ""
+    def __init__(self, title: str, unit: str, rate_unit: str, rate_scale: float, clock: Callable[[], float]) -> None:
+        self.title, self.unit, self.rate_unit, self.rate_scale, self.clock = title, unit, rate_unit, rate_scale, clock
+        console, columns = (
+            Console(file=sys.stderr),
+            (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}")),
+        )
+        self.is_plain, self.is_first = not console.is_terminal, is_first_process()
+        disable = self.is_plain or not self.is_first
+        self.bars = Progress(TextColumn("{task.description}"), *columns, console=console, disable=disable)
+        self.task = self.bars.add_task(title, total=None, text="")
+        self.rate, self.shown, self.start, self.last = Rate(), clock(), (clock(), 0), (0, 0, "")
 
     def __call__(self, done: int, total: int, *, note: str = "") -> None:
         """Report `done` units of `total`. note: any text, such as "3 set aside"."""
         now = self.clock()
-        self.first = self.first or (now, done)
-        self.done, self.total, self.note = done, total, note
-        rate = self.rate.update(done, now)
-        if now - self.shown >= self.every:
+        if not self.rate.marks:
+            self.start = now, done
+        rate, self.last = self.rate.update(done, now), (done, total, note)
+        if now - self.shown >= (LINE_SECONDS if self.is_plain else BAR_SECONDS) and self.is_first:
             self.shown = now
             left = [f"{duration((total - done) / rate)} left"] if rate > 0 else []
-            self.show(done, total, ", ".join([*self.notes(rate), *left]))
+            self.show(f"{done:,}/{total:,} {self.unit}", [*self.notes(rate), *left])
+
+    def finish(self) -> None:
+        """Show the last report; where lines are plain and the work is done, how long it took and its mean rate."""
+        done, total, _ = self.last
+        seconds = self.clock() - self.start[0]
+        rate = (done - self.start[1]) / seconds if seconds > 0 else 0.0
+        if self.is_first and (done == total > 0 or not self.is_plain):
+            self.show(f"{done:,} {self.unit} in {duration(seconds)}", self.notes(rate))
 
     def notes(self, rate: float) -> list[str]:
         number = rate * self.rate_scale
-        shown = f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-        return [*([self.note] if self.note else []), *([f"{shown} {self.rate_unit}/s"] if rate > 0 else [])]
+        speed = f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+        return [text for text in (self.last[2], f"{speed} {self.rate_unit}/s" if rate > 0 else "") if text]
 
-    def summary(self) -> str:
-        """Return the line that closes finished work: how long it took, and the mean rate."""
-        start, first = self.first or (self.clock(), 0)
-        seconds = self.clock() - start
-        rate = (self.done - first) / seconds if seconds > 0 else 0.0
-        return ", ".join([f"{self.title}: {self.done:,} {self.unit} in {duration(seconds)}", *self.notes(rate)])
+    def show(self, amount: str, notes: list[str]) -> None:
+        if self.is_plain:
+            print(", ".join([f"{self.title}: {amount}", *notes]), file=sys.stderr, flush=True)
+        else:
+            done, total, _ = self.last
+            self.bars.update(self.task, completed=done, total=total, text=", ".join(notes))
 
 
 @contextmanager
@@ -87,31 +90,16 @@ def progress(
     rate_unit: str | None = None,
     rate_scale: float = 1.0,
     clock: Callable[[], float] = time.monotonic,
-) -> Iterator[Callable[..., None]]:
+) -> Iterator[ProgressBar]:
     """Show the progress of a loop on stderr, in the first process only.
 
         with progress("reading sizes", "images") as bar:
             bar(done, total, note="3 set aside")
 
-    rate_unit, rate_scale: what the rate counts and how many of it make a unit: "samples" and the batch size for
-    steps. clock: seconds that only grow.
+    rate_unit, rate_scale: what the rate counts, and how many of them make a unit, such as "samples" and the batch
+    size where the unit is steps. clock: returns seconds.
     """
-    console = Console(file=sys.stderr)
-    terminal, first = console.is_terminal, is_first_process()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    with Progress(*columns, console=console, disable=not (terminal and first)) as bars:
-        task = bars.add_task(title, total=None, text="")
-
-        def show(done: int, total: int, text: str) -> None:
-            if terminal:
-                bars.update(task, completed=done, total=total, text=text)
-            elif first:
-                line = f"{title}: {done:,}/{total:,} {unit}"
-                print(", ".join([line, *([text] if text else [])]), file=sys.stderr, flush=True)
-
-        bar = _Bar(title, unit, show, BAR_SECONDS if terminal else LINE_SECONDS, clock, rate_unit or unit, rate_scale)
+    bar = ProgressBar(title, unit, rate_unit or unit, rate_scale, clock)
+    with bar.bars:
         yield bar
-        if terminal:
-            show(bar.done, bar.total, ", ".join(bar.notes(bar.rate.update(bar.done, clock()))))
-    if first and not terminal and bar.done == bar.total > 0:
-        print(bar.summary(), file=sys.stderr, flush=True)
+        bar.finish()

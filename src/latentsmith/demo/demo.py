@@ -22,9 +22,11 @@ from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.inference import Pipeline
 from latentsmith.inference.sheets import labelled_sheet
 from latentsmith.progress import progress
-from latentsmith.training.metrics_log import read_rows
+from latentsmith.training.metrics_log import METRICS_FILE, read_rows
+from latentsmith.training.report import noisy_chart, sample_images
 from latentsmith.training.train import train
 from latentsmith.training.train_vae import train_vae
+from latentsmith.units import duration
 
 from . import scenes
 from .adherence import Adherence, SceneReader
@@ -198,28 +200,21 @@ def write_page(
     out: Path, run: Path, stages: Stages, commands: Commands, scores: Sequence[tuple[str, Adherence]]
 ) -> Path:
     """report.html, and the same figures as adherence.txt."""
-    rows = [(name, f"{seconds:.0f} s", f"{peak:.2f} GiB") for name, seconds, peak in stages.rows]
-    samples = sorted((run / "samples").glob("step-*.png"))
-    figures = [f"{name}: {score}" for name, score in scores]
-    write_text(out / "adherence.txt", "\n".join(figures) + "\n")
     page = out / "report.html"
-    html_report.write_report(
-        page,
-        "latentsmith demo",
-        [
-            (
-                "Pictures for random prompts",
-                html_report.picture(out / "grid.png", "a red frame marks held-out combinations"),
-            ),
-            ("Read back from the pixels", "".join(html_report.paragraph(line) for line in figures)),
-            ("The same prompts while training", "".join(html_report.picture(p, p.stem, 900) for p in samples)),
-            ("Loss", html_report.curve(read_rows(run / "metrics.csv"), "loss")),
-            (
-                "The VAE: pictures above, reconstructions below",
-                html_report.picture(out / "reconstructions.png", width=900),
-            ),
-            ("Time and peak memory", html_report.table(("stage", "time", "peak memory so far"), rows)),
-            ("The same by hand", html_report.code(commands.lines)),
-        ],
-    )
+    lines = [f"{name}: {score}" for name, score in scores]
+    write_text(out / "adherence.txt", "\n".join(lines) + "\n")
+    rows = [(name, duration(seconds), f"{peak:.2f} GiB") for name, seconds, peak in stages.rows]
+    samples = "".join(sample_images(path, page) for path in sorted((run / "samples").glob("step-*.png")))
+    grid = html_report.image(out / "grid.png", page, "A red frame marks held-out combinations.")
+    reconstructions = html_report.image(out / "reconstructions.png", page)
+    sections = [
+        ("Images for random prompts", grid),
+        ("Read back from the pixels", "".join(html_report.paragraph(line) for line in lines)),
+        ("The same prompts while training", samples),
+        ("Loss", noisy_chart(read_rows(run / METRICS_FILE), "loss", "loss")),
+        ("The VAE: images above, reconstructions below", reconstructions),
+        ("Time and peak memory", html_report.table(("stage", "time", "peak memory so far"), rows)),
+        ("The same by hand", html_report.code(commands.lines)),
+    ]
+    html_report.write_report(page, "latentsmith demo", sections)
     return page

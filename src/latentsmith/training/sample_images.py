@@ -1,17 +1,21 @@
 """Pictures for fixed prompts at fixed noise while a model trains."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 
 from .module import StepCallback, TrainingModule, frozen, tolerated
+
+PROMPTS = "prompts"  # key of a PNG's text: a JSON list, from left to right
 
 
 class SampleLog(StepCallback):
@@ -52,12 +56,13 @@ class SampleLog(StepCallback):
         row = np.concatenate([np.asarray(picture) for picture in pictures], axis=1)
         module.metrics.pictures["samples"] = row
         with tolerated("sample pictures"):
-            save_row(row, self.folder / f"step-{module.progress.global_step:08d}.png")
+            save_row(row, self.prompts, self.folder / f"step-{module.progress.global_step:08d}.png")
 
 
-def save_row(pixels: np.ndarray, path: Path) -> None:
-    """Pixels (height, width, 3), uint8, as a PNG."""
-    row = Image.fromarray(pixels)
+def save_row(pixels: np.ndarray, prompts: list[str], path: Path) -> None:
+    """Save images that lie side by side, (height, width, 3), uint8, as a PNG with their prompts in its text."""
+    row, text = Image.fromarray(pixels), PngInfo()
+    text.add_itxt(PROMPTS, json.dumps(prompts))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
-        row.save(file, format="PNG")
+        row.save(file, format="PNG", pnginfo=text)
