@@ -225,7 +225,7 @@ DRAW = """
 start = time.perf_counter()
 if sys.argv[1] == "latentsmith":
     from latentsmith import Pipeline
-    Pipeline.from_pretrained(sys.argv[2])("a red circle", height=64, width=64, steps=1)
+    Pipeline.from_pretrained(sys.argv[2])("a red circle", height=64, width=64, num_inference_steps=1)
 else:
     import diffusers
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sys.argv[2], safety_checker=None)

@@ -57,8 +57,8 @@ if kind.startswith("diffusers"):
 else:
     from latentsmith import Pipeline
     pipeline = Pipeline.from_pretrained(folder)
-    draw = lambda steps: pipeline(prompts, latents=latents, height=size["pixels"], width=size["pixels"], steps=steps,
-                                  guidance_scale=7.5, sampler="ddim")
+    draw = lambda steps: pipeline(prompts, latents=latents, height=size["pixels"], width=size["pixels"],
+                                  num_inference_steps=steps, guidance_scale=7.5, sampler="ddim").images
 loaded = time.perf_counter() - started
 draw(1)
 started = time.perf_counter()

@@ -22,7 +22,7 @@ from latentsmith.files import images
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import BadImage, formats_taken, open_image, read_image
 from latentsmith.files.regular import SizeLimit
-from latentsmith.inference.png import read_made
+from latentsmith.inference.png import read_metadata
 
 ROOT = Path(__file__).parents[1]
 ONLY = ROOT / "src" / "latentsmith" / "files" / "images.py"
@@ -126,7 +126,7 @@ def test_pillow_alone_starts_the_program(marker, tmp_path):
 
 
 def test_opening_names_the_format_and_those_taken(marker, postscript):
-    for opener in (open_image, read_image, read_made):
+    for opener in (open_image, read_image, read_metadata):
         with pytest.raises(
             BadImage, match=r"^\S+/a\.jpg: .*the format is PostScript; convert it to one of JPEG, "
         ) as error:

@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "cpu": {"models"},
     "text": {"files"},
-    "config": {"files", "architectures", "precision", "checkpoints"},
+    "config": {"files", "architectures", "precision", "image_request", "checkpoints"},
     "checkpoints": {"files", "models", "text", "config", "architectures", "precision", "diffusion", "progress"},
     "data": {
         "architectures",
@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "processes",
         "progress",
         "architectures",
+        "image_request",
     },
     "training": {
         "files",
@@ -89,6 +90,7 @@ MAY_IMPORT = {
         "text",
         "precision",
         "progress",
+        "image_request",
     },
 }
 HEAVY = {"torch", "lightning", "numpy", "diffusers", "transformers"}
@@ -152,7 +154,7 @@ def test_config_and_cli_import_nothing_heavy(package):
         names = imports(path, runs_at_import(ast.parse(path.read_text())))
         assert not {name.split(".")[0] for name in names} & HEAVY, path
         ours = {name.split(".")[1] for name in names if name.startswith("latentsmith.")}
-        assert ours <= {"config", "files", "cli", "architectures", "precision", "cpu"}, path
+        assert ours <= {"config", "files", "cli", "architectures", "precision", "image_request", "cpu"}, path
 
 
 def test_imports_of_every_form_are_found(tmp_path):

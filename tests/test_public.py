@@ -20,7 +20,7 @@ from latentsmith.config import schema
 from latentsmith.data.ingest import import_data
 from latentsmith.demo.scenes import write_pictures
 from latentsmith.files.errors import BadInput
-from latentsmith.inference.generate import AXES
+from latentsmith.image_request import AXES
 from latentsmith.text.tokenizer import train_vocabulary
 
 ROOT = Path(__file__).parents[1]

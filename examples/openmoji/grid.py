@@ -132,7 +132,9 @@ def main() -> None:
 
     def draw(prompts: Sequence[str]) -> list[Image.Image]:
         seeds = range(options.seed, options.seed + len(prompts))
-        return pipeline(prompts, steps=options.steps, guidance_scale=options.guidance_scale, seed=list(seeds))
+        return pipeline(
+            prompts, num_inference_steps=options.steps, guidance_scale=options.guidance_scale, seed=list(seeds)
+        ).images
 
     png = compact_png(sheet(draw, [TRAINED[: options.count], UNSEEN[: options.count]]))
     write_bytes(options.out, png)

@@ -2,6 +2,8 @@
 
 import os
 
+from latentsmith.files.errors import BadInput
+
 
 def process_of() -> tuple[int, int]:
     """Return (rank, number of processes) as torchrun or srun sets them; (0, 1) without either and in a batch script."""
@@ -24,3 +26,16 @@ def own_device(device: str) -> str:
     if device in ("auto", "cuda") and local and torch.cuda.is_available():
         return f"cuda:{int(local) % torch.cuda.device_count()}"
     return device
+
+
+def pick_device(device: str | None) -> str:
+    """Return the device named, or the first there is of cuda, mps and cpu. Raises BadInput for one that is missing."""
+    import torch
+
+    if device not in (None, "auto"):
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise BadInput(f"device {device}: {str(error).splitlines()[0]}") from None
+        return str(device)
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

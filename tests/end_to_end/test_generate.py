@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentsmith.inference import generate as module
-from latentsmith.inference.png import parameters_text, read_made
+from latentsmith.inference.png import parameters_text, read_metadata
 from latentsmith.text.tokenizer import train_vocabulary
 
 
@@ -35,7 +35,7 @@ def test_a_picture_says_all_that_made_it(draw, tmp_path, world):
     assert draw("--seed", 7, "--sampler", "DPM++ 2M Karras", "--negative", "blurry", "A Red/../Circle: café?")[0] == 0
     (path,) = (tmp_path / "out").iterdir()
     assert path.name == "a-red-circle-caf-seed7.png"
-    made = read_made(path)
+    made = read_metadata(path)
     assert (made["prompt"], made["negative_prompt"], made["seed"]) == ("A Red/../Circle: café?", "blurry", 7)
     assert made["options"]["sampler"] == "DPM++ 2M Karras" and made["sampler"] == "dpmsolver++"
     assert made["model"]["averaged"] and made["model"]["prediction_type"] == "v_prediction"
@@ -71,7 +71,7 @@ def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
     assert world.call("generate", "--again", path, "--out", tmp_path / "again", *moved) == 0
     capsys.readouterr()
     assert world.call("generate", "--again", path, "--steps", 4) == 2
-    assert "--again takes all from the picture; --steps cannot be given with it" in capsys.readouterr().err
+    assert "--again takes all from the image; --steps cannot be given with it" in capsys.readouterr().err
     # another checkpoint of the run: said, and the pictures differ
     steps = sorted((world.root / "runs" / "cached" / "checkpoints").iterdir())
     code = world.call("generate", "--again", path, "--out", tmp_path / "other", "--from", steps[0], *moved)
@@ -79,19 +79,19 @@ def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
     assert code == 1 and "model hash: " in printed and "of the pixels differ" in printed
     (tmp_path / "plain.png").write_bytes((tmp_path / "moved.png").read_bytes())
     assert world.call("generate", "--again", tmp_path / "plain.png") == 2
-    assert "plain.png: does not say how it was made" in capsys.readouterr().err
+    assert "plain.png: does not record how it was made" in capsys.readouterr().err
 
 
 def test_a_grid_has_labelled_axes(draw, tmp_path):
     code, printed = draw("--grid", "guidance=1,3,7", "steps=2,4", "a red circle")
     assert code == 0 and "grid.png: contact sheet" in printed.out
-    made = [read_made(path) for path in (tmp_path / "out").glob("a-red*.png")]
-    cells = sorted((one["options"]["guidance_scale"], one["options"]["steps"]) for one in made)
+    made = [read_metadata(path) for path in (tmp_path / "out").glob("a-red*.png")]
+    cells = sorted((one["guidance_scale"], one["options"]["num_inference_steps"]) for one in made)
     assert cells == [(scale, steps) for scale in (1.0, 3.0, 7.0) for steps in (2, 4)]
     sheet = np.asarray(Image.open(tmp_path / "out" / "grid.png"))
     assert sheet.shape[0] > 2 * 128 and sheet.shape[1] > 3 * 128
-    where = {(one["options"]["guidance_scale"], one["options"]["steps"]): path
-             for path in (tmp_path / "out").glob("a-red*.png") for one in [read_made(path)]}  # fmt: skip
+    where = {(one["guidance_scale"], one["options"]["num_inference_steps"]): path
+             for path in (tmp_path / "out").glob("a-red*.png") for one in [read_metadata(path)]}  # fmt: skip
     last = Image.open(where[7.0, 4]).resize((128, 128), Image.Resampling.LANCZOS)
     corner = sheet[-136:-8]  # the lower right cell
     found = [x for x in range(corner.shape[1] - 128) if (corner[:, x : x + 128] == np.asarray(last)).all()]
@@ -101,7 +101,7 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--grid", "colour=1,2", "a"), "--grid colour=1,2: give NAME=VALUE,VALUE,..., NAME one of guidance, "),
+        (("--grid", "colour=1,2", "a"), "--grid colour=1,2: give NAME=VALUE,VALUE,..., NAME one of "),
         (("--grid", "steps=1.5", "a"), "steps takes whole numbers"),
         (("--grid", "steps=1", "guidance=1", "eta=0", "a"), "a grid has one or two axes, not 3"),
         (("--mask", "ROOT/tiny.yaml", "a"), "tiny.yaml: cannot be read as a picture"),
@@ -112,7 +112,7 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
         (("--prediction-type", "foo", "a"), "foo"),
         (("--seed", 2**64, "a"), "--seed"),
         (("--grid", "guidance=1", "guidance_scale=2", "a"), "give each option once"),
-        (("--grid", "strength=0.5,0.7", "a"), "needs a picture to start from"),
+        (("--grid", "strength=0.5,0.7", "a"), "needs an image to start from"),
     ],
 )
 def test_what_is_wrong_is_one_line(draw, tmp_path, words, line):
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_one_line(draw, tmp_path, words, line):
 def test_an_output_that_is_a_file(draw, tmp_path):
     (tmp_path / "out").write_text("mine")
     code, printed = draw("a")
-    assert code == 2 and "out: is a file, not a folder to write pictures to" in printed.err
+    assert code == 2 and "out: is a file, not a folder to write images to" in printed.err
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -144,12 +144,12 @@ def test_one_process_of_several_says_so(draw, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, printed = draw("a", "b", "c")
-    assert code == 0 and "1 pictures, share 2 of 2" in printed.out
+    assert code == 0 and "1 images, share 2 of 2" in printed.out
     assert draw("--sheet", "a", "b")[0] == 2
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not srun
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert "3 pictures\n" in draw("a", "b", "c")[1].out
+    assert "3 images\n" in draw("a", "b", "c")[1].out
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_sheet_and_preview(draw, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
-    save, saved = module.save_picture, []
+    save, saved = module.save_image, []
 
     def interrupted(*given):
         if len(saved) == 2:
@@ -185,9 +185,9 @@ def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
         saved.append(save(*given))
         return saved[-1]
 
-    monkeypatch.setattr(module, "save_picture", interrupted)
+    monkeypatch.setattr(module, "save_image", interrupted)
     code, printed = draw("a", "b", "c", "--batch-size", 1)
-    assert code == 130 and "2 of 3 pictures, kept" in printed.out
+    assert code == 130 and "2 of 3 images, kept" in printed.out
     assert sorted((tmp_path / "out").iterdir()) == sorted(saved)
 
 
@@ -215,7 +215,7 @@ model: {restore_from_path: RUN, precision: '${trainer.precision}'}
 """.replace("OUT", str(tmp_path / "out")).replace("RUN", str(world.root / "runs" / "cached"))
     )
     assert world.call("generate", "--config", tmp_path / "sd_infer.yaml") == 0
-    made = [read_made(path) for path in sorted((tmp_path / "out").iterdir())]
+    made = [read_metadata(path) for path in sorted((tmp_path / "out").iterdir())]
     assert sorted((one["prompt"], one["seed"]) for one in made) == [
         (prompt, seed) for prompt in ("a blue square", "a red circle") for seed in (123, 124)
     ]
@@ -253,8 +253,8 @@ model: {restore_from_path: RUN}
     assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == [
         f"{scale}/image00000{number}.png" for scale in ("1.5", "3") for number in range(3)
     ]
-    made = [read_made(path) for path in pictures]
-    assert [(one["prompt"], one["seed"], one["options"]["guidance_scale"]) for one in made[:4]] == [
+    made = [read_metadata(path) for path in pictures]
+    assert [(one["prompt"], one["seed"], one["guidance_scale"]) for one in made[:4]] == [
         ("a red circle", 7, 1.5), ("a blue square", 8, 1.5), ("a red square", 9, 1.5), ("a red circle", 7, 3),
     ]  # fmt: skip
     times = {path: path.stat().st_mtime_ns for path in pictures}
@@ -262,10 +262,10 @@ model: {restore_from_path: RUN}
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     capsys.readouterr()
     assert world.call("generate", "--config", file) == 0
-    assert "2 of 3 pictures are drawn already" in capsys.readouterr().out
+    assert "2 of 3 images exist already" in capsys.readouterr().out
     assert {path for path in pictures if path.stat().st_mtime_ns != times[path]} == {pictures[1]}
     assert world.call("generate", "--config", file, "--steps", 3) == 2
-    assert "image000000.png: drawn before with another steps" in capsys.readouterr().err
+    assert "image000000.png: made before with another num_inference_steps" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert world.call("generate", "--config", file) == 2
     assert "has 2 scales" in capsys.readouterr().err
@@ -299,12 +299,13 @@ def test_processes_share_the_work(world, tmp_path):
 
 
 def test_parameters_of_any_prompt_survive(tmp_path):
-    options = dict(steps=1, sampler="ddim", guidance_scale=1.0, strength=0.75, variation_strength=0.0, eta=0.0)
+    options = dict(num_inference_steps=1, sampler="ddim", strength=0.75, eta=0.0)
     made = dict(
-        prompt="日本 🐈\nsecond line", negative_prompt=None, seed=1, variation_seed=0, sampler="ddim", image=None,
+        prompt="日本 🐈\nsecond line", negative_prompt=None, seed=1, guidance_scale=1.0,
+        variation_strength=0.0, variation_seed=0, sampler="ddim", image=None,
         options=options, model={"hash": "ab" * 32, "from": "a,b.ckpt"}, versions={"latentsmith": "0"},
     )  # fmt: skip
-    path = module.save_picture(Image.new("RGB", (8, 8)), tmp_path, made)
+    path = module.save_image(Image.new("RGB", (8, 8)), tmp_path, made)
     assert path.name == "second-line-seed1.png"
     assert Image.open(path).info["parameters"] == parameters_text(made, (8, 8))
     assert json.loads(Image.open(path).info["latentsmith"]) == made

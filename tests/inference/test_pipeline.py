@@ -1,5 +1,7 @@
-"""What a picture depends on, and what it does not."""
+"""What an image depends on, and what it does not; each stage of a pipeline used alone."""
 
+import copy
+import inspect
 import threading
 from dataclasses import replace
 
@@ -10,7 +12,9 @@ from PIL import Image
 
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import options_from_nemo
 from latentsmith.inference import Pipeline, Tokenizer
+from latentsmith.inference.images import to_image
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 from latentsmith.text.tokenizer import train_vocabulary
 
@@ -21,12 +25,12 @@ VAE = dict(ddconfig=dict(z_channels=4, ch=32, ch_mult=[1, 2], num_res_blocks=1))
 TEXT = dict(width=16, layers=2, heads=2, intermediate_size=32, activation="quick_gelu", vocab_size=600, max_length=12)
 LONG = "a red circle above a small blue square a red circle above a small blue square"
 PROMPTS = ["a red circle", "a small blue square", LONG, "a red square", "", "blue"]
-OPTIONS = dict(height=16, width=24, steps=4, guidance_scale=3.0)
+OPTIONS = dict(height=16, width=24, num_inference_steps=4, guidance_scale=3.0)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """A random model whose pictures have contrast."""
+    """A random model whose images have contrast."""
     folder = tmp_path_factory.mktemp("words")
     train_vocabulary([LONG], 600, folder)
     torch.manual_seed(0)
@@ -40,43 +44,49 @@ def pipeline(tmp_path_factory):
     return Pipeline(tokenizer=Tokenizer.from_file(folder, 12), spec=spec, **parts)
 
 
-def arrays(pictures):
-    return [np.asarray(picture, dtype=int) for picture in pictures]
+def arrays(images):
+    return [np.asarray(image, dtype=int) for image in images]
 
 
 def apart(left, right):
     return max(abs(one - other).max() for one, other in zip(arrays(left), arrays(right), strict=True))
 
 
+def images(pipeline, *prompts, **keywords):
+    return pipeline(*prompts, **OPTIONS | keywords).images
+
+
 @pytest.mark.parametrize("sampler", ["dpmsolver++", "euler_a", "para_ddim"])
-def test_a_picture_is_a_function_of_its_prompt_and_seed(pipeline, sampler):
+def test_an_image_is_a_function_of_its_prompt_and_seed(pipeline, sampler):
     """Alone, together with longer prompts, in any order and batch size: the same but for the last digit."""
     seeds = [5, 6, 7, 8, 9, 10]
-    options = OPTIONS | dict(sampler=sampler, tolerance=0.0)
-    together = pipeline(PROMPTS, "grey", seed=seeds, **options)
-    assert min(np.asarray(picture).std() for picture in together) > 5
+    options = dict(sampler=sampler, tolerance=0.0)
+    together = images(pipeline, PROMPTS, "grey", seed=seeds, **options)
+    assert min(np.asarray(image).std() for image in together) > 5
     for size in (1, 4):
-        assert apart(pipeline(PROMPTS, "grey", seed=seeds, batch_size=size, **options), together) <= 1
-    backwards = pipeline(PROMPTS[::-1], "grey", seed=seeds[::-1], **options)
+        assert apart(images(pipeline, PROMPTS, "grey", seed=seeds, batch_size=size, **options), together) <= 1
+    backwards = images(pipeline, PROMPTS[::-1], "grey", seed=seeds[::-1], **options)
     assert apart(backwards[::-1], together) <= 1
-    alone = [pipeline(prompt, "grey", seed=seed, **options)[0] for prompt, seed in zip(PROMPTS, seeds, strict=True)]
+    alone = [
+        images(pipeline, prompt, "grey", seed=seed, **options)[0] for prompt, seed in zip(PROMPTS, seeds, strict=True)
+    ]
     assert apart(alone, together) <= 1
-    assert apart(pipeline(PROMPTS[0], "grey", seed=6, **options), together[:1]) > 20
+    assert apart(images(pipeline, PROMPTS[0], "grey", seed=6, **options), together[:1]) > 20
 
 
 def test_a_long_prompt_is_read_to_its_end(pipeline):
     first, second = LONG, LONG.removesuffix("square") + "circle"
-    whole = [pipeline(prompt, **OPTIONS)[0] for prompt in (first, second)]
+    whole = [images(pipeline, prompt)[0] for prompt in (first, second)]
     assert apart(whole[:1], whole[1:]) > 0
     with pytest.warns(UserWarning, match="cut"):
-        cut = [pipeline(prompt, long_prompts="cut", **OPTIONS)[0] for prompt in (first, second)]
+        cut = [images(pipeline, prompt, long_prompts="cut")[0] for prompt in (first, second)]
     assert apart(cut[:1], cut[1:]) == 0
 
 
 def test_guidance_of_each_prompt(pipeline):
-    both = pipeline(PROMPTS[:2], **OPTIONS | dict(guidance_scale=[1.0, 4.0]))
+    both = images(pipeline, PROMPTS[:2], guidance_scale=[1.0, 4.0])
     for number, scale in enumerate((1.0, 4.0)):
-        alone = pipeline(PROMPTS[number], **OPTIONS | dict(guidance_scale=scale))
+        alone = images(pipeline, PROMPTS[number], guidance_scale=scale)
         assert apart(alone, both[number : number + 1]) <= 1
 
 
@@ -84,50 +94,49 @@ def test_a_distinct_prompt_is_encoded_once(pipeline, monkeypatch):
     encoded = []
     encode = pipeline.text_encoder.forward
     monkeypatch.setattr(pipeline.text_encoder, "forward", lambda ids: encoded.append(len(ids)) or encode(ids))
-    pipeline(["a red circle"] * 5, "grey", batch_size=2, **OPTIONS)
+    images(pipeline, ["a red circle"] * 5, "grey", batch_size=2)
     assert encoded == [1, 1]
 
 
-def test_split_guidance_is_the_same_picture(pipeline):
-    assert apart(pipeline(PROMPTS, split_guidance=True, **OPTIONS), pipeline(PROMPTS, **OPTIONS)) <= 1
+def test_split_guidance_is_the_same_image(pipeline):
+    assert apart(images(pipeline, PROMPTS, split_guidance=True), images(pipeline, PROMPTS)) <= 1
 
 
 def test_without_guidance_the_negative_prompt_plays_no_part(pipeline):
-    options = OPTIONS | dict(guidance_scale=1.0)
-    assert apart(pipeline("a red circle", LONG, **options), pipeline("a red circle", **options)) == 0
+    options = dict(guidance_scale=1.0)
+    assert apart(images(pipeline, "a red circle", LONG, **options), images(pipeline, "a red circle", **options)) == 0
 
 
-def test_masks_of_some_pictures(pipeline):
+def test_masks_of_some_images(pipeline):
     """No mask is a mask that is white all over."""
     picture, mask = Image.new("RGB", (24, 16), "teal"), Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))
-    options = OPTIONS | dict(seed=[1, 2], image=picture)
-    both = pipeline(PROMPTS[:2], mask=[mask, None], **options)
-    alone = pipeline(PROMPTS[1], **options | dict(seed=2))
+    options = dict(seed=[1, 2], image=picture)
+    both = images(pipeline, PROMPTS[:2], mask_image=[mask, None], **options)
+    alone = images(pipeline, PROMPTS[1], **options | dict(seed=2))
     assert apart(both[1:], alone) <= 1 and (np.asarray(both[0])[:, 12:] == np.asarray(picture)[:, 12:]).all()
 
 
-def test_one_picture_that_fails_costs_no_other(pipeline):
+def test_one_image_that_fails_costs_no_other(pipeline):
     *_, last = pipeline.stream(PROMPTS[:2], **OPTIONS)
     last.latents[1] = float("nan")
     first, second = pipeline.decode_or_error(last)
     assert first.size == (24, 16) and "not finite" in second
     with pytest.raises(BadInput, match="not finite"):
-        pipeline.pictures(last)
+        pipeline.images_of(last)
 
 
 def test_a_half_precision_unet_can_be_put_in(pipeline):
     half = UNetModel(**UNET)
     half.load_state_dict(pipeline.unet.state_dict())
     mixed = Pipeline(half.bfloat16().eval(), pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, pipeline.spec)
-    assert mixed(PROMPTS[:1], **OPTIONS)[0].size == (24, 16)
+    assert images(mixed, PROMPTS[:1])[0].size == (24, 16)
 
 
 def test_variations(pipeline):
-    first, other = (pipeline(PROMPTS[0], seed=seed, **OPTIONS)[0] for seed in (1, 2))
+    first, other = (images(pipeline, PROMPTS[0], seed=seed)[0] for seed in (1, 2))
     ends = [
-        pipeline(PROMPTS[0], seed=1, variation_seed=2, variation_strength=part, **OPTIONS)[0]
-        for part in (0.0, 0.2, 1.0)
+        images(pipeline, PROMPTS[0], seed=1, variation_seed=2, variation_strength=part)[0] for part in (0.0, 0.2, 1.0)
     ]
     assert apart([ends[0]], [first]) == 0 and apart([ends[2]], [other]) <= 1
     near, far = (abs(arrays([ends[1]])[0] - arrays([end])[0]).mean() for end in (first, other))
@@ -136,33 +145,34 @@ def test_variations(pipeline):
 
 def test_stream_shows_every_step(pipeline):
     seen = list(pipeline.stream(PROMPTS[:2] + [LONG], **OPTIONS))
-    assert [(drawing.numbers, drawing.step) for drawing in seen] == [
-        *(((0, 1), step) for step in (1, 2, 3, 4)),
-        *(((2,), step) for step in (1, 2, 3, 4)),
+    assert [([request.prompt for request in each.requests], each.step) for each in seen] == [
+        *((PROMPTS[:2], step) for step in (1, 2, 3, 4)),
+        *(([LONG], step) for step in (1, 2, 3, 4)),
     ]
-    assert [drawing.done for drawing in seen] == [False, False, False, True] * 2
-    assert apart(pipeline.pictures(seen[3]), pipeline(PROMPTS[:2], **OPTIONS)) == 0
-    preview = pipeline.pictures(seen[0])
-    assert [picture.size for picture in preview] == [(24, 16)] * 2
+    assert [each.done for each in seen] == [False, False, False, True] * 2
+    assert apart(pipeline.images_of(seen[3]), images(pipeline, PROMPTS[:2])) == 0
+    preview = pipeline.images_of(seen[0])
+    assert [image.size for image in preview] == [(24, 16)] * 2
 
 
-def test_bad_input_is_said_before_anything_is_drawn(pipeline, monkeypatch):
+def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline, "unet", None)
-    monkeypatch.setattr(pipeline, "latent_shape", lambda options: (4, 8, 12))
     for options, line in [
         (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
         (dict(eta=2.0, sampler="ddim"), "eta is 2.0; it must be between 0 and 1"),
         (dict(eta=0.5, sampler="heun"), "heun has no share of noise to choose"),
-        (dict(spacing="wide"), "spacing 'wide' is not one of leading, trailing, linspace"),
+        (dict(timestep_spacing="wide"), "wide"),
         (dict(strength=0.1, image=Image.new("RGB", (24, 16))), "strength 0.1 of 4 steps leaves none"),
-        (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
-        (dict(steps=0), "steps is 0"),
-        (dict(steps=2.5), "steps is 2.5; it must be a whole number"),
-        (dict(height=0), "pictures of 0x24"),
+        (dict(seed=[1, 2]), "seed holds 2 for 1 prompts"),
+        (dict(seed=-1), "seed is -1; it must be between 0 and"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
+        (dict(num_inference_steps=0), "num_inference_steps is 0; it must be at least 1"),
+        (dict(num_inference_steps=2.5), "num_inference_steps is 2.5; it must be a whole number"),
+        (dict(height=0), "height is 0; it must be at least 1"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(guidance_scale="high"), "guidance_scale is 'high'; it must be a number"),
         (dict(sampler="eular"), "'eular' is not a sampler"),
-        (dict(height=15), "pictures of 15x24 do not divide by 2"),
+        (dict(height=15), "images of 15x24 do not divide by 2"),
     ]:
         with pytest.raises(BadInput, match=line):
             pipeline.stream("a", **OPTIONS | options)
@@ -200,20 +210,96 @@ def test_a_half_precision_vae_that_overflows_is_used_again_in_float32(pipeline):
         assert half.encode(torch.ones(1, 3, 16, 16)).isfinite().all()
     assert next(half.vae.parameters()).dtype == torch.float16
     with pytest.raises(BadInput, match="not finite"):
-        half.pictures(replace(next(iter(pipeline.stream("a", **OPTIONS | dict(steps=1)))),
+        half.images_of(replace(next(iter(pipeline.stream("a", **OPTIONS | dict(num_inference_steps=1)))),
                               latents=torch.full((1, 4, 8, 12), float("nan"))))  # fmt: skip
 
 
-def test_threads_draw_side_by_side(pipeline):
-    expected = [pipeline(prompt, seed=3, **OPTIONS) for prompt in PROMPTS[:3]]
+def test_threads_sample_side_by_side(pipeline):
+    expected = [images(pipeline, prompt, seed=3) for prompt in PROMPTS[:3]]
     found = [None] * 3
 
-    def draw(number):
-        found[number] = pipeline(PROMPTS[number], seed=3, **OPTIONS)
+    def sample(number):
+        found[number] = images(pipeline, PROMPTS[number], seed=3)
 
-    threads = [threading.Thread(target=draw, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=sample, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert all(apart(left, right) <= 1 for left, right in zip(found, expected, strict=True))
+
+
+def test_stages_used_alone_make_the_same_image(pipeline):
+    for keywords in (dict(), dict(prompt_syntax="webui")):
+        text, null = pipeline.encode_prompt(["a (red:1.4) circle", LONG], "grey", **keywords)
+        assert text.shape == null.shape == (2, 24, 16)
+        latents = pipeline.sample(text, null, seed=[3, 4], **OPTIONS)
+        decoded = pipeline.decode(latents)
+        assert latents.shape == (2, 4, 8, 12) and decoded.shape == (2, 3, 16, 24)
+        whole = images(pipeline, LONG, "grey", seed=4)
+        assert apart([to_image(decoded[1])], whole) <= 1
+    unguided = pipeline.sample(text, seed=[3, 4], **OPTIONS | dict(guidance_scale=1.0))
+    assert torch.equal(unguided, pipeline.sample(text, seed=[3, 4], height=16, width=24, num_inference_steps=4))
+    with pytest.raises(BadInput, match="needs null_text_embeddings"):
+        pipeline.sample(text, **OPTIONS)
+
+
+def test_image_i_of_a_prompt_has_seed_plus_i(pipeline):
+    several = images(pipeline, PROMPTS[:2], num_images_per_prompt=3, seed=[5, 20])
+    pairs = [(prompt, seed + i) for prompt, seed in zip(PROMPTS[:2], (5, 20), strict=True) for i in range(3)]
+    expected = [images(pipeline, prompt, seed=seed)[0] for prompt, seed in pairs]
+    assert apart(several, expected) <= 1
+
+
+def test_generators_take_the_place_of_seeds(pipeline):
+    """One for each image, or one for all that is drawn from in turn, as diffusers draws its batch of noise."""
+    own = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    options = dict(sampler="euler_a")
+    assert apart(images(pipeline, PROMPTS[:2], generator=own, **options),
+                 images(pipeline, PROMPTS[:2], seed=[5, 6], **options)) == 0  # fmt: skip
+    latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(9))
+    shared = images(pipeline, PROMPTS[:2], generator=torch.Generator().manual_seed(9))
+    assert apart(shared, images(pipeline, PROMPTS[:2], latents=latents)) == 0
+    with pytest.raises(BadInput, match="generator holds 2 for 1 images"):
+        images(pipeline, PROMPTS[0], generator=own)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "nearest"),
+    [
+        ("steps", "num_inference_steps"),
+        ("num_inference_step", "num_inference_steps"),
+        ("negative_prompts", "negative_prompt"),
+        ("mask", "mask_image"),
+        ("cfg_scale", "guidance_scale"),
+        ("spacing", "timestep_spacing"),
+    ],
+)
+def test_an_unknown_keyword_names_the_nearest(pipeline, keyword, nearest):
+    with pytest.raises(TypeError, match=f"unknown keyword '{keyword}'; did you mean {nearest}"):
+        pipeline("a", **{keyword: 1})
+
+
+def test_help_shows_every_keyword_with_its_default(pipeline):
+    keywords = inspect.signature(pipeline).parameters
+    assert list(keywords)[:2] == ["prompt", "negative_prompt"]
+    assert (keywords["num_inference_steps"].default, keywords["guidance_scale"].default) == (25, 7.5)
+    assert {"height", "generator", "latents", "strength", "eta", "num_images_per_prompt"} <= keywords.keys()
+
+
+def test_to_moves_the_networks(pipeline):
+    copied = copy.deepcopy(pipeline)
+    assert copied.to("cpu", torch.bfloat16) is copied
+    assert {next(part.parameters()).dtype for part in (copied.unet, copied.vae, copied.text_encoder)} == {
+        torch.bfloat16
+    }
+    assert next(copied.to(torch.float32).unet.parameters()).dtype == torch.float32
+    assert copied.to("meta").device.type == "meta"
+
+
+def test_options_of_nemos_infer_section():
+    """The keys of NeMo's sd_infer.yaml in the words of the pipeline."""
+    infer = {"unconditional_guidance_scale": 5, "inference_steps": 30, "sampler_type": "PLMS", "eta": 0, "height": 512}
+    found = options_from_nemo(infer | {"num_images_per_prompt": 4, "down_factor": 8})
+    expected = {"guidance_scale": 5, "num_inference_steps": 30, "sampler": "PLMS", "eta": 0, "height": 512}
+    assert found == expected

@@ -108,7 +108,7 @@ def opened(folder):
     return SimpleNamespace(theirs=theirs, ours=Pipeline.from_pretrained(folder), config=theirs.scheduler.config)
 
 
-def their_pictures(model, sampler, noise, steps, **options):
+def their_images(model, sampler, noise, steps, **options):
     pipeline = model.theirs
     kind, settings = SAMPLERS[sampler]
     pipeline.scheduler = kind.from_config(model.config, **settings)
@@ -117,10 +117,12 @@ def their_pictures(model, sampler, noise, steps, **options):
     return pipeline(height=height, width=width, latents=noise, num_inference_steps=steps, **options).images
 
 
-def our_pictures(model, sampler, noise, steps, prompts, **options):
+def our_images(model, sampler, noise, steps, prompts, **options):
     pipeline = model.ours
     height, width = (pipeline.vae.downsampling * side for side in noise.shape[2:])
-    return pipeline(prompts, height=height, width=width, latents=noise, steps=steps, sampler=sampler, **options)
+    return pipeline(
+        prompts, height=height, width=width, latents=noise, num_inference_steps=steps, sampler=sampler, **options
+    ).images
 
 
 def largest_difference(found, expected):
@@ -151,13 +153,13 @@ def model(request, randomise, tmp_path_factory):
 def test_ten_steps_with_guidance(model, sampler):
     if sampler == "plms" and model.ours.spec.prediction_type == "v_prediction":
         pytest.skip("diffusers averages velocities, we the noise they imply, as LDM does")
-    expected = their_pictures(model, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5)
-    found = our_pictures(model, sampler, noise(), 10, PROMPTS, guidance_scale=7.5)
+    expected = their_images(model, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5)
+    found = our_images(model, sampler, noise(), 10, PROMPTS, guidance_scale=7.5)
     assert largest_difference(found, expected) <= 1
 
 
 def final_latents(pipeline, sampler="ddim", steps=10):
-    size = dict(height=32, width=32, steps=steps)
+    size = dict(height=32, width=32, num_inference_steps=steps)
     *_, last = pipeline.stream(PROMPTS, latents=noise(), sampler=sampler, guidance_scale=7.5, **size)
     return last.latents
 
@@ -169,7 +171,7 @@ def largest_relative(found, expected):
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
 def test_latents_of_ten_steps(model, sampler):
     """Closer than pictures can show: guidance of 7.5 and ten steps leave about 3e-6 of float32's rounding."""
-    expected = their_pictures(model, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5, output_type="latent")
+    expected = their_images(model, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5, output_type="latent")
     difference = largest_relative(final_latents(model.ours, sampler), expected)
     assert difference < 3e-5
 
@@ -199,62 +201,76 @@ def test_prompts_and_token_ids(sd1):
 
 def test_negative_prompt_shape_and_steps(sd1):
     start = noise(6, 12)
-    expected = their_pictures(
+    expected = their_images(
         sd1, "dpmsolver++", start, 7, prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, guidance_scale=3.0
     )
-    found = our_pictures(
-        sd1, "DPM++ 2M", start, 7, PROMPTS, negative_prompts=NEGATIVE,
+    found = our_images(
+        sd1, "DPM++ 2M", start, 7, PROMPTS, negative_prompt=NEGATIVE,
         guidance_scale=3.0,
     )  # fmt: skip
     assert largest_difference(found, expected) <= 1
 
 
 def test_without_guidance(sd1):
-    expected = their_pictures(sd1, "ddim", noise(), 4, prompt=PROMPTS, guidance_scale=1.0)
-    found = our_pictures(sd1, "ddim", noise(), 4, PROMPTS, guidance_scale=1.0)
+    expected = their_images(sd1, "ddim", noise(), 4, prompt=PROMPTS, guidance_scale=1.0)
+    found = our_images(sd1, "ddim", noise(), 4, PROMPTS, guidance_scale=1.0)
     assert largest_difference(found, expected) <= 1
 
 
 def test_no_negative_prompt_is_the_checkpoints_null_text(sd1, monkeypatch):
     """A diffusers folder's is the empty prompt; a model trained with zeroed embeddings has zeros."""
     pipeline = sd1.ours
-    options = dict(steps=3, guidance_scale=5.0, latents=noise(), height=32, width=32)
-    by_default = np.asarray(pipeline(PROMPTS, **options)[0])
-    empty = np.asarray(pipeline(PROMPTS, "", **options)[0])
+    options = dict(num_inference_steps=3, guidance_scale=5.0, latents=noise(), height=32, width=32)
+    by_default = np.asarray(pipeline(PROMPTS, **options).images[0])
+    empty = np.asarray(pipeline(PROMPTS, "", **options).images[0])
     assert (by_default == empty).all()
     monkeypatch.setattr(pipeline, "spec", replace(pipeline.spec, null_text="zero"))
-    zero = np.asarray(pipeline(PROMPTS, **options)[0])
-    assert (zero != empty).any() and (np.asarray(pipeline(PROMPTS, "", **options)[0]) == empty).all()
+    zero = np.asarray(pipeline(PROMPTS, **options).images[0])
+    assert (zero != empty).any() and (np.asarray(pipeline(PROMPTS, "", **options).images[0]) == empty).all()
 
 
 def test_a_picture_is_a_function_of_its_own_seed(sd1):
     pipeline = sd1.ours
     for sampler in ("ddim", "euler_a"):
-        options = dict(steps=3, height=32, width=32, sampler=sampler)
-        both = pipeline(PROMPTS, seed=[5, 6], **options)
-        alone = pipeline(PROMPTS[1:], seed=6, **options)
+        options = dict(num_inference_steps=3, height=32, width=32, sampler=sampler)
+        both = pipeline(PROMPTS, seed=[5, 6], **options).images
+        alone = pipeline(PROMPTS[1:], seed=6, **options).images
         assert largest_difference(alone, both[1:]) <= 1  # batches of one and two round differently
-        split = pipeline(PROMPTS, seed=[5, 6], batch_size=1, **options)
+        split = pipeline(PROMPTS, seed=[5, 6], batch_size=1, **options).images
         assert largest_difference(split, both) <= 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_the_same_generator_is_the_same_images(sd1, sampler):
+    """Noise to start from, and that of a random sampler, comes from a generator as it does in diffusers."""
+    theirs = sd1.theirs
+    cls = {"ddim": diffusers.DDIMScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler}[sampler]
+    theirs.scheduler = cls.from_config(sd1.config, **SAMPLERS["ddim"][1])
+    options = dict(height=32, width=32, num_inference_steps=6, guidance_scale=5.0, num_images_per_prompt=2)
+    both = [
+        pipeline(PROMPTS, generator=torch.Generator().manual_seed(4), **options, **own).images
+        for pipeline, own in ((theirs, {}), (sd1.ours, dict(sampler=sampler)))
+    ]
+    assert largest_difference(*both) <= 1
 
 
 def test_latents_of_another_shape(sd1):
     pipeline = sd1.ours
-    line = r"latents are \(2, 4, 6, 8\); 2 pictures of 32x32 start from \(2, 4, 8, 8\)"
+    line = r"latents of an image are \(4, 6, 8\); images of 32x32 start from \(4, 8, 8\)"
     with pytest.raises(BadInput, match=line):
         pipeline(PROMPTS, latents=noise(6, 8), height=32, width=32)
-    with pytest.raises(BadInput, match="1 seeds for 2 prompts"):
+    with pytest.raises(BadInput, match="seed holds 1 for 2 prompts"):
         pipeline(PROMPTS, seed=[3], height=32, width=32)
 
 
 @pytest.mark.parametrize(
     "options, line",
     [
-        (dict(height=36, width=30), "pictures of 36x30 do not divide by 4"),
+        (dict(height=36, width=30), "images of 36x30 do not divide by 4"),
         (dict(sampler="ddmi"), "'ddmi' is not a sampler; did you mean ddpm or ddim"),
-        (dict(steps=1001), "steps is 1001"),
-        (dict(steps=0), "steps is 0"),
-        (dict(negative_prompts=["a", "b"]), "2 negative prompts for 1 prompts"),
+        (dict(num_inference_steps=1001), "steps is 1001"),
+        (dict(num_inference_steps=0), "steps is 0"),
+        (dict(negative_prompt=["a", "b"]), "negative_prompt holds 2 for 1 prompts"),
     ],
 )
 def test_what_cannot_be_drawn(sd1, options, line):
@@ -289,7 +305,8 @@ def test_a_masked_picture(sd1, to_start_from):
     picture, mask = to_start_from
     compared(sd1, theirs, "ddim", dict(image=picture), dict(mask_image=mask, height=32, width=32))
     kept = np.asarray(mask) == 0
-    masked = sd1.ours(PROMPTS[0], image=picture, mask=mask, sampler="ddim", steps=10, strength=0.6, seed=3)[0]
+    options = dict(sampler="ddim", num_inference_steps=10, strength=0.6, seed=3)
+    masked = sd1.ours(PROMPTS[0], image=picture, mask_image=mask, **options).images[0]
     assert (np.asarray(masked)[kept] == np.asarray(picture)[kept]).all()
     assert (np.asarray(masked)[~kept] != np.asarray(picture)[~kept]).mean() > 0.5
 
@@ -310,9 +327,9 @@ def compared(model, theirs, sampler, given, masked=None):
     finally:
         moments.bias.data = before
     found = model.ours(
-        PROMPTS[0], latents=start, sampler=sampler, steps=10, strength=0.6, guidance_scale=7.5, **given,
-        **({"mask": masked["mask_image"]} if masked else {}),
-    )  # fmt: skip
+        PROMPTS[0], latents=start, sampler=sampler, num_inference_steps=10, strength=0.6, guidance_scale=7.5, **given,
+        **({"mask_image": masked["mask_image"]} if masked else {}),
+    ).images  # fmt: skip
     if masked:  # theirs decodes what is kept
         kept = np.asarray(masked["mask_image"]) == 0
         both = [np.where(kept[..., None], 0, np.asarray(pictures[0], int)) for pictures in (found, expected)]
@@ -322,15 +339,15 @@ def compared(model, theirs, sampler, given, masked=None):
 
 
 def test_guidance_rescale(sd1):
-    expected = their_pictures(
+    expected = their_images(
         sd1, "ddim", noise(), 6, prompt=PROMPTS, guidance_scale=9.0, guidance_rescale=0.7
     )  # fmt: skip
-    found = our_pictures(sd1, "ddim", noise(), 6, PROMPTS, guidance_scale=9.0, guidance_rescale=0.7)
+    found = our_images(sd1, "ddim", noise(), 6, PROMPTS, guidance_scale=9.0, guidance_rescale=0.7)
     assert largest_difference(found, expected) <= 1
 
 
 def test_no_prompts(sd1):
-    with pytest.raises(BadInput, match="no prompt to draw"):
+    with pytest.raises(BadInput, match="no prompt"):
         sd1.ours([])
 
 
@@ -345,18 +362,18 @@ def full_size(version):
     return sizes, SCHEDULERS["sd2_v"]
 
 
-def picture_by_diffusers(folder):
+def image_by_diffusers(folder):
     """128 pixels, ten steps of DDIM, guidance; one library's model at a time is in memory."""
     gc.collect()
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
     model = SimpleNamespace(theirs=theirs, config=theirs.scheduler.config)
-    return their_pictures(model, "ddim", noise(16, 16, batch=1), 10, prompt=PROMPTS[:1], guidance_scale=7.5)
+    return their_images(model, "ddim", noise(16, 16, batch=1), 10, prompt=PROMPTS[:1], guidance_scale=7.5)
 
 
-def picture_by_us(path):
+def image_by_us(path):
     gc.collect()
     model = SimpleNamespace(ours=Pipeline.from_pretrained(path))
-    return our_pictures(model, "ddim", noise(16, 16, batch=1), 10, PROMPTS[:1], guidance_scale=7.5)
+    return our_images(model, "ddim", noise(16, 16, batch=1), 10, PROMPTS[:1], guidance_scale=7.5)
 
 
 def same_weights(left, right):
@@ -376,17 +393,17 @@ def test_full_size_there_and_back(version, randomise, tmp_path):
     Differences are in 255ths of a pixel."""
     sizes, scheduler = full_size(version)
     folder = save_pipeline(tmp_path / "model", sizes, scheduler, randomise)
-    expected = picture_by_diffusers(folder)
-    ours = picture_by_us(folder)
+    expected = image_by_diffusers(folder)
+    ours = image_by_us(folder)
     ldm = convert(folder, tmp_path / "m.safetensors", "ldm")
-    single = picture_by_us(ldm)
+    single = image_by_us(ldm)
     nemo = convert(ldm, tmp_path / "m.nemo", "nemo")
     ldm.unlink()
-    archive = picture_by_us(nemo)
+    archive = image_by_us(nemo)
     back = convert(nemo, tmp_path / "back", "diffusers")
     nemo.unlink()
     differences = [largest_difference(found, expected) for found in (ours, single, archive)]
     print("largest differences from diffusers, of 255:", differences)
     assert max(differences) <= 1
     same_weights(folder, back)
-    assert largest_difference(picture_by_diffusers(back), expected) == 0
+    assert largest_difference(image_by_diffusers(back), expected) == 0

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from PIL import Image
 
 from latentsmith.files.errors import BadInput
+from latentsmith.inference import GeneratedImages
 from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
 from latentsmith.training.fit import no_worker_left
 from latentsmith.training.metrics_log import append_row, drop_rows_after, read_rows
@@ -237,7 +238,7 @@ class RandomPipeline:
         torch.manual_seed(len(self.seen))
         torch.rand(3)
         self.seen.append([p.detach().clone() for p in self.unet.parameters()])
-        return [Image.new("RGB", (4, 4), (len(prompt), 0, 0)) for prompt in prompts]
+        return GeneratedImages([Image.new("RGB", (4, 4), (len(prompt), 0, 0)) for prompt in prompts])
 
 
 def test_sample_pictures_do_not_change_training(toy):

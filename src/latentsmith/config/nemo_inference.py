@@ -9,30 +9,17 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import options_from_nemo
 
 from .compose import compose, say_notes
 
-KEYWORDS = {
-    "unconditional_guidance_scale": "guidance_scale",
-    "num_images_per_prompt": "count",
-    "batch_size": "batch_size",
-    "height": "height",
-    "width": "width",
-    "inference_steps": "steps",
-    "sampler_type": "sampler",
-    "eta": "eta",
-    "out_path": "out",
-    "seed": "seed",
-    "prompts": "prompts",
-    "sampler_parallelism": "parallelism",
-    "sampler_tolerance": "tolerance",
-}
+KEYWORDS = {"num_images_per_prompt": "count", "batch_size": "batch_size", "out_path": "out", "prompts": "prompts"}
 DTYPES = {"16-mixed": "fp16", "16-true": "fp16", "bf16-mixed": "bf16", "bf16-true": "bf16"}  # else generate's own
 FID = ("classifier_free_guidance", "coco_captions_path", "num_images_to_eval", "save_path")
 
 
 def read_infer(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """The keywords of `runs.generate.generate` (and "source", "prompts", "out", "fid") that such a file gives.
+    """The keywords of `inference.generate.generate` (and "source", "prompts", "out", "fid") that such a file gives.
 
     fid: the options of its section `fid`, if it has one. Raises BadInput as `compose`, and for a file without `infer`.
     """
@@ -42,7 +29,7 @@ def read_infer(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
         raise BadInput(f"{path}: has no section `infer`; see docs/sampling.md for what generate reads")
     tree: Any = OmegaConf.to_container(composed.config)
     infer, model = tree.get("infer") or {}, tree.get("model") or {}
-    found = {ours: infer[theirs] for theirs, ours in KEYWORDS.items() if theirs in infer}
+    found = options_from_nemo(infer) | {ours: infer[theirs] for theirs, ours in KEYWORDS.items() if theirs in infer}
     if model.get("restore_from_path"):
         found["source"] = model["restore_from_path"]
     if isinstance(found.get("prompts"), str):

@@ -19,10 +19,9 @@ from latentsmith.config.typed import Config
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
-from latentsmith.inference.pipeline import pick_device
 from latentsmith.models import AutoencoderKL, ClipTextEncoder
 from latentsmith.precision import autocast_dtype, weights_dtype
-from latentsmith.processes import own_device, process_of
+from latentsmith.processes import own_device, pick_device, process_of
 from latentsmith.progress import progress as progress_bar
 from latentsmith.text.tokenizer import Tokenizer
 

@@ -162,11 +162,11 @@ def draw(pipeline: Pipeline, asked: Sequence[scenes.Scene]) -> list[np.ndarray]:
             seeds = list(range(start, start + len(texts[start : start + BATCH])))
             made = pipeline(
                 texts[start : start + BATCH],
-                steps=STEPS,
+                num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
                 seed=seeds,
                 batch_size=BATCH,
-            )
+            ).images
             pictures += [np.asarray(picture) for picture in made]
             tell(len(pictures), len(texts))
     return pictures

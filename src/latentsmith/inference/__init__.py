@@ -1,8 +1,17 @@
-"""From a checkpoint and prompts to pictures."""
+"""Prompts to images: `Pipeline`, and the commands around it."""
 
+from latentsmith.image_request import ImageRequest, SamplingOptions
 from latentsmith.text.tokenizer import Tokenizer
 
-from .options import SamplingOptions
-from .pipeline import Pipeline, SamplingStep
+from .pipeline import Pipeline
+from .requests import GeneratedImages, SamplingStep, sampler_name
 
-__all__ = ["Pipeline", "SamplingOptions", "SamplingStep", "Tokenizer"]
+__all__ = [
+    "GeneratedImages",
+    "ImageRequest",
+    "Pipeline",
+    "SamplingOptions",
+    "SamplingStep",
+    "Tokenizer",
+    "sampler_name",
+]

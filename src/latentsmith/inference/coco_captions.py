@@ -1,4 +1,4 @@
-"""A picture for each line of a folder of captions, at several guidance scales: what FID and CLIP scores are made of."""
+"""An image for each line of a folder of captions, at several guidance scales: what FID and CLIP scores need."""
 
 import os
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from latentsmith.files.regular import PROMPTS, read_regular
 from .generate import generate
 
 
-def draw_captions(source: str, fid: Mapping[str, Any], **options: Any) -> list[Path]:
-    """Draw `<save_path>/<scale>/imageNNNNNN.png`, picture i from caption i with seed + i; as `generate` otherwise.
+def generate_for_captions(source: str, fid: Mapping[str, Any], **options: Any) -> list[Path]:
+    """Write `<save_path>/<scale>/imageNNNNNN.png`, image i from caption i with seed + i; otherwise as `generate`.
 
-    fid: classifier_free_guidance (list), coco_captions_path, save_path and maybe num_images_to_eval. What is already
-    drawn stays. In a SLURM array the index of the job takes one scale of the list.
+    fid: classifier_free_guidance (list), coco_captions_path, save_path and maybe num_images_to_eval. Images that exist
+    are kept. In a SLURM array the index of the job takes one scale of the list.
     """
     captions = read_captions(Path(fid["coco_captions_path"]), fid.get("num_images_to_eval"))
     options.pop("guidance_scale", None)
     if options.pop("count", 1) != 1:
-        raise BadInput("infer.num_images_per_prompt must be 1 where captions are drawn: a name stands for one picture")
+        raise BadInput("infer.num_images_per_prompt must be 1 for a folder of captions: a name stands for one image")
     names = [f"image{number:06d}" for number in range(len(captions))]
     paths = []
     for scale in scales_of_job(fid["classifier_free_guidance"]):
@@ -30,7 +30,7 @@ def draw_captions(source: str, fid: Mapping[str, Any], **options: Any) -> list[P
 
 
 def read_captions(folder: Path, count: int | None) -> list[str]:
-    """The lines of a folder's text files, in the order of their names; the first `count`. Raises BadInput for fewer."""
+    """Return the first `count` lines of a folder's text files, ordered by name. Raises BadInput for fewer."""
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise BadInput(f"{folder}: holds no text files with captions; name the folder in fid.coco_captions_path")

@@ -1,50 +1,112 @@
-"""`latentsmith generate`: pictures from prompts, each with what made it."""
+"""`latentsmith generate`: images from prompts, each with what made it."""
 
+import platform
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+import latentsmith
+from latentsmith.checkpoints import Checkpoint, open_checkpoint
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
-from latentsmith.files.hashing import sha256_files
+from latentsmith.files.hashing import fingerprint_text, sha256_files
 from latentsmith.files.images import read_image
-from latentsmith.processes import process_of
+from latentsmith.image_request import AXES, OPTIONS, ImageRequest, SamplingOptions
+from latentsmith.precision import dtype_of
+from latentsmith.processes import own_device, process_of
 from latentsmith.progress import progress
 
-from . import Pipeline, SamplingStep
-from .generation_model import GenerationModel
-from .png import free_path, read_made, save_picture
+from .pipeline import Pipeline
+from .png import free_path, read_metadata, save_image
+from .requests import SamplingStep, sampler_name
 from .sheets import axis_sheet, labelled_sheet
 
 PREVIEWS = 5  # of a batch
-AXES = {"guidance": "guidance_scale", "rescale": "guidance_rescale"} | {
-    name: name for name in ("steps", "guidance_scale", "sampler", "seed", "eta", "strength", "spacing")
-}
-KINDS = {"steps": int, "seed": int, "sampler": str, "spacing": str}  # of an axis' values; all others are numbers
+Axis = tuple[str, list[Any]]  # an option and its values
 
 
-@dataclass(frozen=True)
-class Wish:
-    """One picture: what is written into it, and what the pipeline is called with."""
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One image to write. name: it becomes NAME.png and is kept if it exists; None: a name made from the prompt."""
 
-    prompt: str
-    negative_prompt: str | None
-    seed: int
-    variation_seed: int
-    number: int
-    axes: tuple[tuple[str, Any], ...] = ()
+    request: ImageRequest
+    options: SamplingOptions
     name: str | None = None
 
-    @property
-    def told(self) -> dict[str, Any]:
-        """What the picture says of it."""
-        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
-        return texts | {"seed": self.seed, "variation_seed": self.variation_seed}
+
+class GenerationModel:
+    """A pipeline and what an image's metadata records of it. Its files are hashed in a thread until it is left."""
+
+    def __init__(
+        self, source: str, device: str, dtype: str, weights: str, prediction_type: str | None, tokenizer: str | None
+    ):
+        checkpoint = open_checkpoint(source, weights)
+        self.pipeline = Pipeline.from_pretrained(
+            checkpoint,
+            device=own_device(device),
+            dtype=dtype_of(dtype),
+            prediction_type=prediction_type,
+            tokenizer=tokenizer,
+        )
+        self.facts = {
+            "from": str(Path(source).resolve()) if Path(source).exists() else source,
+            "weights": weights,
+            "averaged": averaged(checkpoint, weights),
+            "prediction_type": self.pipeline.spec.prediction_type,
+            "config": fingerprint_text(self.pipeline.spec.to_json()),
+            "tokenizer": self.pipeline.tokenizer.fingerprint(),
+            "dtype": dtype,
+            "device": str(self.pipeline.device),
+        }
+        self.tokenizer = tokenizer and str(Path(tokenizer).resolve() if Path(tokenizer).exists() else tokenizer)
+        self.files, self.pool, self.stop = weight_files(checkpoint), ThreadPoolExecutor(1), threading.Event()
+
+    def start_hashing(self) -> None:
+        self.hash: Future[str] = self.pool.submit(sha256_files, self.files, self.stop)
+
+    def __enter__(self) -> "GenerationModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def metadata(self, request: ImageRequest, options: SamplingOptions, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all that an image needs to be made again. files: the image to start from and its mask, described."""
+        return {
+            **request.metadata(),
+            "sampler": sampler_name(options),
+            **files,
+            "options": asdict(options),
+            "tokenizer": self.tokenizer,
+            "model": {**self.facts, "hash": self.hash.result()},
+            "versions": {"latentsmith": latentsmith.__version__, "torch": torch.__version__,
+                         "python": platform.python_version()},
+        }  # fmt: skip
+
+
+def averaged(checkpoint: Checkpoint, weights: str) -> bool:
+    """Whether the U-Net's weights are a moving average, as far as its file says: NeMo keeps it in X-EMA.ckpt."""
+    path = checkpoint.parts["unet"].path
+    return (weights == "ema" and checkpoint.has_ema) or path.parent.name == "ema" or path.stem.endswith("-EMA")
+
+
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files that the parts of a checkpoint lie in."""
+    return [each for file in checkpoint.files for each in ([file] if file.is_file() else sorted(file.rglob("*.ckpt")))]
+
+
+def described(path: Path | None) -> dict[str, str] | None:
+    """Return what metadata records of a file."""
+    return None if path is None else {"file": str(path.resolve()), "hash": sha256_files([path])}
 
 
 def generate(
@@ -52,9 +114,6 @@ def generate(
     prompts: Sequence[str],
     out: Path,
     *,
-    negative_prompt: str | None = None,
-    seed: int = 0,
-    variation_seed: int = 0,
     count: int = 1,
     batch_size: int = 8,
     image: Path | None = None,
@@ -70,168 +129,173 @@ def generate(
     names: Sequence[str] | None = None,
     **options: Any,
 ) -> list[Path]:
-    """Draw `count` pictures of every prompt into `out`; picture i of a prompt uses seed + i. Returns the PNGs.
+    """Write `count` images of every prompt to the folder `out`; image i of a prompt uses seed + i. Return the PNGs.
 
-    image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is drawn. sheet: also one of all
-    pictures. grid: axes such as "guidance=1,3,7", one or two, drawn against each other on a sheet for each prompt.
-    names: of each prompt's one picture, NAME.png, made with seed + its place; those already drawn are not drawn again.
-    options: height, width and the fields of SamplingOptions. Under torchrun or srun each process draws its share.
+    image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is sampled. sheet: also one of all
+    images. grid: axes such as "guidance=1,3,7", one or two, for a sheet for each prompt.
+    names: of each prompt's one image, NAME.png, made with seed + its place; those that exist already are kept.
+    options: fields of ImageRequest and SamplingOptions. Under torchrun or srun each process makes its share.
     """
-    axes = checked_axes([parsed_axis(words) for words in grid], image)
+    axes = checked_axes([parsed_axis(text) for text in grid], image)
     rank, processes = process_of()
     if processes > 1 and (sheet or axes):
-        raise BadInput(f"a sheet shows all pictures, and {processes} processes draw a share each; draw it with one")
+        raise BadInput(f"a sheet shows all images, and {processes} processes make a share each; use one process")
     if batch_size < 1 or count < 1:
         raise BadInput(f"batch_size {batch_size} and count {count} must be at least 1")
-    given: dict[str, Any] = {"image": opened(image), "mask": opened(mask)}
     if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file, not a folder to write pictures to")
+        raise BadInput(f"{out}: is a file, not a folder to write images to")
     if preview is not None and preview.is_dir():
         raise BadInput(f"{preview}: is a folder; name a PNG for the preview")
+    images = {"image": image and read_image(image), "mask_image": mask and read_image(mask)}
+    jobs = jobs_of(prompts, count, axes, names, options | images)
     with GenerationModel(source, device, dtype, weights, prediction_type, tokenizer) as model:
-        cells = product(*([(name, value) for value in values] for name, values in axes))
-        wishes = [
-            Wish(prompt, negative_prompt, dict(cell).get("seed", seed) + i, variation_seed + i, number, cell)
-            for number, (cell, prompt, i) in enumerate(product(cells, prompts, range(count)))
-        ]
-        bases = {"image": described(image), "mask": described(mask)}
-        paths: dict[Wish, Path] = {}
-        if names is not None:
-            named = enumerate(zip(wishes, names, strict=True))
-            wishes = [replace(wish, name=name, seed=seed + i) for i, (wish, name) in named]
-            paths = already_drawn(wishes[rank::processes], out, model, options)
-        mine = [wish for wish in wishes[rank::processes] if wish not in paths]
-        failures: list[tuple[Wish, str]] = []
-        streams = planned(model.pipeline, mine, given | options, batch_size)
+        files, mine = {"image": described(image), "mask": described(mask)}, jobs[rank::processes]
+        paths = already_there(mine, out, model, files)
+        left = [job for job in mine if job not in paths]
+        streams = streams_of(model.pipeline, left, batch_size)
         if not paths:
-            model.begin()
+            model.start_hashing()
+        failures: list[tuple[Job, str]] = []
         try:
-            for wish, picture, used in draw(model.pipeline, streams, len(mine), preview):
-                if isinstance(picture, str):
-                    failures.append((wish, picture))
+            for job, made, used in finished(model.pipeline, streams, left, preview):
+                if isinstance(made, str):
+                    failures.append((job, made))
                 else:
-                    paths[wish] = save_picture(picture, out, model.says(wish.told, used, bases), wish.name)
+                    paths[job] = save_image(made, out, model.metadata(job.request, used, files), job.name)
         except KeyboardInterrupt:
-            print(f"{out}: {len(paths)} of {len(wishes[rank::processes])} pictures, kept")
+            print(f"{out}: {len(paths)} of {len(mine)} images, kept")
             raise
     if (sheet or axes) and not failures:
-        draw_sheets(out, wishes, paths, axes)
+        write_sheets(out, jobs, paths, axes)
     share = f", share {rank + 1} of {processes}" if processes > 1 else ""
-    print(f"{out}: {len(paths)} pictures{share}")
-    if failed := [f'"{wish.prompt}" (seed {wish.seed}): {reason}' for wish, reason in failures]:
-        raise BadInput(f"{len(failed)} of {len(mine)} pictures could not be made, the others are kept; {failed[0]}")
-    return [paths[wish] for wish in wishes[rank::processes]]
+    print(f"{out}: {len(paths)} images{share}")
+    if failed := [f'"{job.request.prompt}" (seed {job.request.seed}): {reason}' for job, reason in failures]:
+        raise BadInput(f"{len(failed)} of {len(left)} images could not be made, the others are kept; {failed[0]}")
+    return [paths[job] for job in mine]
 
 
-def already_drawn(
-    wishes: Sequence[Wish], out: Path, model: GenerationModel, options: Mapping[str, Any]
-) -> dict[Wish, Path]:
-    """The named pictures that lie in `out` and say that these options and this model drew them; BadInput for others."""
-    there = {wish: path for wish in wishes if (path := out / f"{wish.name}.png").exists()}
+def jobs_of(
+    prompts: Sequence[str],
+    count: int,
+    axes: Sequence[Axis],
+    names: Sequence[str] | None,
+    options: Mapping[str, Any],
+) -> list[Job]:
+    """Return the images to make: for each cell of the axes, each prompt, `count` seeds. Raises BadInput."""
+    shared = {each.name for each in fields(SamplingOptions)}
+    jobs = []
+    for cell in product(*([(name, value) for value in values] for name, values in axes)):
+        given = {**options, **dict(cell)}
+        used = SamplingOptions(**{name: value for name, value in given.items() if name in shared})
+        own = {name: value for name, value in given.items() if name not in shared}
+        seed, variation_seed = own.pop("seed", 0), own.pop("variation_seed", 0)
+        for number, (prompt, i) in enumerate(product(prompts, range(count))):
+            offset = number if names else i
+            request = ImageRequest(prompt, seed=seed + offset, variation_seed=variation_seed + i, **own)
+            jobs.append(Job(request, used, names[number] if names else None))
+    return jobs
+
+
+def already_there(jobs: Sequence[Job], out: Path, model: GenerationModel, files: Mapping[str, Any]) -> dict[Job, Path]:
+    """Return the named images that exist and were made by these options and this model. Raises BadInput for others."""
+    there = {job: path for job in jobs if job.name and (path := out / f"{job.name}.png").exists()}
     if there:
-        model.begin()
-        print(f"{out}: {len(there)} of {len(wishes)} pictures are drawn already")
-    for wish, path in there.items():
-        made = read_made(path)
-        then = {**made["options"], **{name: made[name] for name in wish.told}, "model": made["model"]["hash"]}
-        now = {**options, **wish.told, "model": model.hash.result()}
-        if differs := [name for name, value in now.items() if then.get(name) != value]:
-            raise BadInput(f"{path}: drawn before with another {differs[0]}; name a new folder, or move this one away")
+        model.start_hashing()
+        print(f"{out}: {len(there)} of {len(jobs)} images exist already")
+    for job, path in there.items():
+        now, then = (
+            comparable(each) for each in (model.metadata(job.request, job.options, files), read_metadata(path))
+        )
+        if differs := [name for name, value in now.items() if value is not None and then.get(name) != value]:
+            raise BadInput(f"{path}: made before with another {differs[0]}; name a new folder, or move this one away")
     return there
 
 
-Streams = list[tuple[list[Wish], Iterator[SamplingStep]]]
+def comparable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides an image's pixels, by name."""
+    own = {name: metadata.get(name) for name in OPTIONS}
+    return {**own, **metadata["options"], "model": metadata["model"]["hash"]}
 
 
-def planned(pipeline: Pipeline, wishes: Sequence[Wish], options: Mapping[str, Any], batch_size: int) -> Streams:
-    """Wishes of equal options and how they will be drawn; BadInput, before the first is, for what cannot be."""
-    groups: dict[tuple, list[Wish]] = {}
-    for wish in wishes:
-        groups.setdefault(tuple(pair for pair in wish.axes if pair[0] != "seed"), []).append(wish)
+Streams = list[tuple[dict[ImageRequest, Job], Iterator[SamplingStep]]]
+
+
+def streams_of(pipeline: Pipeline, jobs: Sequence[Job], batch_size: int) -> Streams:
+    """Return a stream for the jobs of each set of options. Raises BadInput, before the first step."""
+    alike: dict[SamplingOptions, dict[ImageRequest, Job]] = {}
+    for job in jobs:
+        alike.setdefault(job.options, {})[job.request] = job
     return [
-        (alike, pipeline.stream(
-            [wish.prompt for wish in alike], [wish.negative_prompt for wish in alike],
-            seed=[wish.seed for wish in alike], variation_seed=[wish.variation_seed for wish in alike],
-            batch_size=batch_size, **{**options, **dict(axes)},
-        ))
-        for axes, alike in groups.items()
-    ]  # fmt: skip
+        (by_request, pipeline.stream_requests(list(by_request), options, batch_size=batch_size))
+        for options, by_request in alike.items()
+    ]
 
 
-def draw(
-    pipeline: Pipeline, streams: Streams, total: int, preview: Path | None
-) -> Iterator[tuple[Wish, Image.Image | str, dict[str, Any]]]:
-    """(wish, picture or why there is none, options used) as they are done."""
-    drawn = 0
-    with progress("drawing", "pictures") as tell:
-        for alike, stream in streams:
-            for drawing in stream:
-                tell(drawn + len(drawing.numbers) * drawing.step // drawing.steps, total)
-                if drawing.done:
-                    drawn += len(drawing.numbers)
-                    for number, picture in zip(drawing.numbers, pipeline.decode_or_error(drawing), strict=True):
-                        yield alike[number], picture, asdict(drawing.options)
-                elif preview and drawing.step % max(1, drawing.steps // PREVIEWS) == 0:
-                    show(pipeline, drawing, preview)
+def finished(
+    pipeline: Pipeline, streams: Streams, jobs: Sequence[Job], preview: Path | None
+) -> Iterator[tuple[Job, Image.Image | str, SamplingOptions]]:
+    """Yield (job, image or why there is none, options with height and width) as they are done."""
+    done = 0
+    with progress("generating", "images") as bar:
+        for by_request, stream in streams:
+            for step in stream:
+                bar(done + len(step.batch) * step.step // step.steps, len(jobs))
+                if step.done:
+                    done += len(step.batch)
+                    for request, image in zip(step.requests, pipeline.decode_or_error(step), strict=True):
+                        yield by_request[request], image, step.options
+                elif preview and step.step % max(1, step.steps // PREVIEWS) == 0:
+                    write_preview(pipeline, step, preview)
 
 
-def show(pipeline: Pipeline, drawing: SamplingStep, path: Path) -> None:
-    """What a batch is expected to become, in one row."""
+def write_preview(pipeline: Pipeline, step: SamplingStep, path: Path) -> None:
+    """Write what a batch is expected to become, in one row."""
     try:
-        row = np.concatenate([np.asarray(picture) for picture in pipeline.pictures(drawing)], axis=1)
+        row = np.concatenate([np.asarray(image) for image in pipeline.images_of(step)], axis=1)
     except BadInput:  # nothing to see yet
         return
     with atomic_open(path) as file:
         Image.fromarray(row).save(file, format="PNG")
 
 
-def opened(path: Path | None) -> Image.Image | None:
-    return None if path is None else read_image(path)
+def parsed_axis(text: str) -> Axis:
+    """Parse "guidance=1,3,7" to the option's name and its values. Raises BadInput for anything else."""
+    name, _, values = text.partition("=")
+    if name not in AXES or not values:
+        known = ", ".join({field: spelling for spelling, field in reversed(AXES.items())}.values())
+        raise BadInput(f"--grid {text}: give NAME=VALUE,VALUE,..., NAME one of {known}")
+    value_type = OPTIONS[AXES[name]].type
+    try:
+        return AXES[name], [value_type(value.strip()) for value in values.split(",")]
+    except ValueError:
+        raise BadInput(f"--grid {text}: {name} takes {'whole numbers' if value_type is int else 'numbers'}") from None
 
 
-def described(path: Path | None) -> dict[str, str] | None:
-    return None if path is None else {"file": str(path.resolve()), "hash": sha256_files([path])}
-
-
-def checked_axes(axes: list[tuple[str, list[Any]]], image: Path | None) -> list[tuple[str, list[Any]]]:
+def checked_axes(axes: list[Axis], image: Path | None) -> list[Axis]:
     names = [name for name, _ in axes]
     if len(axes) > 2:
         raise BadInput(f"a grid has one or two axes, not {len(axes)}")
     if len(set(names)) < len(names):
         raise BadInput(f"a grid with {names[0]} on both axes; give each option once")
     if "strength" in names and image is None:
-        raise BadInput("a grid of strength needs a picture to start from (--image)")
+        raise BadInput("a grid of strength needs an image to start from (--image)")
     return axes
 
 
-def parsed_axis(words: str) -> tuple[str, list[Any]]:
-    """ "guidance=1,3,7" as the option's name and its values; BadInput for anything else."""
-    name, _, values = words.partition("=")
-    if name not in AXES or not values:
-        raise BadInput(f"--grid {words}: give NAME=VALUE,VALUE,..., NAME one of {', '.join(AXES)}")
-    kind = KINDS.get(AXES[name], float)
-    try:
-        return AXES[name], [kind(value.strip()) for value in values.split(",")]
-    except ValueError:
-        raise BadInput(f"--grid {words}: {name} takes {'whole numbers' if kind is int else 'numbers'}") from None
-
-
-def draw_sheets(
-    out: Path, wishes: Sequence[Wish], paths: Mapping[Wish, Path], axes: Sequence[tuple[str, list[Any]]]
-) -> None:
-    """One sheet of all pictures, or one for each prompt and seed with the axes' values at its edges."""
-    pictures = {wish: np.asarray(read_image(path)) for wish, path in paths.items()}
+def write_sheets(out: Path, jobs: Sequence[Job], paths: Mapping[Job, Path], axes: Sequence[Axis]) -> None:
+    """Write one sheet of all images, or one for each prompt and seed with the axes' values at its edges."""
+    images = {job: np.asarray(read_image(path)) for job, path in paths.items()}
     if not axes:
-        cells = [(pictures[wish], f"{wish.prompt} ({wish.seed})", False) for wish in wishes]
+        cells = [(images[job], f"{job.request.prompt} ({job.request.seed})", False) for job in jobs]
         write_sheet(labelled_sheet(cells, columns=min(8, len(cells)), zoom=1), out, "sheet")
         return
     across, down = axes[0], axes[1] if len(axes) > 1 else ("", [""])
-    per_cell = len(wishes) // (len(across[1]) * len(down[1]))
-    for number in range(per_cell):  # the wishes run over the axes first, the last of them fastest
-        alike = wishes[number::per_cell]
-        table = [[pictures[wish] for wish in alike[row :: len(down[1])]] for row in range(len(down[1]))]
+    per_cell = len(jobs) // (len(across[1]) * len(down[1]))
+    for number in range(per_cell):  # jobs run over the axes first, the last of them fastest
+        alike = jobs[number::per_cell]
+        table = [[images[job] for job in alike[row :: len(down[1])]] for row in range(len(down[1]))]
         rows, columns = ([f"{name} {value}".strip() for value in values] for name, values in (down, across))
-        write_sheet(axis_sheet(table, rows, columns, alike[0].prompt), out, "grid")
+        write_sheet(axis_sheet(table, rows, columns, alike[0].request.prompt), out, "grid")
 
 
 def write_sheet(sheet: Image.Image, out: Path, stem: str) -> None:

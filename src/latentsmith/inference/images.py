@@ -1,8 +1,11 @@
-"""Pictures to tensors and back, and networks run over large ones in tiles."""
+"""Images to tensors and back, images to start from, and networks run over large ones in tiles."""
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,51 +14,52 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import ImageRequest
+from latentsmith.models import AutoencoderKL
 
-from .options import one_each
+TILE = 64  # latents a side; a quarter of it overlaps
+DECODED_AT_ONCE = 512 * 512  # pixels, where a batch has more than one image
 
 
-def to_picture(image: Tensor) -> Image.Image | str:
-    """An image (3, height, width) in [-1, 1] as a picture of 8 bits.
+def to_image(pixels: Tensor) -> Image.Image | str:
+    """Return pixels (3, height, width) in [-1, 1] as an image of 8 bits, or why there is none, as a text.
 
-    In place of one whose values are not finite, or that is black all over, which only failures draw: what is wrong.
+    Values that are not finite and images that are black all over come from failures alone.
     """
-    if not image.isfinite().all():
+    if not pixels.isfinite().all():
         return "it holds values that are not finite: the latents are not, or the VAE fails; use float32 or bfloat16"
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    if not pixels.any():
+    rounded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    if not rounded.any():
         return "it is black all over: its latents lie outside what the VAE decodes"
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return Image.fromarray(np.ascontiguousarray(rounded))
 
 
-def from_picture(picture: Image.Image) -> Tensor:
-    """An image (3, height, width) in [-1, 1], float32; what is transparent is white, rotation of EXIF is applied."""
-    upright = eight_bits(ImageOps.exif_transpose(picture))
+def from_image(image: Image.Image) -> Tensor:
+    """Return an image as (3, height, width) in [-1, 1], float32: EXIF rotation applied, transparency on white."""
+    upright = eight_bits(ImageOps.exif_transpose(image))
     if "A" in upright.getbands() or "transparency" in upright.info:
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
     pixels = np.asarray(upright.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 
-def eight_bits(picture: Image.Image) -> Image.Image:
-    """A picture of 16 bits a channel with the upper 8 of them; any other as it is."""
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16 bits a channel with the upper 8 of them, and any other as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
-def fitted(picture: Image.Image, height: int | None, width: int | None) -> Image.Image:
-    """The picture filled into height x width, its longer side cropped at both ends; as it is where neither is given."""
-    if height is None and width is None:
-        return picture
-    size = (width or picture.width, height or picture.height)
-    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+def cropped(image: Image.Image, height: int | None, width: int | None) -> Image.Image:
+    """Return an image resized to fill height x width, its longer side cropped at both ends."""
+    size = (width or image.width, height or image.height)
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
-    """A picture to start from. image: (3, height, width) in [-1, 1]. mask: (1, height, width), 1 where to redraw; None:
-    everywhere. latent_mask: the same of the latents, 1 where any of their pixels is to be redrawn."""
+class InitImage:
+    """An image to start from. image: (3, height, width) in [-1, 1]. mask: (1, height, width), 1 where to repaint;
+    None: everywhere. latent_mask: the same of the latents, 1 where any of their pixels is to be repainted."""
 
     image: Tensor
     mask: Tensor | None
@@ -65,63 +69,110 @@ class Base:
     def size(self) -> tuple[int, int]:
         return self.image.shape[1], self.image.shape[2]
 
-    def around(self, drawn: Tensor) -> Tensor:
-        """What was drawn, with the picture's own pixels outside the mask."""
-        return drawn if self.mask is None else self.image + self.mask * (drawn - self.image)
+    def around(self, generated: Tensor) -> Tensor:
+        """Return a generated image with this one's own pixels outside the mask."""
+        return generated if self.mask is None else self.image + self.mask * (generated - self.image)
 
 
-def based_on(
-    image: Image.Image | Sequence[Image.Image] | None,
-    mask: Image.Image | Sequence[Image.Image] | None,
-    count: int,
-    height: int | None,
-    width: int | None,
-    factor: int,
-) -> list[Base | None]:
-    """What each of `count` pictures starts from; BadInput for a mask without a picture or of another size."""
-    if image is None:
-        if mask is not None:
-            raise BadInput("a mask without a picture: give the picture that it is of")
-        return [None] * count
-    pictures, masks = one_each("pictures", image, count), one_each("masks", mask, count)
-    made: dict[tuple[int, int], Base] = {}
-    for picture, own_mask in zip(pictures, masks, strict=True):
-        if (key := (id(picture), id(own_mask))) not in made:
-            made[key] = base_of(picture, own_mask, height, width, factor)
-    if len({base.size for base in made.values()}) > 1:
-        raise BadInput("the pictures to start from are of several sizes; give height and width to crop them to")
-    return [made[id(picture), id(own_mask)] for picture, own_mask in zip(pictures, masks, strict=True)]
+def prepare_init_images(
+    requests: Sequence[ImageRequest], height: int | None, width: int | None, factor: int
+) -> list[InitImage | None]:
+    """Return what each request starts from, all of one size. Raises BadInput for sizes that do not fit.
+
+    height, width: what images are cropped to; None: as they are. factor: the VAE's, which must divide both.
+    """
+    prepared: dict[tuple[int, int], InitImage] = {}
+    found: list[InitImage | None] = []
+    for request in requests:
+        if request.image is None:
+            found.append(None)
+            continue
+        key = (id(request.image), id(request.mask_image))
+        if key not in prepared:
+            prepared[key] = prepare_init_image(request.image, request.mask_image, height, width, factor)
+        found.append(prepared[key])
+    if len({each.size for each in prepared.values()}) > 1:
+        raise BadInput("the images to start from are of several sizes; give height and width to crop them to")
+    if prepared and None in found:
+        raise BadInput("some requests of a call have an image to start from and some have none; call once for each")
+    return found
 
 
-def base_of(picture: Image.Image, mask: Image.Image | None, height: int | None, width: int | None, factor: int) -> Base:
-    upright = ImageOps.exif_transpose(picture)
+def prepare_init_image(
+    image: Image.Image, mask: Image.Image | None, height: int | None, width: int | None, factor: int
+) -> InitImage:
+    upright = ImageOps.exif_transpose(image)
     if mask is not None and mask.size != upright.size:
         raise BadInput(
-            f"the mask is {mask.height}x{mask.width}, the picture {upright.height}x{upright.width}; make them one size"
+            f"the mask is {mask.height}x{mask.width}, the image {upright.height}x{upright.width}; make them one size"
         )
-    image = from_picture(fitted(upright, height, width))
-    if image.shape[1] % factor or image.shape[2] % factor:
+    pixels = from_image(cropped(upright, height, width))
+    height, width = pixels.shape[1:]
+    if height % factor or width % factor:
         raise BadInput(
-            f"a picture of {image.shape[1]}x{image.shape[2]} to start from does not divide by {factor}; "
+            f"an image of {height}x{width} to start from does not divide by {factor}; "
             "give height and width to crop it to"
         )
     if mask is None:
-        return Base(image, None, torch.ones(1, image.shape[1] // factor, image.shape[2] // factor))
-    pixels = np.asarray(fitted(light_of(mask), height, width), dtype=np.float32) / 255
-    redraw = torch.from_numpy(pixels)[None]
-    return Base(image, redraw, (F.max_pool2d(redraw, factor) > 0).float())
+        return InitImage(pixels, None, torch.ones(1, height // factor, width // factor))
+    repaint = torch.from_numpy(np.asarray(cropped(lightness(mask), height, width), dtype=np.float32) / 255)[None]
+    return InitImage(pixels, repaint, (F.max_pool2d(repaint, factor) > 0).float())
 
 
-def light_of(mask: Image.Image) -> Image.Image:
-    """A mask's lightness, what is transparent being black: kept."""
+def lightness(mask: Image.Image) -> Image.Image:
+    """Return a mask's lightness; what is transparent is black, so it is kept."""
     mask = eight_bits(mask)
     if "A" in mask.getbands() or "transparency" in mask.info:
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
     return mask.convert("L")
 
 
+def decode(vae: AutoencoderKL, vae_latents: Tensor, *, tiling: bool) -> Tensor:
+    """Return images (batch, 3, height, width), float32, of unscaled latents (batch, channels, height / f, width / f).
+
+    tiling: see SamplingOptions.vae_tiling. A VAE in float16 whose values overflow is used once more in float32, with a
+    warning.
+    """
+    at_once = max(1, DECODED_AT_ONCE // (vae_latents.shape[2] * vae_latents.shape[3] * vae.downsampling**2))
+
+    def run(network: AutoencoderKL, piece: Tensor) -> Tensor:
+        return torch.cat([network.decode(part) for part in piece.split(at_once)])
+
+    return run_vae(vae, run, vae_latents, Fraction(vae.downsampling), TILE if tiling else None)
+
+
+def encode(vae: AutoencoderKL, images: Tensor, *, tiling: bool) -> Tensor:
+    """Return unscaled latents of images in [-1, 1]: the means, float32; otherwise as `decode`."""
+
+    def run(network: AutoencoderKL, piece: Tensor) -> Tensor:
+        return torch.cat([network.mode(network.encode(part)) for part in piece.split(1)])
+
+    return run_vae(vae, run, images, Fraction(1, vae.downsampling), TILE * vae.downsampling if tiling else None)
+
+
+def run_vae(
+    vae: AutoencoderKL,
+    run: Callable[[AutoencoderKL, Tensor], Tensor],
+    tensor: Tensor,
+    scale: Fraction,
+    tile: int | None,
+) -> Tensor:
+    """Return run(vae, tensor), float32: in tiles if `tile` says how large, and in float32 where float16 overflows."""
+
+    def whole(network: AutoencoderKL) -> Tensor:
+        apply, given = partial(run, network), tensor.to(next(network.parameters()))
+        return tiled(apply, given, scale, tile=tile, overlap=tile // 4).float() if tile else apply(given).float()
+
+    found = whole(vae)
+    half = next(vae.parameters()).dtype == torch.float16
+    if half and not found.isfinite().all() and tensor.isfinite().all():
+        warnings.warn("the VAE overflows in float16 and is used in float32 instead", stacklevel=4)
+        found = whole(copy.deepcopy(vae).float())
+    return found
+
+
 def tiled(run: Callable[[Tensor], Tensor], tensor: Tensor, scale: Fraction, *, tile: int, overlap: int) -> Tensor:
-    """`run`, which turns height and width into `scale` times as much, over overlapping squares, blended linearly.
+    """Apply `run`, which turns height and width into `scale` times as much, to overlapping squares and blend them.
 
     tensor: (batch, channels, height, width). tile, overlap: in its own pixels, multiples of the scale's denominator.
     Where one tile holds it all, the result is run(tensor) itself.
@@ -130,8 +181,8 @@ def tiled(run: Callable[[Tensor], Tensor], tensor: Tensor, scale: Fraction, *, t
     if height <= tile and width <= tile:
         return run(tensor)
     total = weights = torch.zeros(())
-    for top in starts(height, tile, overlap):
-        for left in starts(width, tile, overlap):
+    for top in tile_starts(height, tile, overlap):
+        for left in tile_starts(width, tile, overlap):
             piece = run(tensor[:, :, top : top + tile, left : left + tile])
             if not total.dim():
                 size = (int(height * scale), int(width * scale))
@@ -139,21 +190,21 @@ def tiled(run: Callable[[Tensor], Tensor], tensor: Tensor, scale: Fraction, *, t
                 weights = total.new_zeros(size)
             edges = [ramp(length, int(overlap * scale)).to(piece.device) for length in piece.shape[2:]]
             weight = edges[0][:, None] * edges[1]
-            rows, columns = int(top * scale), int(left * scale)
-            place = (..., slice(rows, rows + piece.shape[2]), slice(columns, columns + piece.shape[3]))
-            total[place] += piece.float() * weight
-            weights[place] += weight
+            row, column = int(top * scale), int(left * scale)
+            window = (..., slice(row, row + piece.shape[2]), slice(column, column + piece.shape[3]))
+            total[window] += piece.float() * weight
+            weights[window] += weight
     return total / weights
 
 
-def starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin so that they overlap by at least `overlap` and the last ends at `length`."""
+def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Return where tiles begin so that they overlap by at least `overlap` and the last ends at `length`."""
     if length <= tile:
         return [0]
     return [*range(0, length - tile, tile - overlap), length - tile]
 
 
 def ramp(length: int, overlap: int) -> Tensor:
-    """Weights of a tile's pixels: 1 inside, falling towards both ends over `overlap`, never 0."""
-    near = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(near, near.flip(0)).clamp(max=overlap + 1) / (overlap + 1)
+    """Return weights of a tile's pixels: 1 inside, falling towards both ends over `overlap`, never 0."""
+    distance = torch.arange(1, length + 1, dtype=torch.float32)
+    return torch.minimum(distance, distance.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

@@ -1,10 +1,7 @@
-"""Prompts to pictures: text encoder, guided U-Net, sampler, VAE."""
+"""Prompts to images: text encoder, guided U-Net, sampler, VAE."""
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentsmith.architectures import UNET_INPUTS
 from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, reads_as_open_clip, spec_of
 from latentsmith.checkpoints.load import without_weights
 from latentsmith.cpu.packing import pack_convolutions
@@ -27,66 +25,32 @@ from latentsmith.diffusion import (
     sampling_schedule,
 )
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import ImageRequest, SamplingOptions
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.processes import pick_device
 from latentsmith.text.prompts import EncodedPrompt, embed_prompt, encode_prompt
 from latentsmith.text.tokenizer import Tokenizer
 
-from .images import Base, based_on, tiled, to_picture
-from .noise import mixed_noise, noise_of
-from .options import SamplingOptions, one_each
+from .images import InitImage, decode, encode, prepare_init_images, to_image
+from .requests import (
+    KEYWORDS,
+    SIGNATURE,
+    GeneratedImages,
+    PreparedRequest,
+    SamplingStep,
+    batches,
+    image_requests,
+    noise_generator,
+    sampler_keywords,
+    split_keywords,
+    start_noise,
+    unit_noise,
+)
 from .scaling import to_latents, to_vae_latents
-
-TILE, OVERLAP = 64, 16  # latents
-AT_ONCE = 512 * 512  # pixels decoded at a time, where there is more than one picture
-OTHER_KINDS = {9: "an inpainting model: ", 8: "an instruct-pix2pix model: ", 5: "a depth model: "}  # by input channels
-
-
-@dataclass(frozen=True, eq=False)
-class SamplingStep:
-    """A batch of pictures after one step; `Pipeline.pictures` shows it.
-
-    numbers: which of the prompts they are of. step: done, from 1, of `steps`. latents: as they are; after the last
-    step the result. denoised: what they are expected to become. Both scaled, (batch, channels, height / f, width / f).
-    bases: what each picture started from, if anything.
-    """
-
-    numbers: tuple[int, ...]
-    step: int
-    steps: int
-    latents: Tensor
-    denoised: Tensor
-    bases: tuple[Base | None, ...]
-    options: SamplingOptions
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.steps
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """One picture to draw. null: away from the null text of the training, rather than from a negative prompt.
-    noise: in place of the seed's."""
-
-    number: int
-    prompt: EncodedPrompt
-    negative: EncodedPrompt
-    null: bool
-    guidance_scale: float
-    seed: int
-    variation_seed: int
-    noise: Tensor | None
-    base: Base | None
-
-    @property
-    def chunks(self) -> int:
-        """Stretches of text that both prompts are filled up to; without guidance the negative one plays no part."""
-        own = len(self.prompt.chunks)
-        return own if self.guidance_scale == 1 else max(own, len(self.negative.chunks))
 
 
 class Pipeline:
-    """A whole model, ready to draw: `pipeline(["a red circle"])` gives pictures.
+    """A whole model, ready to make images: `pipeline("a red circle").images`.
 
     Parts can be replaced: unet, vae, text_encoder, tokenizer, schedule; spec says what else the model is.
     """
@@ -96,9 +60,10 @@ class Pipeline:
     ):
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.spec = unet, vae, text_encoder, tokenizer, spec
         if unet.in_channels != vae.embed_dim:
+            kind = UNET_INPUTS.get(unet.in_channels)
             raise BadInput(
-                f"{OTHER_KINDS.get(unet.in_channels, '')}the U-Net takes {unet.in_channels} channels, the VAE's "
-                f"latents have {vae.embed_dim}; only models that draw from text alone can be run"
+                f"{f'{kind}: ' if kind else ''}the U-Net takes {unet.in_channels} channels, the VAE's latents have "
+                f"{vae.embed_dim}; only models that sample from text alone can be run"
             )
         self.schedule = NoiseSchedule.from_config(
             spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps, cosine_s=spec.cosine_s
@@ -116,7 +81,7 @@ class Pipeline:
         tokenizer: str | Path | None = None,
         pad_to: int | None = None,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: "torch.dtype | str" = "auto",
     ) -> "Pipeline":
         """Open a run folder, a diffusers folder, a single file, a .nemo or a hub name ("owner/name"), or take an opened
         checkpoint.
@@ -124,7 +89,7 @@ class Pipeline:
         prediction_type: overrides what the checkpoint says. weights: "ema" or "raw". tokenizer: a folder or file to
         use in place of the checkpoint's own. pad_to: length up to which text embeddings are filled with zeros, as NeMo
         trains v1 with 80; 0: not at all; None: as the checkpoint was trained. device: "auto" (cuda, mps, cpu) by
-        default. dtype: float32 by default.
+        default. dtype: "auto" is float32.
         Raises BadInput for a file that cannot be read or is not a whole model.
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, weights)
@@ -139,20 +104,30 @@ class Pipeline:
             "vae": loaded(AutoencoderKL, spec.first_stage_config, checkpoint, "vae"),
             "text_encoder": loaded(ClipTextEncoder, spec.cond_stage_config, checkpoint, "text_encoder"),
         }
-        length = networks["text_encoder"].max_length
-        open_clip = reads_as_open_clip(checkpoint, spec)
-        words = Tokenizer.find(tokenizer, checkpoint.path, length, cleaning="open_clip" if open_clip else None)
-        known = networks["text_encoder"].vocab_size
-        if words.vocab_size > known:
+        length, vocab_size = networks["text_encoder"].max_length, networks["text_encoder"].vocab_size
+        cleaning = "open_clip" if reads_as_open_clip(checkpoint, spec) else None
+        found = Tokenizer.find(tokenizer, checkpoint.path, length, cleaning=cleaning)
+        if found.vocab_size > vocab_size:
             raise BadInput(
-                f"{checkpoint.path}: the tokenizer found has {words.vocab_size:,} tokens, its text encoder knows "
-                f"{known:,}; give the model's own tokenizer"
+                f"{checkpoint.path}: the tokenizer found has {found.vocab_size:,} tokens, its text encoder "
+                f"{vocab_size:,}; give the model's own tokenizer"
             )
-        place, kind = torch.device(pick_device(device)), dtype or torch.float32
         for network in networks.values():
-            network.to(place, kind).eval().requires_grad_(False)
-            pack_convolutions(network)
-        return cls(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
+            network.eval().requires_grad_(False)
+        pipeline = cls(tokenizer=found, spec=spec, **networks)  # type: ignore[arg-type]
+        return pipeline.to(pick_device(device), torch.float32 if isinstance(dtype, str) else dtype)
+
+    def to(
+        self, device: "str | torch.device | torch.dtype | None" = None, dtype: torch.dtype | None = None
+    ) -> "Pipeline":
+        """Move the networks, in place, and return this pipeline. As in diffusers a dtype may be given alone."""
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device=device, dtype=dtype)
+            if self.device.type == "cpu":
+                pack_convolutions(network)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -160,275 +135,257 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that the model was made for."""
+        """Side in pixels of the images that the model was made for."""
         return self.spec.image_size * self.vae.downsampling
 
     def __call__(
-        self, prompts: str | Sequence[str], negative_prompts: str | Sequence[str] | None = None, **keywords: Any
-    ) -> list[Image.Image]:
-        """One picture for each prompt; the keywords are those of `stream`."""
-        pictures: dict[int, Image.Image] = {}
-        for drawing in self.stream(prompts, negative_prompts, **keywords):
-            if drawing.done:
-                pictures |= zip(drawing.numbers, self.pictures(drawing), strict=True)
-        return [pictures[number] for number in sorted(pictures)]
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, **keywords: Any
+    ) -> GeneratedImages:
+        """Return the images of prompts; the keywords are those of `stream`."""
+        images: dict[ImageRequest, Image.Image] = {}
+        batch_size = keywords.pop("batch_size", KEYWORDS["batch_size"])
+        requests, options = self._requests(prompt, negative_prompt, keywords)
+        for step in self.stream_requests(requests, options, batch_size=batch_size):
+            if step.done:
+                images |= zip(step.requests, self.images_of(step), strict=True)
+        return GeneratedImages([images[request] for request in requests])
 
     def stream(
-        self,
-        prompts: str | Sequence[str],
-        negative_prompts: str | Sequence[str | None] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | Sequence[int] = 0,
-        variation_seed: int | Sequence[int] = 0,
-        latents: Tensor | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        mask: Image.Image | Sequence[Image.Image] | None = None,
-        batch_size: int = 8,
-        **options: Any,
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, **keywords: Any
     ) -> Iterator[SamplingStep]:
-        """Every step of every batch, so that the caller owns progress, previews and stopping.
+        """Return the steps of every batch, so that the caller owns progress, previews and stopping.
 
-        negative_prompts: one for all or one each; None uses the null text that the model was trained with, "" always
-        encodes the empty prompt. height, width: in pixels; by default the picture's to start from, else image_size.
-        seed: of the noise; one for all, or one each. variation_seed: see variation_strength. latents: noise of unit
-        variance (prompts, channels, height / f, width / f) to start from in place of the seeds'.
-        image: a picture to start from, one for all or one each, cropped to height and width if these are given.
-        mask: of the picture's size, white where to redraw; the rest stays as it is, pixel for pixel.
-        batch_size: pictures at a time, which changes none of them. options: the fields of SamplingOptions.
-        Raises BadInput, at once, for what cannot be drawn; warns of prompts that are cut.
+        The keywords are the fields of ImageRequest, one value for all prompts or one for each (latents and generator:
+        for each image), the fields of SamplingOptions, num_images_per_prompt, and batch_size: the images sampled
+        together, which changes none of them.
+        Raises BadInput, at once, for what cannot be made and TypeError for unknown keywords; warns of cut prompts.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        count = len(prompts)
+        batch_size = keywords.pop("batch_size", KEYWORDS["batch_size"])
+        return self.stream_requests(*self._requests(prompt, negative_prompt, keywords), batch_size=batch_size)
+
+    def _requests(self, prompt: Any, negative_prompt: Any, keywords: Any) -> tuple[list[ImageRequest], SamplingOptions]:
+        of_requests, options = split_keywords(keywords)
+        return image_requests(prompt, negative_prompt, **of_requests), options
+
+    def stream_requests(
+        self, requests: Sequence[ImageRequest], options: SamplingOptions, *, batch_size: int = 8
+    ) -> Iterator[SamplingStep]:
+        """As `stream`, for requests that already exist."""
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}; it must be at least 1")
-        bases = based_on(image, mask, count, height, width, self.vae.downsampling)
-        side = bases[0].size if bases and bases[0] else (self.image_size, self.image_size)
-        wanted = SamplingOptions(side[0] if height is None else height, side[1] if width is None else width, **options)
-        self.check(prompts, wanted)
-        if image is not None and int(wanted.steps * wanted.strength) < 1:
-            raise BadInput(f"strength {wanted.strength} of {wanted.steps} steps leaves none; give more of either")
-        if latents is not None and latents.shape != (count, *self.latent_shape(wanted)):
-            raise BadInput(
-                f"latents are {tuple(latents.shape)}; {count} pictures of {wanted.height}x{wanted.width} "
-                f"start from {(count, *self.latent_shape(wanted))}"
-            )
-        negatives = one_each("negative prompts", negative_prompts, count)
-        read = partial(
-            encode_prompt, tokenizer=self.tokenizer, syntax=wanted.prompt_syntax, long_prompts=wanted.long_prompts
+        options, prepared = self.prepare(requests, options)
+        return self._stream(prepared, options, batch_size)
+
+    def prepare(
+        self, requests: Sequence[ImageRequest], options: SamplingOptions
+    ) -> tuple[SamplingOptions, list[PreparedRequest]]:
+        """Return the options with height and width, and the requests ready to sample. Raises BadInput."""
+        if not requests:
+            raise BadInput("no prompt: give at least one")
+        init_images = prepare_init_images(requests, options.height, options.width, self.vae.downsampling)
+        options = self.completed(options, init_images[0])
+        shape = self.latent_shape(options)
+        for request in requests:
+            if request.latents is not None and request.latents.shape != shape:
+                raise BadInput(
+                    f"latents of an image are {tuple(request.latents.shape)}; images of "
+                    f"{options.height}x{options.width} start from {shape}"
+                )
+        encode = partial(
+            encode_prompt, tokenizer=self.tokenizer, syntax=options.prompt_syntax, long_prompts=options.long_prompts
         )
-        encoded = {text: read(text) for text in dict.fromkeys([*prompts, *(text or "" for text in negatives)])}
-        columns = zip(
-            prompts,
-            negatives,
-            one_each("guidance scales", wanted.guidance_scale, count),
-            one_each("seeds", seed, count),
-            one_each("variation seeds", variation_seed, count),
-            [None] * count if latents is None else latents,
-            bases,
-            strict=True,
-        )
-        orders = [
-            Order(number, encoded[prompt], encoded[negative or ""], negative is None, *rest)
-            for number, (prompt, negative, *rest) in enumerate(columns)
+        texts = [text or "" for request in requests for text in (request.prompt, request.negative_prompt)]
+        encoded = {text: encode(text) for text in dict.fromkeys(texts)}
+        return options, [
+            PreparedRequest(request, encoded[request.prompt], encoded[request.negative_prompt or ""], init_image)
+            for request, init_image in zip(requests, init_images, strict=True)
         ]
-        return self._draw(orders, wanted, batch_size)
 
-    def _draw(self, orders: Sequence[Order], options: SamplingOptions, batch_size: int) -> Iterator[SamplingStep]:
-        grid, known = self.grid(options), dict[tuple[EncodedPrompt, int], Tensor]()
-        for batch in batches(orders, batch_size):
-            yield from self._draw_batch(batch, options, grid, known)
-
-    @torch.no_grad()
-    def _draw_batch(
-        self,
-        orders: Sequence[Order],
-        options: SamplingOptions,
-        grid: SamplingSchedule,
-        known: dict[tuple[EncodedPrompt, int], Tensor],
-    ) -> Iterator[SamplingStep]:
-        denoiser = Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=grid.timestep_at)
-        denoise: Any = GuidedDenoiser(
-            denoiser,
-            *self.conditionings(orders, known),
-            scale_of([order.guidance_scale for order in orders]),
-            rescale=options.guidance_rescale,
-            one_batch=not options.split_guidance,
-        )
-        draws = [torch.Generator("cpu").manual_seed(order.seed) for order in orders]
-        start = torch.stack([self.noise(order, options, draw) for order, draw in zip(orders, draws, strict=True)])
-        start = start.to(self.device)
-        bases, mask = tuple(order.base for order in orders), None
-        if orders[0].base is not None:
-            grid = grid.from_step(grid.steps - int(grid.steps * options.strength))
-            clean = self.encode(torch.stack([base.image for base in bases if base]), tiling=options.vae_tiling)
-            start = (clean + grid.sigmas[0].item() * start) / grid.start_scale
-            if any(base.mask is not None for base in bases if base):
-                mask = torch.stack([base.latent_mask for base in bases if base]).to(self.device)
-                denoise = inpainting_denoiser(denoise, mask, clean)
-
-        def noise_sampler(step: int) -> Tensor:
-            return torch.stack([noise_of(draw, start.shape[1:]) for draw in draws]).to(self.device)
-
-        numbers = tuple(order.number for order in orders)
-        for step in sample(
-            options.sampler, denoise, start, grid, noise_sampler=noise_sampler, **options.sampler_options
-        ):
-            latents = step.latents
-            if mask is not None and step.index + 1 == grid.steps:  # grids may end a little above sigma 0
-                latents = clean + mask * (latents - clean)
-            yield SamplingStep(numbers, step.index + 1, grid.steps, latents, step.denoised, bases, options)
-
-    def conditionings(
-        self, orders: Sequence[Order], known: dict[tuple[EncodedPrompt, int], Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """What the U-Net takes besides, with the prompts and without. Each distinct prompt is encoded once, and kept in
-        `known` for the next batch."""
-        chunks = orders[0].chunks
-        guided = any(order.guidance_scale != 1 for order in orders)
-        distinct = dict.fromkeys(prompt for order in orders for prompt in (order.prompt, order.negative)[: 1 + guided])
-        found = {
-            prompt: known[prompt, chunks]
-            if (prompt, chunks) in known
-            else embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder)
-            for prompt in distinct
-        }
-        known.clear()
-        known.update({(prompt, chunks): embedded for prompt, embedded in found.items()})
-        context = {"context": torch.stack([found[order.prompt] for order in orders])}
-        if not guided:
-            return context, None
-        zeroed = self.spec.null_text == "zero"
-        null = [found[order.negative] * (not (order.null and zeroed)) for order in orders]
-        return context, {"context": torch.stack(null)}
-
-    def pictures(self, drawing: SamplingStep) -> list[Image.Image]:
-        """The pictures of a batch: the result after its last step, before that what is expected."""
-        decode_or_error = self.decode_or_error(drawing)
-        if failed := [picture for picture in decode_or_error if isinstance(picture, str)]:
-            raise BadInput(failed[0])
-        return decode_or_error  # type: ignore[return-value]
-
-    def decode_or_error(self, drawing: SamplingStep) -> list[Image.Image | str]:
-        """As `pictures`, but for one that cannot be shown the reason in its place, so that the others are not lost."""
-        images = self.decode(drawing.latents if drawing.done else drawing.denoised, tiling=drawing.options.vae_tiling)
-        pairs = zip(drawing.bases, images.cpu(), strict=True)
-        return [to_picture(base.around(image) if base else image) for base, image in pairs]
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
-        """Images (batch, 3, height, width) of scaled latents, float32, about in [-1, 1].
-
-        A VAE in float16 whose values overflow is used once more in float32, with a warning. tiling: see
-        SamplingOptions.vae_tiling.
-        """
-        return self._with_vae(partial(self._decoded, latents=latents, tiling=tiling), latents)
-
-    def _with_vae(self, run: Callable[[AutoencoderKL], Tensor], given: Tensor) -> Tensor:
-        """What `run` makes of a finite `given` with the VAE, once more in float32 where float16 overflows."""
-        found = run(self.vae)
-        half = next(self.vae.parameters()).dtype == torch.float16
-        if half and not found.isfinite().all() and given.isfinite().all():
-            warnings.warn("the VAE overflows in float16 and is used in float32 instead", stacklevel=3)
-            found = run(copy.deepcopy(self.vae).float())
-        return found
-
-    def _decoded(self, vae: AutoencoderKL, latents: Tensor, tiling: bool) -> Tensor:
-        given = to_vae_latents(latents, self.spec.scale_factor).to(next(vae.parameters()).dtype)
-        at_once = max(1, AT_ONCE // (given.shape[2] * given.shape[3] * vae.downsampling**2))
-
-        def run(piece: Tensor) -> Tensor:
-            return torch.cat([vae.decode(part) for part in piece.split(at_once)])
-
-        if not tiling:
-            return run(given).float()
-        return tiled(run, given, Fraction(vae.downsampling), tile=TILE, overlap=OVERLAP).float()
-
-    @torch.no_grad()
-    def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
-        """Scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
-        return self._with_vae(partial(self._encoded, images=images, tiling=tiling), images)
-
-    def _encoded(self, vae: AutoencoderKL, images: Tensor, tiling: bool) -> Tensor:
-        factor = vae.downsampling
-        given = images.to(self.device, next(vae.parameters()).dtype)
-
-        def run(piece: Tensor) -> Tensor:
-            return torch.cat([vae.mode(vae.encode(part)) for part in piece.split(1)])
-
-        sizes = dict(tile=TILE * factor, overlap=OVERLAP * factor)
-        found = tiled(run, given, Fraction(1, factor), **sizes) if tiling else run(given)
-        return to_latents(found.float(), self.spec.scale_factor)
+    def completed(self, options: SamplingOptions, init_image: InitImage | None = None) -> SamplingOptions:
+        """Return the options with height and width. Raises BadInput, in one line, for what cannot be sampled."""
+        height, width = init_image.size if init_image else (self.image_size, self.image_size)
+        options = replace(options, height=options.height or height, width=options.width or width)
+        factor = self.vae.downsampling
+        if options.size[0] % factor or options.size[1] % factor:
+            raise BadInput(f"images of {options.height}x{options.width} do not divide by {factor}, the VAE's factor")
+        try:
+            self.sampling_schedule(options)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+        if options.eta > 0 and "eta" not in sampler_keywords(options):
+            raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
+        if init_image and int(options.num_inference_steps * options.strength) < 1:
+            raise BadInput(
+                f"strength {options.strength} of {options.num_inference_steps} steps leaves none; give more of either"
+            )
+        return options
 
     def latent_shape(self, options: SamplingOptions) -> tuple[int, int, int]:
         factor = self.vae.downsampling
-        return self.unet.in_channels, options.height // factor, options.width // factor
+        return self.unet.in_channels, options.size[0] // factor, options.size[1] // factor
 
-    def noise(self, order: Order, options: SamplingOptions, generator: torch.Generator) -> Tensor:
-        """The start of a picture, a function of its own seeds alone; the first draw of the generator."""
-        shape = self.latent_shape(options)
-        own = noise_of(generator, shape)
-        if options.variation_strength:
-            other = noise_of(torch.Generator("cpu").manual_seed(order.variation_seed), shape)
-            own = mixed_noise(own, other, options.variation_strength)
-        return own if order.noise is None else order.noise.cpu()
-
-    def grid(self, options: SamplingOptions) -> SamplingSchedule:
-        """The noise levels to visit, laid as the checkpoint's scheduler config says; ValueError if they cannot be."""
+    def sampling_schedule(self, options: SamplingOptions) -> SamplingSchedule:
+        """Return the sigmas to visit, spaced as the checkpoint's scheduler config says. Raises ValueError."""
         spec = self.spec
         return sampling_schedule(
             self.schedule,
             options.sampler,
-            options.steps,
-            spacing=options.spacing or spec.timestep_spacing,
+            options.num_inference_steps,
+            spacing=options.timestep_spacing or spec.timestep_spacing,
             steps_offset=spec.steps_offset,
             set_alpha_to_one=spec.set_alpha_to_one,
         )
 
-    def check(self, prompts: Sequence[str], options: SamplingOptions) -> None:
-        """Raise BadInput, in one line, for what cannot be drawn."""
-        factor = self.vae.downsampling
-        if not prompts:
-            raise BadInput("no prompt to draw")
-        if options.height % factor or options.width % factor:
-            raise BadInput(f"pictures of {options.height}x{options.width} do not divide by {factor}, the VAE's factor")
-        try:
-            self.grid(options)
-        except ValueError as error:
-            raise BadInput(str(error)) from None
+    def _stream(
+        self, prepared: Sequence[PreparedRequest], options: SamplingOptions, batch_size: int
+    ) -> Iterator[SamplingStep]:
+        prompt_cache: dict[tuple[EncodedPrompt, int], Tensor] = {}
+        for batch in batches(prepared, batch_size):
+            yield from self._sample_batch(batch, options, *self._embed(batch, batch[0].chunks, prompt_cache))
+
+    @torch.no_grad()
+    def _embed(
+        self, batch: Sequence[PreparedRequest], chunks: int, prompt_cache: dict[tuple[EncodedPrompt, int], Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return text embeddings for the conditional and unconditional passes, (batch, chunks * length, context_dim).
+
+        Each distinct prompt is encoded once, and kept in prompt_cache for the next batch.
+        """
+        guided = any(each.request.guidance_scale != 1 for each in batch)
+        prompts = [each.prompt for each in batch] + ([each.negative for each in batch] if guided else [])
+        found = {
+            prompt: prompt_cache[prompt, chunks]
+            if (prompt, chunks) in prompt_cache
+            else embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder)
+            for prompt in dict.fromkeys(prompts)
+        }
+        prompt_cache.clear()
+        prompt_cache.update({(prompt, chunks): embedding for prompt, embedding in found.items()})
+        text = torch.stack([found[each.prompt] for each in batch])
+        if not guided:
+            return text, None
+        zero = self.spec.null_text == "zero"
+        null = [
+            torch.zeros_like(found[each.negative])
+            if zero and each.request.negative_prompt is None
+            else found[each.negative]
+            for each in batch
+        ]
+        return text, torch.stack(null)
+
+    @torch.no_grad()
+    def _sample_batch(
+        self,
+        batch: Sequence[PreparedRequest],
+        options: SamplingOptions,
+        text_embeddings: Tensor,
+        null_text_embeddings: Tensor | None,
+    ) -> Iterator[SamplingStep]:
+        schedule = self.sampling_schedule(options)
+        denoise: Any = GuidedDenoiser(
+            Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=schedule.timestep_at),
+            {"context": text_embeddings},
+            None if null_text_embeddings is None else {"context": null_text_embeddings},
+            common_or_each([each.request.guidance_scale for each in batch]),
+            rescale=options.guidance_rescale,
+            one_batch=not options.split_guidance,
+        )
+        generators = [noise_generator(each.request) for each in batch]
+        shape = self.latent_shape(options)
+        pairs = zip(batch, generators, strict=True)
+        start = torch.stack([start_noise(each.request, shape, generator).to(self.device) for each, generator in pairs])
+        init_images, mask = [each.init_image for each in batch if each.init_image], None
+        if init_images:
+            schedule = schedule.from_step(schedule.steps - int(schedule.steps * options.strength))
+            clean = self.encode(torch.stack([each.image for each in init_images]), tiling=options.vae_tiling)
+            start = (clean + schedule.sigmas[0].item() * start) / schedule.start_scale
+            if any(each.mask is not None for each in init_images):
+                mask = torch.stack([each.latent_mask for each in init_images]).to(self.device)
+                denoise = inpainting_denoiser(denoise, mask, clean)
+
+        def noise_sampler(step: int) -> Tensor:
+            return torch.stack([unit_noise(generator, shape).to(self.device) for generator in generators])
+
+        steps = sample(
+            options.sampler, denoise, start, schedule, noise_sampler=noise_sampler, **sampler_keywords(options)
+        )
+        for step in steps:
+            latents = step.latents
+            if mask is not None and step.index + 1 == schedule.steps:  # schedules may end a little above sigma 0
+                latents = clean + mask * (latents - clean)
+            yield SamplingStep(tuple(batch), step.index + 1, schedule.steps, latents, step.denoised, options)
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None = None,
+        *,
+        prompt_syntax: str = "plain",
+        long_prompts: str = "chunks",
+    ) -> tuple[Tensor, Tensor]:
+        """Return text embeddings of prompts and of negative prompts (or the null text), for `sample`.
+
+        Both (batch, tokens, context_dim), all as long as the longest prompt. Keywords: as in SamplingOptions.
+        """
+        options = SamplingOptions(prompt_syntax=prompt_syntax, long_prompts=long_prompts)
+        _, prepared = self.prepare(image_requests(prompt, negative_prompt), options)
+        text, null = self._embed(prepared, max(each.chunks for each in prepared), {})
+        assert null is not None
+        return text, null
+
+    @torch.no_grad()
+    def sample(self, text_embeddings: Tensor, null_text_embeddings: Tensor | None = None, **keywords: Any) -> Tensor:
+        """Return scaled latents (batch, channels, height / f, width / f) sampled for text embeddings, for `decode`.
+
+        text_embeddings, null_text_embeddings: as `encode_prompt` returns them; without the second guidance is off.
+        keywords: those of `stream` that are not about text; seed i for embedding i is given as a list.
+        """
+        if null_text_embeddings is None:
+            keywords = {"guidance_scale": 1.0} | keywords
+        options, batch = self.prepare(*self._requests([""] * len(text_embeddings), None, keywords))
+        if null_text_embeddings is None and any(each.request.guidance_scale != 1 for each in batch):
+            raise BadInput("guidance_scale other than 1 needs null_text_embeddings")
+        *_, last = self._sample_batch(batch, options, text_embeddings, null_text_embeddings)
+        return last.latents
+
+    def images_of(self, step: SamplingStep) -> list[Image.Image]:
+        """Return the images of a batch: the result after its last step, before that what is expected."""
+        images = self.decode_or_error(step)
+        if errors := [image for image in images if isinstance(image, str)]:
+            raise BadInput(errors[0])
+        return images  # type: ignore[return-value]
+
+    def decode_or_error(self, step: SamplingStep) -> list[Image.Image | str]:
+        """As `images_of`, with a reason in place of an image that cannot be shown, so that the others are not lost."""
+        images = self.decode(step.latents if step.done else step.denoised, tiling=step.options.vae_tiling).cpu()
+        pairs = zip(step.batch, images, strict=True)
+        return [to_image(each.init_image.around(image) if each.init_image else image) for each, image in pairs]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
+        """Return images (batch, 3, height, width) of scaled latents, float32, about in [-1, 1]."""
+        return decode(self.vae, to_vae_latents(latents, self.spec.scale_factor), tiling=tiling)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
+        """Return scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
+        return to_latents(encode(self.vae, images, tiling=tiling), self.spec.scale_factor)
 
 
-def batches(orders: Sequence[Order], size: int) -> Iterator[list[Order]]:
-    """At most `size` pictures at a time, all with prompts of as many chunks, so that none depends on the others."""
-    by_length: dict[int, list[Order]] = {}
-    for order in orders:
-        by_length.setdefault(order.chunks, []).append(order)
-    for alike in by_length.values():
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def scale_of(scales: Sequence[float]) -> Tensor | float:
-    """One number where all are the same."""
+def common_or_each(scales: Sequence[float]) -> Tensor | float:
+    """Return one number where all are the same, else a tensor."""
     return scales[0] if len(set(scales)) == 1 else torch.tensor(scales)
 
 
-def loaded(kind: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
-    """A network of `config` filled, strictly, from a part of the checkpoint, without initialising it first."""
+def loaded(cls: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
+    """Return a network of `config` filled, strictly, from a part of the checkpoint, without initialising it first."""
     with without_weights():
-        module = kind(**config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        network = cls(**config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     tensors = {name: tensor.read() for name, tensor in match(checkpoint, part, shapes).items()}
-    module.load_state_dict(tensors, assign=True)
-    return module
+    network.load_state_dict(tensors, assign=True)
+    return network
 
 
-def pick_device(device: str | None) -> str:
-    """The device to run on: the one named, or the first there is of cuda, mps and cpu."""
-    if device not in (None, "auto"):
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise BadInput(f"device {device}: {str(error).splitlines()[0]}") from None
-        return str(device)
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+for _method in (Pipeline.__call__, Pipeline.stream):
+    _method.__signature__ = SIGNATURE  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""PNGs that say how they were made: as JSON of our own, and as the `parameters` text of web UIs."""
+"""PNGs that record how they were made: as JSON of our own, and as the `parameters` text of web UIs."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
+from latentsmith.image_request import ImageRequest, options_of
 
 OWN_KEY = "latentsmith"
 LONGEST_STEM = 60
@@ -22,29 +23,29 @@ WEB_NAMES = {
 }  # fmt: skip
 
 
-def save_picture(picture: Image.Image, folder: Path, made: Mapping[str, Any], name: str | None = None) -> Path:
+def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], name: str | None = None) -> Path:
     """Write a PNG under a name of letters, digits and dashes that no other file has, whoever else writes there.
 
-    made: what drew it; "prompt", "negative_prompt", "seed" and "options" are read here. name: write NAME.png instead.
+    metadata: as GenerationModel makes it. name: write NAME.png instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", made["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "picture"
+    stem = re.sub(r"[^a-z0-9]+", "-", metadata["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "image"
     info = PngInfo()
-    info.add_text(OWN_KEY, json.dumps(made))
-    info.add_itxt("parameters", parameters_text(made, picture.size).encode("utf-8", "replace").decode())
-    path = free_path(folder, f"{stem}-seed{made['seed']}") if name is None else folder / f"{name}.png"
+    info.add_text(OWN_KEY, json.dumps(metadata))
+    info.add_itxt("parameters", parameters_text(metadata, image.size).encode("utf-8", "replace").decode())
+    path = free_path(folder, f"{stem}-seed{metadata['seed']}") if name is None else folder / f"{name}.png"
     try:
         with atomic_open(path) as file:
-            picture.save(file, format="PNG", pnginfo=info)
+            image.save(file, format="PNG", pnginfo=info)
     except BaseException:
-        if name is None:  # the empty file that held the name
+        if name is None:  # the empty file that reserved the name
             path.unlink(missing_ok=True)
         raise
     return path
 
 
 def free_path(folder: Path, stem: str) -> Path:
-    """A new, empty file: stem.png, stem-2.png, ...; taken in one step, so that no two writers get the same."""
+    """Make a new, empty file: stem.png, stem-2.png, ...; in one step, so that no two writers get the same."""
     number = 1
     while True:
         path = folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
@@ -55,45 +56,38 @@ def free_path(folder: Path, stem: str) -> Path:
             number += 1
 
 
-def parameters_text(made: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """The text that web UIs read back: prompt, negative prompt, then settings by name."""
-    options = made["options"]
-    negative = f"\nNegative prompt: {made['negative_prompt']}" if made["negative_prompt"] else ""
+def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
+    """Return the text that web UIs read back: prompt, negative prompt, then settings by their names there."""
+    options, varied = metadata["options"], metadata["variation_strength"]
+    negative = f"\nNegative prompt: {metadata['negative_prompt']}" if metadata["negative_prompt"] else ""
     settings = {
-        "Steps": options["steps"],
-        "Sampler": WEB_NAMES[made["sampler"]],
+        "Steps": options["num_inference_steps"],
+        "Sampler": WEB_NAMES.get(metadata["sampler"], metadata["sampler"]),
         "Schedule type": "Karras" if "karras" in options["sampler"].lower() else None,
-        "CFG scale": options["guidance_scale"],
-        "Seed": made["seed"],
+        "CFG scale": metadata["guidance_scale"],
+        "Seed": metadata["seed"],
         "Size": f"{size[0]}x{size[1]}",
-        "Model hash": made["model"]["hash"][:10],
-        "Model": Path(made["model"]["from"]).stem.replace(",", " "),
-        "Denoising strength": options["strength"] if made["image"] else None,
-        "Variation seed": made["variation_seed"] if options["variation_strength"] else None,
-        "Variation seed strength": options["variation_strength"] or None,
+        "Model hash": metadata["model"]["hash"][:10],
+        "Model": Path(metadata["model"]["from"]).stem.replace(",", " "),
+        "Denoising strength": options["strength"] if metadata["image"] else None,
+        "Variation seed": metadata["variation_seed"] if varied else None,
+        "Variation seed strength": varied or None,
         "Eta": options["eta"] or None,
         "RNG": "CPU",
-        "Version": f"latentsmith {made['versions']['latentsmith']}",
+        "Version": f"latentsmith {metadata['versions']['latentsmith']}",
     }
-    return (
-        made["prompt"]
-        + negative
-        + "\n"
-        + ", ".join(f"{k}: {value}" for k, value in settings.items() if value is not None)
-    )
+    listed = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    return f"{metadata['prompt']}{negative}\n{listed}"
 
 
-def read_made(path: Path) -> dict[str, Any]:
-    """What a picture says of how it was made; BadInput for a file that is no picture of ours."""
-    with open_image(path) as picture:
-        text = picture.info.get(OWN_KEY)
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what an image records of how it was made. Raises BadInput for a file that is no image of ours."""
+    with open_image(path) as image:
+        text = image.info.get(OWN_KEY)
     try:
-        made = json.loads(text or "")
-        model = {name: made["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}
-        return {**made, "seed": int(made["seed"]), "variation_seed": int(made["variation_seed"]),
-                "prompt": str(made["prompt"]), "negative_prompt": made["negative_prompt"],
-                "options": dict(made["options"]), "model": {**made["model"], **model}}  # fmt: skip
+        metadata = json.loads(text or "")
+        known = {name: metadata["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}
+        ImageRequest(metadata["prompt"], **{name: metadata[name] for name in options_of(ImageRequest)})
+        return {**metadata, "options": dict(metadata["options"]), "model": {**metadata["model"], **known}}
     except (ValueError, KeyError, TypeError):
-        raise BadInput(
-            f"{path}: does not say how it was made; `latentsmith generate` writes pictures that do"
-        ) from None
+        raise BadInput(f"{path}: does not record how it was made; images of `latentsmith generate` do") from None

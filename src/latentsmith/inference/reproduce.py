@@ -1,4 +1,4 @@
-"""`latentsmith generate --again`: is a picture what its checkpoint draws?"""
+"""`latentsmith generate --again`: does a checkpoint still make this image?"""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,38 +9,41 @@ import numpy as np
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import read_image
+from latentsmith.image_request import ImageRequest, SamplingOptions, options_of
 
-from . import SamplingOptions
 from .generate import generate
-from .png import read_made
+from .png import read_metadata
 
 ROUNDING = 1  # of 255: sums over another batch are rounded in another order
 
 
-def again(picture: Path, out: Path, *, source: str | None = None, device: str = "auto", **moved: Any) -> bool:
-    """Make a picture again into `out` from what it says of itself; prints what differs; returns whether nothing does.
+def reproduce(original: Path, out: Path, *, source: str | None = None, device: str = "auto", **moved: Any) -> bool:
+    """Make an image again into `out` from its metadata; print what differs; return whether nothing does.
 
     source, and image, mask and tokenizer among `moved`: where these lie now, if elsewhere.
-    A difference of 1 of 255 is told and counts as none.
+    A difference of 1 of 255 is reported and counts as none.
     """
-    made = read_made(picture)
-    options, model = made["options"], made["model"]
+    metadata = read_metadata(original)
+    options, model = metadata["options"], metadata["model"]
     if unknown := options.keys() - {field.name for field in fields(SamplingOptions)}:
-        raise BadInput(f"{picture}: made with {min(unknown)}, which this version does not know; use a newer one")
-    files: dict[str, Any] = {name: Path(made[name]["file"]) for name in ("image", "mask") if made.get(name)}
-    files |= {"tokenizer": made["tokenizer"]} if made.get("tokenizer") else {}
+        raise BadInput(f"{original}: made with {min(unknown)}, which this version does not know; use a newer one")
+    files: dict[str, Any] = {name: Path(metadata[name]["file"]) for name in ("image", "mask") if metadata.get(name)}
+    if metadata.get("tokenizer"):
+        files["tokenizer"] = metadata["tokenizer"]
+    own = {name: metadata[name] for name in options_of(ImageRequest)}
     (path,) = generate(
-        source or model["from"], [made["prompt"]], out, negative_prompt=made["negative_prompt"], seed=made["seed"],
-        variation_seed=made["variation_seed"], device=device, dtype=model["dtype"], weights=model["weights"],
-        prediction_type=model["prediction_type"], batch_size=1, **{**files, **moved, **options},
+        source or model["from"], [metadata["prompt"]], out, device=device, dtype=model["dtype"],
+        weights=model["weights"], prediction_type=model["prediction_type"], batch_size=1,
+        **{**files, **moved, **own, **options},
     )  # fmt: skip
-    changed = list(differences(made, read_made(path)))
-    print(*changed, sep="\n", end="\n" * bool(changed))
-    pixels = [np.asarray(read_image(each).convert("RGB"), dtype=int) for each in (picture, path)]
-    if pixels[0].shape != pixels[1].shape:
+    changed = differences(metadata, read_metadata(path))
+    for line in changed:
+        print(line)
+    before, after = (np.asarray(read_image(each).convert("RGB"), dtype=int) for each in (original, path))
+    if before.shape != after.shape:
         print(f"{path}: of another size")
         return False
-    apart = abs(pixels[0] - pixels[1])
+    apart = abs(before - after)
     if apart.any():
         print(f"{path}: {(apart.max(-1) > 0).mean():.2%} of the pixels differ, by {apart.max()} of 255 at most")
     else:
@@ -48,11 +51,11 @@ def again(picture: Path, out: Path, *, source: str | None = None, device: str = 
     return apart.max() <= ROUNDING and not any(line.startswith(("model hash", "image", "mask")) for line in changed)
 
 
-def differences(made: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two pictures say of the model, its versions and what they started from, where they disagree."""
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return where two images' metadata disagree on the model, the versions and the files they started from."""
     lines = []
-    for place in ("model", "versions", "image", "mask"):
-        before, after = made.get(place) or {}, now.get(place) or {}
-        names = [name for name in before if name not in ("from", "file") and before[name] != after.get(name)]
-        lines += [f"{place} {name}: {before[name]} then, {after.get(name)} now" for name in names]
+    for section in ("model", "versions", "image", "mask"):
+        then, now = before.get(section) or {}, after.get(section) or {}
+        names = [name for name in then if name not in ("from", "file") and then[name] != now.get(name)]
+        lines += [f"{section} {name}: {then[name]} then, {now.get(name)} now" for name in names]
     return lines

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures under their prompts, or between two axes."""
+"""Contact sheets: images under their prompts, or between two axes."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,31 +12,31 @@ MARK = (200, 40, 30)
 def labelled_sheet(
     cells: Sequence[tuple[np.ndarray, str, bool]], *, columns: int = 8, zoom: int = 2, lines: int = 3
 ) -> Image.Image:
-    """Pictures (height, width, 3) uint8 of one size, `zoom` times as large, each with its text below; those marked
-    (True) are framed."""
+    """Return a sheet of images (height, width, 3), uint8, of one size, `zoom` times as large, each above its text.
+
+    cells: (image, text, whether it is framed).
+    """
     height, width = (side * zoom for side in cells[0][0].shape[:2])
     pad, line = 6, 11
     rows = -(-len(cells) // columns)
     cell_height = height + lines * line + 2 * pad
     sheet = Image.new("RGB", (columns * (width + pad) + pad, rows * cell_height + pad), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for number, (picture, text, marked) in enumerate(cells):
+    for number, (image, text, marked) in enumerate(cells):
         left, top = pad + number % columns * (width + pad), pad + number // columns * cell_height
         if marked:
             pen.rectangle((left - 3, top - 3, left + width + 2, top + height + 2), fill=MARK)
-        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS), (left, top))
-        words = textwrap.wrap(text, width // 5)[:lines]
-        pen.multiline_text(
-            (left, top + height + 3), "\n".join(words), fill=MARK if marked else "black", font=font, spacing=1
-        )
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS), (left, top))
+        wrapped = "\n".join(textwrap.wrap(text, width // 5)[:lines])
+        pen.multiline_text((left, top + height + 3), wrapped, fill=MARK if marked else "black", font=font, spacing=1)
     return sheet
 
 
 def axis_sheet(
-    pictures: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], title: str
+    images: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], title: str
 ) -> Image.Image:
-    """Rows of pictures (height, width, 3) uint8 of one size, with a label at each row and column and a title above."""
-    height, width = pictures[0][0].shape[:2]
+    """Return rows of images (height, width, 3), uint8, of one size, with labels at rows and columns and a title."""
+    height, width = images[0][0].shape[:2]
     zoom = max(1, 128 // width)
     height, width, pad = height * zoom, width * zoom, 4
     font = ImageFont.load_default(size=12)
@@ -48,10 +48,10 @@ def axis_sheet(
     pen.text((pad, pad), textwrap.shorten(title, max(8, sheet.width // 7), placeholder="..."), fill="black", font=font)
     for column, label in enumerate(columns):
         pen.text((margin + column * across, 22), label, fill="black", font=font)
-    for row, (label, line) in enumerate(zip(rows, pictures, strict=True)):
-        at = top + row * (height + pad)
-        pen.text((pad, at + height // 2 - 6), label, fill="black", font=font)
-        for column, picture in enumerate(line):
-            cell = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
-            sheet.paste(cell, (margin + column * across, at))
+    for row, (label, line) in enumerate(zip(rows, images, strict=True)):
+        y = top + row * (height + pad)
+        pen.text((pad, y + height // 2 - 6), label, fill="black", font=font)
+        for column, image in enumerate(line):
+            cell = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+            sheet.paste(cell, (margin + column * across, y))
     return sheet

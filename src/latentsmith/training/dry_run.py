@@ -21,7 +21,7 @@ from latentsmith.checkpoints.load import without_weights
 from latentsmith.config.typed import replaced
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
-from latentsmith.inference import SamplingOptions
+from latentsmith.inference import SamplingOptions, sampler_name
 from latentsmith.models import UNetModel
 from latentsmith.units import BYTES, OPERATIONS, scaled
 
@@ -67,7 +67,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     setup.optimisation(config, batch, steps)
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
-        _ = SamplingOptions(1, 1, wanted.steps, wanted.guidance_scale, wanted.sampler).sampler_name
+        sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [
         *header(networks, trained),
         *dataset.preflight(samples, words, steps, batch),

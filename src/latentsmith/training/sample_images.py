@@ -1,4 +1,4 @@
-"""Pictures for fixed prompts at fixed noise while a model trains."""
+"""Images for fixed prompts at fixed noise while a model trains."""
 
 import json
 from contextlib import nullcontext
@@ -47,7 +47,7 @@ class SampleLog(StepCallback):
         """One row of pictures of the present weights; their training goes on as if nothing had been drawn."""
         try:
             with frozen(module), module.averaged() if self.averaged else nullcontext():
-                pictures = self.pipeline(self.prompts, **self.options)
+                pictures = self.pipeline(self.prompts, **self.options).images
         except BadInput as error:  # early weights may draw what is no picture
             print(f"no sample pictures at step {module.progress.global_step}: {error}")
             return

@@ -18,8 +18,7 @@ from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
-from latentsmith.inference import Pipeline
-from latentsmith.inference.options import SamplingOptions
+from latentsmith.inference import Pipeline, SamplingOptions
 from latentsmith.models import AutoencoderKL
 from latentsmith.text.tokenizer import Tokenizer
 
@@ -186,8 +185,7 @@ def sample_log(
         print(f"no sample pictures: the run has no {missing[0]}; set {key}")
         return []
     pipeline = Pipeline(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
-    size = pipeline.image_size
-    pipeline.check(wanted.prompts, SamplingOptions(size, size, wanted.steps, wanted.guidance_scale, wanted.sampler))
+    pipeline.completed(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted))]
 
 
@@ -223,8 +221,8 @@ def sampling(wanted: DictConfig) -> dict[str, Any]:
     """The sample pictures' own keys, in the words of the pipeline."""
     return dict(
         prompts=list(wanted.prompts),
-        negative_prompts=wanted.negative_prompt,
-        steps=wanted.steps,
+        negative_prompt=wanted.negative_prompt,
+        num_inference_steps=wanted.steps,
         guidance_scale=wanted.guidance_scale,
         sampler=wanted.sampler,
         averaged=wanted.weights == "ema",

@@ -1,0 +1,187 @@
+"""Keywords to requests, requests to batches, and what a batch becomes."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from inspect import Parameter, Signature, signature
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentsmith.diffusion import SAMPLERS, canonical_sampler
+from latentsmith.files.errors import BadInput
+from latentsmith.image_request import ImageRequest, SamplingOptions, unknown_keyword
+from latentsmith.text.prompts import EncodedPrompt
+
+from .images import InitImage
+
+KEYWORDS = {  # of Pipeline's call, with their defaults
+    **{each.name: each.default for each in (*fields(ImageRequest), *fields(SamplingOptions)) if each.name != "prompt"},
+    "num_images_per_prompt": 1,
+    "batch_size": 8,
+}
+SIGNATURE = Signature(  # of the same, for help(pipeline) and notebooks
+    [
+        *(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "prompt")),
+        Parameter("negative_prompt", Parameter.POSITIONAL_OR_KEYWORD, default=None),
+        *(Parameter(k, Parameter.KEYWORD_ONLY, default=v) for k, v in KEYWORDS.items() if k != "negative_prompt"),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A request with its prompts as tokens and its image as tensors."""
+
+    request: ImageRequest
+    prompt: EncodedPrompt
+    negative: EncodedPrompt
+    init_image: InitImage | None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of text that both prompts are filled up to; without guidance the negative prompt plays no part."""
+        own = len(self.prompt.chunks)
+        return own if self.request.guidance_scale == 1 else max(own, len(self.negative.chunks))
+
+
+@dataclass(frozen=True)
+class GeneratedImages:
+    """images: one for each request, in their order."""
+
+    images: list[Image.Image]
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingStep:
+    """A batch after one step; `Pipeline.images_of` shows it.
+
+    step: the number of steps done, from 1, of `steps`. latents: as they are; after the last step the result.
+    denoised: the clean estimate. Both scaled, (batch, channels, height / f, width / f). options: with height and width.
+    """
+
+    batch: tuple[PreparedRequest, ...]
+    step: int
+    steps: int
+    latents: Tensor
+    denoised: Tensor
+    options: SamplingOptions
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+    @property
+    def requests(self) -> tuple[ImageRequest, ...]:
+        return tuple(each.request for each in self.batch)
+
+
+def sampler_name(options: SamplingOptions) -> str:
+    """Return the name that the sampler has in SAMPLERS. Raises BadInput for an unknown one."""
+    try:
+        return canonical_sampler(options.sampler, SAMPLERS)[0]
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
+def sampler_keywords(options: SamplingOptions) -> dict[str, Any]:
+    """Return the options that the sampler's own function takes."""
+    sampler = SAMPLERS[sampler_name(options)]
+    taken = signature(sampler.solve).parameters
+    return {k: value for k, value in vars(options).items() if k in taken and not (k == "eta" and sampler.random)}
+
+
+def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], SamplingOptions]:
+    """Return the keywords of `image_requests`, and the rest as SamplingOptions. Raises TypeError for unknown ones."""
+    for name in keywords:
+        if name not in KEYWORDS:
+            raise TypeError(unknown_keyword(name, KEYWORDS))
+    shared = {each.name for each in fields(SamplingOptions)}
+    options = SamplingOptions(**{name: value for name, value in keywords.items() if name in shared})
+    return {name: value for name, value in keywords.items() if name not in shared}, options
+
+
+def image_requests(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str | None] | None = None,
+    *,
+    num_images_per_prompt: int = 1,
+    seed: int | Sequence[int] = 0,
+    variation_seed: int | Sequence[int] = 0,
+    latents: Tensor | Sequence[Tensor] | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    **of_each_prompt: Any,
+) -> list[ImageRequest]:
+    """Return num_images_per_prompt requests for each prompt; image i of a prompt has its seeds plus i.
+
+    latents, generator: one for each image; a single generator is shared by all. All others: one for all prompts, or
+    one for each. of_each_prompt: guidance_scale, variation_strength, image and mask_image of ImageRequest.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if num_images_per_prompt < 1:
+        raise BadInput(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
+    of_each_prompt |= {"negative_prompt": negative_prompt, "seed": seed, "variation_seed": variation_seed}
+    columns = {name: one_each(name, value, len(prompts)) for name, value in of_each_prompt.items()}
+    count = len(prompts) * num_images_per_prompt
+    if latents is not None and len(latents) != count:
+        raise BadInput(f"latents are for {len(latents)} images; {count} are asked for")
+    generators = one_each("generator", generator, count, "images")
+    requests = []
+    for number in range(count):
+        prompt_number, i = divmod(number, num_images_per_prompt)
+        own = {name: column[prompt_number] for name, column in columns.items()}
+        own |= {"seed": own["seed"] + i, "variation_seed": own["variation_seed"] + i, "generator": generators[number]}
+        own["latents"] = None if latents is None else latents[number]
+        requests.append(ImageRequest(prompts[prompt_number], **own))
+    return requests
+
+
+def one_each(name: str, value: Any, count: int, things: str = "prompts") -> list[Any]:
+    """Return a list of `count` from a sequence of as many or from one value for all."""
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count
+    if len(values) != count:
+        raise BadInput(f"{name} holds {len(values)} for {count} {things}; give one, or one each")
+    return values
+
+
+def batches(requests: Sequence[PreparedRequest], size: int) -> Iterator[list[PreparedRequest]]:
+    """Yield at most `size` requests at a time, all of as many chunks of text: so no image depends on the others."""
+    by_length: dict[int, list[PreparedRequest]] = {}
+    for request in requests:
+        by_length.setdefault(request.chunks, []).append(request)
+    for alike in by_length.values():
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def noise_generator(request: ImageRequest) -> torch.Generator:
+    return request.generator or torch.Generator("cpu").manual_seed(request.seed)
+
+
+def unit_noise(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Return the generator's next noise, float32 and drawn on its own device: by default the CPU, as diffusers does."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device)
+
+
+def start_noise(request: ImageRequest, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return the noise that an image starts from: a function of its own seeds, and the generator's first draw."""
+    noise = unit_noise(generator, shape)
+    if request.latents is not None:
+        return request.latents
+    if request.variation_strength:
+        other = unit_noise(torch.Generator("cpu").manual_seed(request.variation_seed), shape).to(noise.device)
+        return mixed_noise(noise, other, request.variation_strength)
+    return noise
+
+
+def mixed_noise(own: Tensor, other: Tensor, strength: float) -> Tensor:
+    """From `own` at strength 0 to `other` at 1 along the great circle between them, so that it stays unit noise.
+
+    Source: Shoemake 1985, spherical linear interpolation.
+    """
+    cosine = (own.flatten() @ other.flatten() / (own.norm() * other.norm())).clamp(-1, 1).item()
+    angle = math.acos(cosine)
+    if math.sin(angle) < 1e-6:
+        return own
+    return (own * math.sin((1 - strength) * angle) + other * math.sin(strength * angle)) / math.sin(angle)
