@@ -144,7 +144,11 @@ if kind != "diffusers":
     keep_freed_memory()
 if kind == "latentsmith":
     from latentsmith import UNetModel
-    unet = UNetModel(num_heads=8, context_dim=768, use_checkpoint=True, from_pretrained=folder, from_NeMo=False)
+    from latentsmith.checkpoints.load import load_component
+    from latentsmith.cpu import optimize_for_cpu
+    unet = UNetModel(num_heads=8, context_dim=768, use_checkpoint=True)
+    load_component(unet, folder, "unet")
+    optimize_for_cpu(unet)
     predict = unet
 else:
     import diffusers
@@ -183,7 +187,9 @@ if kind != "ldm":
     keep_freed_memory()
 if kind == "latentsmith":
     from latentsmith import UNetModel
+    from latentsmith.cpu import optimize_for_cpu
     unet = UNetModel(num_heads=8, context_dim=768)
+    optimize_for_cpu(unet)
 else:
     sys.path[:0] = [place]
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -293,7 +299,9 @@ keep_freed_memory()
 torch.manual_seed(0)
 if sys.argv[1] == "latentsmith":
     from latentsmith import UNetModel
+    from latentsmith.cpu import optimize_for_cpu
     unet = UNetModel(**json.loads(sys.argv[2]))
+    optimize_for_cpu(unet)
     unet.compile_blocks()
     predict = unet
 else:
@@ -330,8 +338,10 @@ from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 ask_for_huge_pages()
 keep_freed_memory()
 from latentsmith import UNetModel
+from latentsmith.cpu import optimize_for_cpu
 width, latents, batch = map(int, sys.argv[1:4])
 unet, spans = UNetModel(model_channels=width, num_heads=8, context_dim=768), []
+optimize_for_cpu(unet)
 for _ in range(4):
     start = time.perf_counter()
     x, text = torch.randn(batch, 4, latents, latents), torch.randn(batch, 77, 768)

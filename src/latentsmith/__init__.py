@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentsmith.checkpoints.convert import convert
-    from latentsmith.config import build, load_config
+    from latentsmith.checkpoints.load import build
+    from latentsmith.config import load_config
     from latentsmith.data.precache import precache
     from latentsmith.diffusion import NoiseSchedule
     from latentsmith.inference import Pipeline
@@ -36,7 +37,7 @@ _MODULES = {
     "NoiseSchedule": "diffusion",
     "Pipeline": "inference",
     "UNetModel": "models",
-    "build": "config",
+    "build": "checkpoints.load",
     "convert": "checkpoints.convert",
     "load_config": "config",
     "precache": "data.precache",

@@ -3,7 +3,8 @@ import textwrap
 import pytest
 from omegaconf import DictConfig
 
-from latentsmith.config import build, compose, load_config
+from latentsmith.checkpoints.load import build
+from latentsmith.config import compose, load_config
 from latentsmith.files.errors import BadInput
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentsmith.cpu import convolution, products
-from latentsmith.cpu.convolution import Conv2d, ProductConvolution, WinogradConvolution
+from latentsmith.cpu.convolution import CpuConv2d, ProductConvolution, WinogradConvolution
 
 LIBRARIES = ["mkl", pytest.param("onednn", marks=pytest.mark.skipif(not products.has_onednn(), reason="no oneDNN"))]
 ALGORITHMS = [ProductConvolution, WinogradConvolution]
@@ -102,7 +102,7 @@ def used(monkeypatch, module, input):
 def test_the_choice_follows_shape_and_processor(monkeypatch, library, channels, size, by_mkl, by_onednn):
     expected = by_mkl if library == "mkl" else by_onednn
     monkeypatch.setattr(convolution, "products", SimpleNamespace(onednn_is_faster=lambda: library == "onednn"))
-    module, input = Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, size, size)
+    module, input = CpuConv2d(channels, channels, 3, padding=1), torch.randn(1, channels, size, size)
     assert used(monkeypatch, module, input) == expected
     assert used(monkeypatch, module.double(), input.double()) == []
 
@@ -125,7 +125,7 @@ def test_every_kind_is_pytorchs(options, monkeypatch):
     """The same module, parameters and result as nn.Conv2d, whatever the geometry; the choice itself made eager."""
     monkeypatch.setattr(convolution, "LIMITS", dict.fromkeys((False, True), convolution.Limits(128, 48, 1)))
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 1)
-    module = Conv2d(6, 8, **options)
+    module = CpuConv2d(6, 8, **options)
     plain = nn.Conv2d(6, 8, **options)
     plain.load_state_dict(module.state_dict())
     input = torch.randn(2, 6, 8, 8)
@@ -134,7 +134,7 @@ def test_every_kind_is_pytorchs(options, monkeypatch):
 
 
 def test_autocast_and_compilers_get_pytorchs(monkeypatch):
-    module, input = Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 32, 32)
+    module, input = CpuConv2d(256, 256, 3, padding=1), torch.randn(1, 256, 32, 32)
     with torch.autocast("cpu", torch.bfloat16, enabled=True):
         assert not module.chooses(input)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

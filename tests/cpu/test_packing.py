@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from latentsmith.cpu.convolution import Conv2d
-from latentsmith.cpu.packing import PackedConv2d, give_back, pack_convolutions
+from latentsmith.cpu import optimize_for_cpu
+from latentsmith.cpu.packing import PackedConv2d, give_back
 
 
 def pair(**options):
     torch.manual_seed(0)
-    plain = Conv2d(16, 24, **options).eval()
+    plain = nn.Conv2d(16, 24, **options).eval()
     packed = nn.Sequential(copy.deepcopy(plain))
-    pack_convolutions(packed)
+    optimize_for_cpu(packed, pack_weights=True)
     return plain, packed[0]
 
 
@@ -70,9 +70,9 @@ def test_what_is_given_back_is_still_there(tmp_path):
 
 def test_large_pictures_are_not_packed(monkeypatch):
     """Winograd's algorithm takes the weight as it is, and a small picture packs it after all."""
-    plain = Conv2d(512, 512, 3, padding=1)
+    plain = nn.Conv2d(512, 512, 3, padding=1)
     packed = nn.Sequential(copy.deepcopy(plain))
-    pack_convolutions(packed)
+    optimize_for_cpu(packed, pack_weights=True)
     same(plain, packed[0], 1, 512, 32, 32)
     assert packed[0].packed is None
     same(plain, packed[0], 1, 512, 4, 4)

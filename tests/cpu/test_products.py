@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentsmith.cpu import products
-from latentsmith.cpu.products import Linear, LinearProduct, linear
+from latentsmith.cpu import optimize_for_cpu, products
+from latentsmith.cpu.products import CpuLinear, LinearProduct, linear
 from latentsmith.models import UNetModel
 
 needs_onednn = pytest.mark.skipif(not products.has_onednn(), reason="this PyTorch has no oneDNN")
@@ -70,7 +70,7 @@ def test_outputs_may_be_changed_in_place(onednn):
 
 @needs_onednn
 def test_frozen_weights_get_no_gradient(onednn):
-    module, input = Linear(24, 40).requires_grad_(False), torch.randn(3, 24, requires_grad=True)
+    module, input = CpuLinear(24, 40).requires_grad_(False), torch.randn(3, 24, requires_grad=True)
     module(input).sum().backward()
     assert module.weight.grad is None and input.grad is not None
     assert not module(input.detach()).requires_grad
@@ -81,7 +81,7 @@ def test_it_is_nn_linear_otherwise(onednn, monkeypatch):
     """Small products, other precisions, autocast and compilers take PyTorch's own."""
     calls = []
     monkeypatch.setattr(LinearProduct, "apply", lambda *given: calls.append(1) or F.linear(*given))
-    module, input = Linear(24, 40), torch.randn(3, 24)
+    module, input = CpuLinear(24, 40), torch.randn(3, 24)
     module(input)
     assert len(calls) == 1
     module.double()(input.double())
@@ -118,6 +118,7 @@ def test_the_processor_decides(monkeypatch, capability, cpuinfo, faster):
 def test_a_whole_network_by_either_library(monkeypatch, randomise):
     """Output and gradients of a small U-Net, relative, to rounding over its depth."""
     net = randomise(UNetModel(model_channels=64, channel_mult=[1, 2], num_heads=2, context_dim=32))
+    optimize_for_cpu(net)
     given = [*drawn((2, 4, 16, 16)), torch.tensor([3, 700]), *drawn((2, 9, 32))]
     found = []
     for faster in (False, True):

@@ -12,7 +12,8 @@ import transformers
 
 import latentsmith
 from latentsmith.checkpoints import formats, match, open_checkpoint, spec_of
-from latentsmith.checkpoints.convert import convert, network_shapes
+from latentsmith.checkpoints.convert import convert
+from latentsmith.checkpoints.load import network_shapes
 from latentsmith.cli import main
 from latentsmith.files.errors import BadInput
 from latentsmith.text.tokenizer import train_vocabulary

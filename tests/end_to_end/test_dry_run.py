@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from latentsmith import AutoencoderKL, ClipTextEncoder, UNetModel, load_config
-from latentsmith.checkpoints.from_config import keywords
 from latentsmith.cli import main
 from latentsmith.config.compose import presets
+from latentsmith.config.network_arguments import network_arguments
 from latentsmith.cpu import products
 from latentsmith.training.dry_run import unet_forward
 
@@ -48,15 +48,15 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
     with torch.device("meta"):
         files = {
             "first_stage_config": hollow(
-                tmp_path / "vae.safetensors", AutoencoderKL(**keywords(config.model.first_stage_config))
+                tmp_path / "vae.safetensors", AutoencoderKL(**network_arguments(config.model.first_stage_config))
             ),
             "cond_stage_config": hollow(
-                tmp_path / "text.safetensors", ClipTextEncoder(**keywords(config.model.cond_stage_config))
+                tmp_path / "text.safetensors", ClipTextEncoder(**network_arguments(config.model.cond_stage_config))
             ),
         }
         if "finetune" in name:
             files["unet_config"] = hollow(
-                tmp_path / "unet.safetensors", UNetModel(**keywords(config.model.unet_config))
+                tmp_path / "unet.safetensors", UNetModel(**network_arguments(config.model.unet_config))
             )
     given = [f"model.{key}.from_pretrained={file}" for key, file in files.items()]
     given += [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
@@ -84,8 +84,8 @@ def test_documented_files_at_full_size(path, pictures, tmp_path, capsys, monkeyp
     config = load_config(path, machine)
     with torch.device("meta"):
         parts = {
-            "first_stage_config": AutoencoderKL(**keywords(config.model.first_stage_config)),
-            "cond_stage_config": ClipTextEncoder(**keywords(config.model.cond_stage_config)),
+            "first_stage_config": AutoencoderKL(**network_arguments(config.model.first_stage_config)),
+            "cond_stage_config": ClipTextEncoder(**network_arguments(config.model.cond_stage_config)),
         }
     given = [
         f"model.{key}.from_pretrained={hollow(tmp_path / f'{key}.safetensors', part)}" for key, part in parts.items()
@@ -112,7 +112,7 @@ def test_presets_of_the_demo(pictures, tmp_path, capsys, monkeypatch):
 def test_a_file_that_does_not_fit_is_found(pictures, tmp_path, capsys):
     config = load_config("sd1")
     with torch.device("meta"):
-        vae = hollow(tmp_path / "vae.safetensors", AutoencoderKL(**keywords(config.model.first_stage_config)))
+        vae = hollow(tmp_path / "vae.safetensors", AutoencoderKL(**network_arguments(config.model.first_stage_config)))
         text = hollow(tmp_path / "text.safetensors", ClipTextEncoder(arch="ViT-H-14", layer="penultimate"))
     given = [f"model.first_stage_config.from_pretrained={vae}", f"model.cond_stage_config.from_pretrained={text}"]
     given += [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu"]
@@ -132,7 +132,7 @@ def test_arithmetic_and_activations_are_counted_right(monkeypatch, onednn):
         "model.unet_config.num_heads=2", "trainer.precision=32",
     ])  # fmt: skip
     flops, kept = unet_forward(config, (4, 8, 8))
-    unet = UNetModel(**keywords(config.model.unet_config))
+    unet = UNetModel(**network_arguments(config.model.unet_config))
     real = {}
     owned = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
 

@@ -10,9 +10,7 @@ from torch.distributions import Normal, kl_divergence
 from latentsmith.models import AutoencoderKL
 
 DOCUMENTED = """
-from_pretrained: null
 embed_dim: 4
-monitor: val/rec_loss
 ddconfig:
   double_z: true
   z_channels: 4
@@ -24,8 +22,6 @@ ddconfig:
   num_res_blocks: 2
   attn_resolutions: []
   dropout: 0.0
-lossconfig:
-  target: torch.nn.Identity
 """
 TINY = dict(z_channels=4, ch=8, ch_mult=[1, 2], num_res_blocks=1, num_groups=4, resolution=16)
 

@@ -10,13 +10,9 @@ from latentsmith.models.text_encoder import quick_gelu
 SIZES = dict(width=32, layers=3, heads=2, intermediate_size=64, activation="gelu", vocab_size=50, max_length=12)
 DOCUMENTED = """
 arch: ViT-H-14
-version: laion2b_s32b_b79k
-device: cuda
 max_length: 77
 freeze: True
 layer: "penultimate"
-restore_from_path: null
-from_pretrained: null
 """
 
 

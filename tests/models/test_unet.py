@@ -16,7 +16,6 @@ SD1 = dict(
     channel_mult=[1, 2, 4, 4], num_heads=8, use_spatial_transformer=True, transformer_depth=1, context_dim=768,
 )  # fmt: skip
 DOCUMENTED = """
-image_size: 32
 in_channels: 4
 out_channels: 4
 model_channels: 320
@@ -29,10 +28,7 @@ use_linear_in_transformer: true
 transformer_depth: 1
 context_dim: 1024
 use_checkpoint: False
-legacy: False
 use_flash_attention: True
-from_pretrained: null
-from_NeMo: True
 """
 TINY = dict(
     model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2, 1], num_heads=4, context_dim=16

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 
+from latentsmith.checkpoints.load import build
+from latentsmith.cpu import optimize_for_cpu
 from latentsmith.files.errors import BadInput
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 
@@ -91,6 +93,10 @@ def saved(module, folder):
     return folder
 
 
+def built(cls, **options):
+    return build({"_target_": f"latentsmith.{cls.__name__}", **options})
+
+
 def their_unet(config, randomise):
     config = dict(block_out_channels=TINY_WIDTHS) | config
     return randomise(diffusers.UNet2DConditionModel(sample_size=8, **config)).eval()
@@ -147,7 +153,9 @@ def test_unet(name, from_nemo, randomise, tmp_path):
     reference = their_unet(theirs, randomise)
     sizes = [(8, 8, [0.0, 999.0]), (16, 24, [1.0]), (24, 8, [500.0, 37.0]), (8, 8, [123.5]), (9, 13, [7.0, 7.0])]
     expected = unet_outputs(reference, unet_cases(ours["context_dim"], sizes))
-    unet = UNetModel(model_channels=32, from_pretrained=str(saved(reference, tmp_path)), from_NeMo=from_nemo, **ours)
+    unet = built(
+        UNetModel, model_channels=32, from_pretrained=str(saved(reference, tmp_path)), from_NeMo=from_nemo, **ours
+    )
     found = unet_outputs(unet.eval(), unet_cases(ours["context_dim"], sizes))
     assert max(map(largest_relative, found, expected)) < TOLERANCE
 
@@ -157,8 +165,8 @@ def test_both_attentions_are_theirs(fused, randomise, tmp_path):
     theirs, ours = UNETS["v2"]
     reference = their_unet(theirs, randomise)
     expected = unet_outputs(reference, unet_cases(40, [(8, 16, [321.0])]))
-    unet = UNetModel(
-        model_channels=32, from_pretrained=str(saved(reference, tmp_path)), use_flash_attention=fused, **ours
+    unet = built(
+        UNetModel, model_channels=32, from_pretrained=str(saved(reference, tmp_path)), use_flash_attention=fused, **ours
     )
     found = unet_outputs(unet.eval(), unet_cases(40, [(8, 16, [321.0])]))
     assert max(map(largest_relative, found, expected)) < TOLERANCE
@@ -169,7 +177,7 @@ def test_gradients_are_theirs(randomise, tmp_path):
     theirs, ours = UNETS["one level, no attention at the top"]
     reference = their_unet(theirs, randomise)
     latents, timesteps, text = next(unet_cases(24, [(8, 8, [10.0, 700.0])]))
-    unet = UNetModel(model_channels=32, from_pretrained=str(saved(reference, tmp_path)), **ours)
+    unet = built(UNetModel, model_channels=32, from_pretrained=str(saved(reference, tmp_path)), **ours)
     (reference(latents, timesteps, text).sample ** 2).mean().backward()
     (unet(latents, timesteps, text) ** 2).mean().backward()
     norms = [sorted(parameter.grad.norm().item() for parameter in module.parameters()) for module in (unet, reference)]
@@ -180,15 +188,15 @@ def test_diffusers_names_are_not_nemos(randomise, tmp_path):
     theirs, ours = UNETS["one level, no attention at the top"]
     folder = str(saved(their_unet(theirs, randomise), tmp_path))
     with pytest.raises(BadInput, match="from_NeMo"):
-        UNetModel(model_channels=32, from_pretrained=folder, from_NeMo=True, **ours)
+        built(UNetModel, model_channels=32, from_pretrained=folder, from_NeMo=True, **ours)
 
 
 def test_another_unets_file_is_refused(randomise, tmp_path):
     folder = str(saved(their_unet(UNETS["v1"][0], randomise), tmp_path))
     with pytest.raises(BadInput, match=str(tmp_path)):
-        UNetModel(model_channels=32, from_pretrained=folder, num_heads=8, context_dim=32)
+        built(UNetModel, model_channels=32, from_pretrained=folder, num_heads=8, context_dim=32)
     with torch.device("meta"), pytest.raises(BadInput, match=str(tmp_path)):
-        UNetModel(model_channels=32, from_pretrained=folder, num_heads=8, context_dim=32)
+        built(UNetModel, model_channels=32, from_pretrained=folder, num_heads=8, context_dim=32)
 
 
 @pytest.mark.parametrize("from_nemo", FROM_NEMO)
@@ -198,7 +206,9 @@ def test_autoencoder(widths, blocks, from_nemo, randomise, tmp_path):
     factor, sizes = 2 ** (len(widths) - 1), [(32, 32), (16, 48)]
     expected = vae_outputs(reference, sizes, factor)
     ddconfig = dict(z_channels=4, ch=32, ch_mult=[width // 32 for width in widths], num_res_blocks=blocks)
-    vae = AutoencoderKL(ddconfig=ddconfig, from_pretrained=str(saved(reference, tmp_path)), from_NeMo=from_nemo).eval()
+    vae = built(
+        AutoencoderKL, ddconfig=ddconfig, from_pretrained=str(saved(reference, tmp_path)), from_NeMo=from_nemo
+    ).eval()
     assert max(map(largest_relative, vae_outputs(vae, sizes, factor), expected)) < TOLERANCE
 
 
@@ -211,7 +221,7 @@ def test_autoencoder_with_other_norm_groups_and_attention(randomise, tmp_path):
     reference = their_vae(randomise, (16, 32), layers_per_block=1, norm_num_groups=8, **types)
     expected = vae_outputs(reference, [(16, 24)], 2)
     ddconfig = dict(z_channels=4, ch=16, ch_mult=[1, 2], num_res_blocks=1, num_groups=8, attn_resolutions=[128])
-    vae = AutoencoderKL(ddconfig=ddconfig, from_pretrained=str(saved(reference, tmp_path))).eval()
+    vae = built(AutoencoderKL, ddconfig=ddconfig, from_pretrained=str(saved(reference, tmp_path))).eval()
     assert max(map(largest_relative, vae_outputs(vae, [(16, 24)], 2), expected)) < TOLERANCE
 
 
@@ -233,7 +243,7 @@ def test_text_encoder(name, layer, randomise, tmp_path):
     theirs, ours = TEXTS[name]
     reference = their_text(theirs, randomise)
     expected = their_embeddings(reference, ids(3))[layer]
-    text = ClipTextEncoder(layer=layer, from_pretrained=str(saved(reference, tmp_path)), **ours)
+    text = built(ClipTextEncoder, layer=layer, from_pretrained=str(saved(reference, tmp_path)), **ours)
     assert largest_relative(text(ids(3)), expected) < TOLERANCE
 
 
@@ -241,7 +251,7 @@ def test_a_file_of_one_layer_less_already_is_penultimate(randomise, tmp_path):
     """Stable Diffusion 2's folders hold 23 of 24 layers and mean their last."""
     theirs, ours = TEXTS["v2"]
     reference = their_text(theirs | dict(num_hidden_layers=3), randomise)
-    text = ClipTextEncoder(layer="penultimate", from_pretrained=str(saved(reference, tmp_path)), **ours)
+    text = built(ClipTextEncoder, layer="penultimate", from_pretrained=str(saved(reference, tmp_path)), **ours)
     assert largest_relative(text(ids(2)), their_embeddings(reference, ids(2))["last"]) < TOLERANCE
 
 
@@ -255,7 +265,8 @@ def test_full_size_unet(name, randomise, tmp_path, record_property):
     saved(reference, tmp_path)
     del reference
     gc.collect()
-    unet = UNetModel(from_pretrained=str(tmp_path), from_NeMo=False, **ours).eval()
+    unet = built(UNetModel, from_pretrained=str(tmp_path), from_NeMo=False, **ours).eval()
+    optimize_for_cpu(unet)
     found = unet_outputs(unet, unet_cases(ours["context_dim"], sizes))
     differences = list(map(largest_relative, found, expected))
     record_property("largest relative differences", differences)
@@ -271,7 +282,8 @@ def test_full_size_autoencoder(randomise, tmp_path, record_property):
     del reference
     gc.collect()
     ddconfig = dict(z_channels=4, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2)
-    vae = AutoencoderKL(ddconfig=ddconfig, from_pretrained=str(tmp_path)).eval()
+    vae = built(AutoencoderKL, ddconfig=ddconfig, from_pretrained=str(tmp_path)).eval()
+    optimize_for_cpu(vae, pack_weights=True)
     differences = list(map(largest_relative, vae_outputs(vae, sizes), expected))
     record_property("largest relative differences", differences)
     assert max(differences) < FULL_SIZE_TOLERANCE, differences
@@ -289,7 +301,8 @@ def test_full_size_text_encoder(name, randomise, tmp_path, record_property):
     differences = {}
     for layer in ("last", "penultimate"):
         gc.collect()
-        text = ClipTextEncoder(layer=layer, from_pretrained=str(tmp_path), **ours)
+        text = built(ClipTextEncoder, layer=layer, from_pretrained=str(tmp_path), **ours)
+        optimize_for_cpu(text)
         differences[layer] = largest_relative(text(token_ids), expected[layer])
         del text
     record_property("largest relative differences", differences)

@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,9 +17,9 @@ from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.text.vocabulary import find_vocabulary, read_vocabulary
 
 from . import clip
-from .base import Checkpoint, Format, ModelSpec, Shapes
+from .base import Checkpoint, Format, ModelSpec
 from .formats import FORMATS
-from .load import new_network, shapes_of, without_weights
+from .load import network_shapes
 from .match import match, unused_text
 from .open import open_checkpoint
 from .spec import spec_of
@@ -77,12 +76,6 @@ def convert(
         for line in verify_conversion(parts, open_checkpoint(dst), spec, shapes, dtype):
             print(line, flush=True)
     return dst
-
-
-def network_shapes(part: str, config: Mapping[str, Any]) -> Shapes:
-    """Return the canonical names and shapes of a network, which is built without memory for its weights."""
-    with without_weights():
-        return shapes_of(new_network(part, config))
 
 
 def _writable(dst: Path, to: str) -> Format:

@@ -3,21 +3,18 @@
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from latentsmith.architectures import COMPONENTS, is_open_clip
-from latentsmith.config.build import arguments, build
 from latentsmith.config.typed import Config, replaced
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import published
 from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.text.vocabulary import own_vocabulary
 
+from .load import build
 from .open import open_checkpoint
 from .spec import padded_length
-
-SOURCES = ("_target_", "from_pretrained", "from_NeMo", "restore_from_path", "monitor", "lossconfig", "device")
 
 
 def is_encoded(key: str) -> bool:
@@ -81,8 +78,8 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
 def build_network(config: Config, part: str) -> nn.Module:
     """Build one network with its weights, or with fresh ones that are a function of model.seed."""
     torch.manual_seed(config.model.seed)
-    filled: Any = OmegaConf.merge(node_of(config, part), {"from_pretrained": weights_of(config, part)})
-    return build(filled, weights=config.model.ckpt_weights)
+    node, source = node_of(config, part), weights_of(config, part)
+    return build(node, weights=config.model.ckpt_weights, from_pretrained=source)
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
@@ -100,8 +97,3 @@ def build_tokenizer(config: Config) -> Tokenizer:
             f"the tokenizer has {tokenizer.vocab_size} tokens, cond_stage_config.vocab_size is {node.vocab_size}"
         )
     return tokenizer
-
-
-def keywords(node: Any) -> dict[str, Any]:
-    """Return the constructor keywords that shape a network."""
-    return {key: value for key, value in arguments(node).items() if key not in SOURCES}

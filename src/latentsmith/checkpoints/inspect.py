@@ -11,8 +11,8 @@ from latentsmith.progress import progress
 
 from . import clip
 from .base import Checkpoint, Part, Shapes
-from .convert import network_shapes
 from .formats import FORMATS, dialect_of
+from .load import network_shapes
 from .match import audit
 from .open import open_checkpoint
 from .sizes import architecture, version_of

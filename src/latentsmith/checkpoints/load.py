@@ -1,58 +1,108 @@
-"""Filling a module from a checkpoint, strictly, or leaving it without numbers."""
+"""Make networks and fill them from checkpoints: the only place where weights meet modules."""
 
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentsmith.architectures import COMPONENTS
+from latentsmith.config.network_arguments import read_node
+from latentsmith.files.errors import BadInput
+from latentsmith.files.lazy import LazyTensor, forget_maps
+
+from .base import Checkpoint, Shapes
+from .match import match
+from .open import open_checkpoint
+
+PARTS = {component.class_path: part for part, component in COMPONENTS.items()}
 
 
-def load_pretrained(
-    module: nn.Module, path: str | None, part: str, *, from_nemo: bool | None = None, weights: str = "ema"
-) -> None:
-    """Fill every parameter of `module` from the `part` of the checkpoint at `path`; nothing if `path` is None.
+def build(node: Any, *, weights: str = "ema", from_pretrained: str | None = None) -> Any:
+    """The network of a config node, filled strictly from the checkpoint that the node names, else with fresh weights.
 
-    part: "unet", "vae" or "text_encoder". weights: "ema" or "raw", where the checkpoint has both.
-    On the meta device names and shapes are checked against the file's header and nothing is loaded. Raises BadInput
-    naming the file and the first keys that do not fit.
+    node: `_target_` (or LDM's `target` + `params`) and the keywords of its class. weights: "ema" or "raw", where the
+    checkpoint has both. from_pretrained: a checkpoint to use in place of the node's own.
+    Fresh weights are a function of torch's seed. Inside `torch.device("meta")` nothing is read but the file's header:
+    names and shapes are checked, and the network has no numbers.
+    Raises BadInput, one line, for an unknown class or key, sizes that do not fit together, and for a checkpoint whose
+    keys do not match the network one to one.
     """
-    if path is None:
-        return
-    from latentsmith import checkpoints
+    found = read_node(node)
+    path = from_pretrained or found.source
+    if path is None or found.class_path not in PARTS:
+        return _construct(found.key, found.class_path, found.arguments)
+    device, part = torch.get_default_device(), PARTS[found.class_path]
+    with meta_weights():
+        network = _construct(found.key, found.class_path, found.arguments)
+    if device.type == "meta":
+        match(open_checkpoint(path, weights), part, shapes_of(network), found.from_nemo)
+        return network
+    load_component(network, path, part, weights=weights, from_nemo=found.from_nemo)
+    return network
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if next(module.parameters()).is_meta:
-        checkpoints.check_component(path, part, shapes, from_nemo=from_nemo, weights=weights)
-        return
-    module.load_state_dict(checkpoints.load_component(path, part, shapes, from_nemo=from_nemo, weights=weights))
+
+def load_component(
+    network: nn.Module, path: str | Path, part: str, *, weights: str = "ema", from_nemo: bool | None = None
+) -> None:
+    """Fill every parameter of `network` from one part of a checkpoint, strictly, one tensor at a time.
+
+    network: where it is on the meta device, it comes to the default device, and nothing else is allocated; device,
+    dtype, memory format and requires_grad of its parameters stay. path: any supported format. part: a name of
+    COMPONENTS. weights: "ema" or "raw", where the checkpoint has both. from_nemo: whether the names are NeMo's or LDM's
+    (True) or diffusers' (False); None recognises them.
+    Raises BadInput, one line, unless every key of the network is filled once and every key of the file is used.
+    """
+    found = match(open_checkpoint(path, weights), part, shapes_of(network), from_nemo)
+    if any(tensor.is_meta for tensor in network.state_dict().values()):
+        network.to_empty(device=torch.get_default_device())
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            tensor.copy_(found[name].read())
+    forget_maps()
+
+
+def mapped_network(part: str, arguments: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
+    """A network whose parameters are the checkpoint's own tensors, mapped from the file, in its dtype.
+
+    part: a name of COMPONENTS. arguments: keywords of its class. Raises BadInput as load_component does.
+    """
+    with meta_weights():
+        network = new_network(part, arguments)
+    network.load_state_dict(_read(match(checkpoint, part, shapes_of(network))), assign=True)
+    return network
 
 
 def new_network(part: str, arguments: Mapping[str, Any]) -> Any:
-    """Return the network of a part of COMPONENTS with fresh weights."""
-    module, _, name = COMPONENTS[part].class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)(**arguments)
+    """The network of a part of COMPONENTS with fresh weights; BadInput for sizes that do not fit together."""
+    component = COMPONENTS[part]
+    return _construct(component.config_key, component.class_path, arguments)
 
 
-def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that a checkpoint of the network holds."""
+def network_shapes(part: str, arguments: Mapping[str, Any]) -> Shapes:
+    """Name -> shape of every tensor of the network of a part, which is built without memory for weights."""
+    with meta_weights():
+        return shapes_of(new_network(part, arguments))
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    """Name -> shape of every tensor that a checkpoint of the network holds."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
-    """Networks made meanwhile have shapes and no numbers: they are on the meta device."""
-    with torch.device("meta"), _Unfilled():
+def meta_weights() -> Iterator[None]:
+    """Build networks on the meta device: with shapes, without numbers."""
+    with torch.device("meta"), _SkipNormal():
         yield
 
 
-class _Unfilled(TorchFunctionMode):
-    """Passes over `normal_`, which has nothing to fill on the meta device, and would import PyTorch's compiler there:
-    a second of every start."""
+class _SkipNormal(TorchFunctionMode):
+    """Skips `normal_` on the meta device, where it does nothing but import PyTorch's compiler: a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.normal_, nn.init.normal_):
@@ -60,3 +110,15 @@ class _Unfilled(TorchFunctionMode):
             if tensor.is_meta:
                 return tensor
         return function(*args, **(kwargs or {}))
+
+
+def _construct(key: str, class_path: str, arguments: Mapping[str, Any]) -> Any:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)(**arguments)
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{key}: {error}") from error
+
+
+def _read(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
+    return {name: tensor.read() for name, tensor in tensors.items()}

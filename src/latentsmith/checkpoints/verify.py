@@ -14,7 +14,7 @@ from torch import Tensor
 from latentsmith.files.lazy import LazyTensor
 
 from .base import Checkpoint, ModelSpec, Shapes
-from .load import new_network, without_weights
+from .load import meta_weights, new_network
 from .match import match, unused_text
 
 
@@ -81,7 +81,7 @@ def check_outputs(conversion: Conversion) -> Iterator[str]:
 @torch.no_grad()
 def _output(part: str, spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> Tensor:
     """Return what the network makes of a small input that is always the same."""
-    with without_weights():
+    with meta_weights():
         network = new_network(part, spec.config_of(part))
     # Copies, since kernels round by where a tensor lies in memory, and mapped files lie anywhere.
     aligned = {name: tensor.read().to(torch.float32, copy=True).contiguous() for name, tensor in weights.items()}

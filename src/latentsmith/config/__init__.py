@@ -1,7 +1,6 @@
-"""What a run is made of: the table of options, presets, composition with overrides, checks, config -> objects."""
+"""What a run is made of: the table of options, presets, composition with overrides, checks."""
 
-from .build import build
 from .compose import Composed, compose, load_config
 from .typed import Config, replaced
 
-__all__ = ["Composed", "Config", "build", "compose", "load_config", "replaced"]
+__all__ = ["Composed", "Config", "compose", "load_config", "replaced"]

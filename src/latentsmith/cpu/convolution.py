@@ -35,7 +35,7 @@ class Limits:
 LIMITS = {False: Limits(128, 48, 256), True: Limits(20, 20, 512)}  # by whether oneDNN has the faster products
 
 
-class Conv2d(nn.Conv2d):
+class CpuConv2d(nn.Conv2d):
     """nn.Conv2d; in float32 on a CPU 1x1 and most 3x3 kernels run as the matrix products that suit their shape."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def from_patches(rows: Tensor, input: Tensor, weight: Tensor) -> Tensor:
 
 
 # G of Lavin & Gray 2016, section 4.1, F(2x2, 3x3): a kernel's three values along one dimension as a tile's four.
-ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]])
+ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], device="cpu")
 TILE = torch.kron(ROWS, ROWS)  # (16, 9): a 3x3 kernel, transformed
 TURNED = torch.kron(ROWS.flip(1), ROWS.flip(1))  # the same kernel turned by 180 degrees
 

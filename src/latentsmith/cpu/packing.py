@@ -5,16 +5,16 @@ import mmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .convolution import Conv2d, suits_winograd
+from .convolution import CpuConv2d, suits_winograd
 
 TOO_MANY_WEIGHTS = 8  # for every value of a picture, from which on packed ones are faster than transformed ones
 PAGEOUT = 21  # Linux' MADV_PAGEOUT: pages of a file are dropped, to be read again when they are needed
 
 
-class PackedConv2d(Conv2d):
-    """A Conv2d that packs its weight at the first call without gradients, unless its shape does better without.
+class PackedConv2d(CpuConv2d):
+    """A convolution that packs its weight at the first call without gradients, unless its shape does better without.
 
     The weight stays what it was, for reading, saving and changing; a changed one is packed again. Its pages, where they
     are a mapped file's, are given back to the system meanwhile.
@@ -45,13 +45,8 @@ class PackedConv2d(Conv2d):
         return {name: value for name, value in super().__getstate__().items() if not name.startswith("packed")}
 
 
-def pack_convolutions(network: nn.Module) -> None:
-    """Make every plain convolution of a network a packed one, where this PyTorch can; results differ by rounding."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")):
-        return
-    for module in network.modules():
-        if type(module) is Conv2d:
-            module.__class__ = PackedConv2d
+def can_pack() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
 
 def give_back(tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from latentsmith import __version__
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints.from_config import build_network, build_tokenizer, is_encoded, weights_of, with_padding
 from latentsmith.config.typed import Config
+from latentsmith.cpu import optimize_for_cpu
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
@@ -393,6 +394,8 @@ def encoders(config: Config, wanted: set[str], cut: Counter[str]) -> Encoders:
     device = own_device(pick_device(config.trainer.accelerator.replace("gpu", "cuda")))
     half = reduced_dtype(config.trainer.precision) if device != "cpu" else None
     networks: dict[str, Any] = {part: build_network(config, part).to(device).eval() for part in wanted}
+    for network in networks.values() if device == "cpu" else ():
+        optimize_for_cpu(network)
     if config.model.channels_last and "vae" in networks:
         networks["vae"].to(memory_format=torch.channels_last)
     tokenizer = build_tokenizer(config) if "text_encoder" in wanted else None

@@ -16,9 +16,9 @@ from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from latentsmith.files.pickles import load_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
+from latentsmith.files.pickles import load_plain
 from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular
 
 from .errors import BadSample

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from latentsmith.architectures import UNET_INPUTS
-from latentsmith.checkpoints import Checkpoint, ModelSpec, match, open_checkpoint, reads_as_open_clip, spec_of
-from latentsmith.checkpoints.load import without_weights
-from latentsmith.cpu.packing import pack_convolutions
+from latentsmith.checkpoints import Checkpoint, ModelSpec, open_checkpoint, reads_as_open_clip, spec_of
+from latentsmith.checkpoints.load import mapped_network
+from latentsmith.cpu import optimize_for_cpu
 from latentsmith.diffusion import (
     Denoiser,
     GuidedDenoiser,
@@ -46,7 +46,6 @@ from .requests import (
     start_noise,
     unit_noise,
 )
-from .scaling import to_latents, to_vae_latents
 
 
 class Pipeline:
@@ -99,10 +98,11 @@ class Pipeline:
             raise BadInput(str(error)) from None
         if pad_to is not None:
             spec = replace(spec, cond_stage_config={**spec.cond_stage_config, "pad_to": pad_to or None})
+        vae = {**spec.first_stage_config, "scale_factor": spec.scale_factor}
         networks = {
-            "unet": loaded(UNetModel, spec.unet_config, checkpoint, "unet"),
-            "vae": loaded(AutoencoderKL, spec.first_stage_config, checkpoint, "vae"),
-            "text_encoder": loaded(ClipTextEncoder, spec.cond_stage_config, checkpoint, "text_encoder"),
+            "unet": mapped_network("unet", spec.unet_config, checkpoint),
+            "vae": mapped_network("vae", vae, checkpoint),
+            "text_encoder": mapped_network("text_encoder", spec.cond_stage_config, checkpoint),
         }
         length, vocab_size = networks["text_encoder"].max_length, networks["text_encoder"].vocab_size
         cleaning = "open_clip" if reads_as_open_clip(checkpoint, spec) else None
@@ -126,7 +126,7 @@ class Pipeline:
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device=device, dtype=dtype)
             if self.device.type == "cpu":
-                pack_convolutions(network)
+                optimize_for_cpu(network, pack_weights=True)
         return self
 
     @property
@@ -364,27 +364,17 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
         """Return images (batch, 3, height, width) of scaled latents, float32, about in [-1, 1]."""
-        return decode(self.vae, to_vae_latents(latents, self.spec.scale_factor), tiling=tiling)
+        return decode(self.vae, self.vae.to_vae_latents(latents), tiling=tiling)
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
         """Return scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
-        return to_latents(encode(self.vae, images, tiling=tiling), self.spec.scale_factor)
+        return self.vae.to_latents(encode(self.vae, images, tiling=tiling))
 
 
 def common_or_each(scales: Sequence[float]) -> Tensor | float:
     """Return one number where all are the same, else a tensor."""
     return scales[0] if len(set(scales)) == 1 else torch.tensor(scales)
-
-
-def loaded(cls: Any, config: Any, checkpoint: Checkpoint, part: str) -> Any:
-    """Return a network of `config` filled, strictly, from a part of the checkpoint, without initialising it first."""
-    with without_weights():
-        network = cls(**config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    tensors = {name: tensor.read() for name, tensor in match(checkpoint, part, shapes).items()}
-    network.load_state_dict(tensors, assign=True)
-    return network
 
 
 for _method in (Pipeline.__call__, Pipeline.stream):

@@ -4,9 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsmith.cpu.convolution import Conv2d
-from latentsmith.cpu.products import Linear
-
 from .layers import attention, group_norm, join_heads, split_heads, zero_init
 
 
@@ -21,10 +18,10 @@ class CrossAttention(nn.Module):
     ):
         super().__init__()
         self.heads, self.fused, self.upcast = heads, fused, upcast
-        self.to_q = Linear(query_dim, query_dim, bias=False)
-        self.to_k = Linear(context_dim or query_dim, query_dim, bias=False)
-        self.to_v = Linear(context_dim or query_dim, query_dim, bias=False)
-        self.to_out = nn.Sequential(Linear(query_dim, query_dim), nn.Dropout(dropout))
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, query_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim), nn.Dropout(dropout))
 
     def forward(self, tokens: Tensor, context: Tensor | None = None) -> Tensor:
         context = tokens if context is None else context
@@ -43,7 +40,7 @@ class GEGLU(nn.Module):
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.proj = Linear(dim, 2 * inner)
+        self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, tokens: Tensor) -> Tensor:
         kept, gate = self.proj(tokens).chunk(2, dim=-1)
@@ -53,7 +50,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, dropout: float):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), Linear(4 * dim, dim))
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
@@ -88,11 +85,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.use_linear = use_linear
         self.norm = group_norm(channels, 32, eps=1e-6)
-        self.proj_in = Linear(channels, channels) if use_linear else Conv2d(channels, channels, 1)
+        self.proj_in = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(channels, heads, context_dim, fused, dropout, upcast) for _ in range(depth)
         )
-        self.proj_out = zero_init(Linear(channels, channels) if use_linear else Conv2d(channels, channels, 1))
+        self.proj_out = zero_init(nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1))
 
     def forward(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         height = hidden.shape[2]

@@ -1,14 +1,13 @@
 """The VAE: images to latents and back (Rombach et al. 2022, section 3.1). Parameter names are LDM's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from latentsmith.checkpoints.load import load_pretrained
-from latentsmith.cpu.convolution import Conv2d
 
 from .layers import attention, group_norm, zero_init
 
@@ -19,12 +18,12 @@ class ResnetBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, dropout: float, groups: int):
         super().__init__()
         self.norm1 = group_norm(channels, groups, eps=1e-6)
-        self.conv1 = Conv2d(channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, groups, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if channels != out_channels:
-            self.nin_shortcut = Conv2d(channels, out_channels, 1)
+            self.nin_shortcut = nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.conv1(F.silu(self.norm1(hidden)))
@@ -38,7 +37,7 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.norm = group_norm(channels, groups, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, hidden: Tensor) -> Tensor:
         normed = self.norm(hidden)
@@ -52,7 +51,7 @@ class AttnBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # right and bottom only, as the published weights expect
@@ -61,7 +60,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
@@ -98,35 +97,55 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(hidden)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class VaeSizes:
+    """The ddconfig of a VAE; attention is at the levels whose size, `resolution` halved at each, is named."""
+
+    z_channels: int
+    ch: int
+    ch_mult: Sequence[int]
+    num_res_blocks: int
+    in_channels: int = 3
+    out_ch: int = 3
+    attn_resolutions: Sequence[int] = ()
+    resolution: int = 256
+    dropout: float = 0.0
+    num_groups: int = 32
+    double_z: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.double_z:
+            raise ValueError("ddconfig.double_z is false: a KL autoencoder needs a mean and a log variance")
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level, the finest first."""
+        return [self.ch * mult for mult in self.ch_mult]
+
+    def residuals(self, level: int, channels: int, count: int) -> list[ResnetBlock]:
+        """The first from `channels` to the width of the level."""
+        widths = [channels] + count * [self.widths[level]]
+        return [ResnetBlock(before, after, self.dropout, self.num_groups) for before, after in pairwise(widths)]
+
+    def attends(self, level: int) -> bool:
+        return self.resolution // 2**level in self.attn_resolutions
+
+
 class Encoder(nn.Module):
     """Images (batch, in_channels, height, width) to (batch, 2 * z_channels, height / f, width / f)."""
 
-    def __init__(
-        self,
-        *,
-        in_channels: int,
-        z_channels: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        resolution: int,
-        dropout: float,
-        num_groups: int,
-    ):
+    def __init__(self, sizes: VaeSizes):
         super().__init__()
-        self.conv_in = Conv2d(in_channels, ch, 3, padding=1)
-        self.down, width = nn.ModuleList(), ch
-        for level, mult in enumerate(ch_mult):
-            blocks = []
-            for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(width, ch * mult, dropout, num_groups))
-                width = ch * mult
-            down = ("downsample", Downsample(width)) if level < len(ch_mult) - 1 else None
-            self.down.append(Level(blocks, resolution // 2**level in attn_resolutions, num_groups, down))
-        self.mid = Middle(width, dropout, num_groups)
-        self.norm_out = group_norm(width, num_groups, eps=1e-6)
-        self.conv_out = Conv2d(width, 2 * z_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(sizes.in_channels, sizes.ch, 3, padding=1)
+        self.down, channels = nn.ModuleList(), sizes.ch
+        for level, width in enumerate(sizes.widths):
+            blocks = sizes.residuals(level, channels, sizes.num_res_blocks)
+            down = ("downsample", Downsample(width)) if level < len(sizes.widths) - 1 else None
+            self.down.append(Level(blocks, sizes.attends(level), sizes.num_groups, down))
+            channels = width
+        self.mid = Middle(channels, sizes.dropout, sizes.num_groups)
+        self.norm_out = group_norm(channels, sizes.num_groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, 2 * sizes.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.conv_in(images)
@@ -138,34 +157,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (batch, z_channels, height, width) to images (batch, out_ch, f * height, f * width)."""
 
-    def __init__(
-        self,
-        *,
-        out_ch: int,
-        z_channels: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        resolution: int,
-        dropout: float,
-        num_groups: int,
-    ):
+    def __init__(self, sizes: VaeSizes):
         super().__init__()
-        width = ch * ch_mult[-1]
-        self.conv_in = Conv2d(z_channels, width, 3, padding=1)
-        self.mid = Middle(width, dropout, num_groups)
+        channels = sizes.widths[-1]
+        self.conv_in = nn.Conv2d(sizes.z_channels, channels, 3, padding=1)
+        self.mid = Middle(channels, sizes.dropout, sizes.num_groups)
         levels: list[Level] = []
-        for level in reversed(range(len(ch_mult))):  # built as it runs, kept as it is named: up.0 is the finest
-            blocks = []
-            for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(width, ch * ch_mult[level], dropout, num_groups))
-                width = ch * ch_mult[level]
+        for level, width in reversed(list(enumerate(sizes.widths))):
+            blocks = sizes.residuals(level, channels, sizes.num_res_blocks + 1)
             up = ("upsample", Upsample(width)) if level else None
-            levels.insert(0, Level(blocks, resolution // 2**level in attn_resolutions, num_groups, up))
-        self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width, num_groups, eps=1e-6)
-        self.conv_out = Conv2d(width, out_ch, 3, padding=1)
+            levels.append(Level(blocks, sizes.attends(level), sizes.num_groups, up))
+            channels = width
+        self.up = nn.ModuleList(reversed(levels))  # in LDM's names up.0 is the finest, which runs last
+        self.norm_out = group_norm(channels, sizes.num_groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(channels, sizes.out_ch, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         hidden = self.mid(self.conv_in(latents))
@@ -177,12 +182,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images to the mean and log variance of their latents, and latents to images.
 
-    embed_dim: channels of the latents. ddconfig: z_channels, ch, ch_mult, num_res_blocks, in_channels, out_ch,
-    dropout, attn_resolutions (of `resolution` halved at every level), double_z (true, the only form that a KL
-    autoencoder has) and num_groups of its norms (32 in Stable Diffusion).
-    lossconfig and monitor belong to training and are not used here.
-    from_pretrained: a checkpoint to fill every parameter from, strictly; its names may be LDM's or diffusers'.
-    weights: "ema" or "raw", where it has both.
+    embed_dim: channels of the latents: 4 in Stable Diffusion v1 and v2, 16 in later models. ddconfig: the fields of
+    VaeSizes. scale_factor, shift_factor: (vae_latents - shift_factor) * scale_factor has about unit variance.
     Height and width must divide by `downsampling`.
     """
 
@@ -191,28 +192,17 @@ class AutoencoderKL(nn.Module):
         *,
         embed_dim: int = 4,
         ddconfig: Mapping[str, Any],
-        lossconfig: Mapping[str, Any] | None = None,
-        monitor: str | None = None,
-        from_pretrained: str | None = None,
-        from_NeMo: bool | None = None,
-        weights: str = "ema",
+        scale_factor: float = 0.18215,
+        shift_factor: float = 0.0,
     ):
         super().__init__()
-        sizes: dict[str, Any] = dict(
-            resolution=256, attn_resolutions=(), dropout=0.0, num_groups=32, in_channels=3, out_ch=3
-        )
-        sizes |= dict(ddconfig)
-        if not sizes.pop("double_z", True):
-            raise ValueError("ddconfig.double_z is false: a KL autoencoder needs a mean and a log variance")
-        in_channels, out_ch = sizes.pop("in_channels"), sizes.pop("out_ch")
-        self.encoder = Encoder(in_channels=in_channels, **sizes)
-        self.decoder = Decoder(out_ch=out_ch, **sizes)
-        self.quant_conv = Conv2d(2 * sizes["z_channels"], 2 * embed_dim, 1)
-        self.post_quant_conv = Conv2d(embed_dim, sizes["z_channels"], 1)
-        self.embed_dim = embed_dim
+        sizes = VaeSizes(**ddconfig)
+        self.encoder, self.decoder = Encoder(sizes), Decoder(sizes)
+        self.quant_conv = nn.Conv2d(2 * sizes.z_channels, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, sizes.z_channels, 1)
+        self.embed_dim, self.scale_factor, self.shift_factor = embed_dim, scale_factor, shift_factor
+        self.downsampling = 2 ** (len(sizes.ch_mult) - 1)
         self.reset_parameters()
-        self.downsampling = 2 ** (len(sizes["ch_mult"]) - 1)
-        load_pretrained(self, from_pretrained, "vae", from_nemo=from_NeMo, weights=weights)
 
     def reset_parameters(self) -> None:
         """Fresh weights that learn from the first step: every residual branch starts as the identity, so that the rest
@@ -238,6 +228,14 @@ class AutoencoderKL(nn.Module):
         """Images (batch, 3, f * height, f * width), about [-1, 1], from unscaled latents."""
         return self.decoder(self.post_quant_conv(latents))
 
+    def to_latents(self, vae_latents: Tensor) -> Tensor:
+        """Latents of about unit variance, on which the U-Net works, from those of the VAE."""
+        return to_latents(vae_latents, self.scale_factor, self.shift_factor)
+
+    def to_vae_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of to_latents."""
+        return latents / self.scale_factor + self.shift_factor
+
     @staticmethod
     def mode(moments: Tensor) -> Tensor:
         """The most likely latents: the mean, (batch, embed_dim, height, width)."""
@@ -251,7 +249,12 @@ class AutoencoderKL(nn.Module):
 
     @staticmethod
     def kl(moments: Tensor) -> Tensor:
-        """KL divergence from the standard normal, (batch,), in nats per picture (Kingma & Welling 2014, appendix B)."""
+        """KL divergence from the standard normal, (batch,), in nats per image (Kingma & Welling 2014, appendix B)."""
         mean, logvar = moments.chunk(2, dim=1)
         logvar = logvar.clamp(-30.0, 20.0)
         return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+def to_latents(vae_latents: Tensor, scale_factor: float, shift_factor: float = 0.0) -> Tensor:
+    """Latents of about unit variance; for cached VAE latents, where there is no VAE to ask."""
+    return (vae_latents - shift_factor) * scale_factor

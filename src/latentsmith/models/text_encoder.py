@@ -4,21 +4,16 @@ Parameter names are those of Hugging Face's CLIPTextModel, for both.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentsmith.checkpoints.load import load_pretrained
-from latentsmith.cpu.products import Linear
+from latentsmith.architectures import CLIP_SIZES
 
 from .layers import attention, join_heads, split_heads, zero_init
-
-ARCHITECTURES = {
-    "ViT-L-14": dict(width=768, layers=12, heads=12, intermediate_size=3072, activation="quick_gelu"),
-    "ViT-H-14": dict(width=1024, layers=24, heads=16, intermediate_size=4096, activation="gelu"),
-}
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
@@ -35,7 +30,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (Linear(width, width) for _ in range(4))
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
@@ -47,7 +42,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, intermediate_size: int, activation: str):
         super().__init__()
-        self.fc1, self.fc2 = Linear(width, intermediate_size), Linear(intermediate_size, width)
+        self.fc1, self.fc2 = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -101,18 +96,13 @@ class ClipTextEncoder(nn.Module):
     given by itself. layer: "last", or "penultimate", which leaves out the last of `layers` (the final norm follows
     either way); the module holds only the layers that it runs.
     pad_to: output is filled up with zero vectors to this length, which attention then sees: NeMo v2.0.0 trains v1 so,
-    with 80. vocab_size, max_length: of the tokenizer. tokenizer: where its files are, kept for those who build it.
-    freeze: no gradients and always in evaluation mode. version names the weights and is kept for reference; device
-    is accepted for old files: the module is where it is put.
-    from_pretrained, or restore_from_path for a .nemo: a checkpoint to fill every parameter from, strictly.
-    weights: "ema" or "raw", where it has both.
+    with 80. vocab_size, max_length: of the tokenizer. freeze: no gradients and always in evaluation mode.
     """
 
     def __init__(
         self,
         *,
         arch: str | None = None,
-        version: str | None = None,
         width: int | None = None,
         layers: int | None = None,
         heads: int | None = None,
@@ -123,11 +113,6 @@ class ClipTextEncoder(nn.Module):
         layer: str = "last",
         pad_to: int | None = None,
         freeze: bool = True,
-        tokenizer: str | None = None,
-        device: str | None = None,
-        from_pretrained: str | None = None,
-        restore_from_path: str | None = None,
-        weights: str = "ema",
     ):
         super().__init__()
         given = dict(
@@ -138,17 +123,15 @@ class ClipTextEncoder(nn.Module):
             raise ValueError(f'layer is {layer!r}; it can be "last" or "penultimate"')
         if pad_to is not None and pad_to < max_length:
             raise ValueError(f"pad_to is {pad_to}, less than max_length {max_length}")
-        self.pad_to = pad_to
         depth = sizes.pop("layers") - (layer == "penultimate")
         self.width, self.max_length, self.vocab_size = sizes["width"], max_length, vocab_size
-        self.tokenizer, self.version, self.layer, self.frozen = tokenizer, version, layer, freeze
+        self.layer, self.pad_to, self.frozen = layer, pad_to, freeze
         self.text_model = TextTransformer(
             Embeddings(self.width, vocab_size, max_length),
             Layers([EncoderLayer(**sizes) for _ in range(depth)]),
             self.width,
         )
         self.reset_parameters()
-        load_pretrained(self, from_pretrained or restore_from_path, "text_encoder", weights=weights)
         if freeze:
             self.requires_grad_(False).eval()
 
@@ -179,16 +162,14 @@ class ClipTextEncoder(nn.Module):
         return F.pad(embedded, (0, 0, 0, self.pad_to - embedded.shape[1])) if self.pad_to else embedded
 
 
-def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict:
+def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict[str, Any]:
     """The five sizes of a text transformer; ValueError names what is missing, unknown or does not divide."""
-    if arch is not None and arch not in ARCHITECTURES:
-        raise ValueError(f"text encoder arch {arch!r} is unknown; known: {', '.join(ARCHITECTURES)}")
-    sizes: dict[str, Any] = {
-        **(ARCHITECTURES[arch] if arch else {}),
-        **{k: v for k, v in given.items() if v is not None},
-    }
+    if arch is not None and arch not in CLIP_SIZES:
+        raise ValueError(f"text encoder arch {arch!r} is unknown; known: {', '.join(CLIP_SIZES)}")
+    sizes: dict[str, Any] = asdict(CLIP_SIZES[arch]) if arch else {}
+    sizes |= {name: value for name, value in given.items() if value is not None}
     if missing := [name for name in given if name not in sizes]:
-        raise ValueError(f"the text encoder needs {', '.join(missing)}, or an arch ({', '.join(ARCHITECTURES)})")
+        raise ValueError(f"the text encoder needs {', '.join(missing)}, or an arch ({', '.join(CLIP_SIZES)})")
     if sizes["activation"] not in ACTIVATIONS:
         raise ValueError(f"text encoder activation {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")
     if sizes["width"] % sizes["heads"]:

@@ -4,16 +4,13 @@ Parameter names are LDM's, so a Stable Diffusion file loads as it is.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from latentsmith.checkpoints.load import load_pretrained
-from latentsmith.cpu.convolution import Conv2d
-from latentsmith.cpu.products import Linear
 
 from .attention import AttentionBlock, SpatialTransformer
 from .layers import group_norm, timestep_embedding, zero_init
@@ -27,17 +24,17 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             group_norm(channels, groups, eps=1e-5),
             nn.SiLU(),
-            Conv2d(channels, out_channels, 3, padding=1),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, out_channels))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels, groups, eps=1e-5),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_init(Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
-        self.skip_connection = nn.Identity() if same else Conv2d(channels, out_channels, 1)
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, hidden: Tensor, emb: Tensor) -> Tensor:
         inner = self.in_layers(hidden) + self.emb_layers(emb)[:, :, None, None]
@@ -49,7 +46,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.op(hidden)
@@ -60,31 +57,106 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, hidden: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(hidden, size, mode="nearest"))
 
 
 class UNetBlock(nn.Sequential):
-    """Layers in a row, each given the inputs of its kind: timestep embedding, text, or the size to grow to."""
+    """Layers in a row, each given the inputs of its class: timestep embedding, text, or the size to grow to."""
 
     use_checkpoint = False
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, emb: Tensor, context: Tensor | None, size: tuple[int, int] | None = None
     ) -> Tensor:
-        inputs = ((ResBlock, emb), (SpatialTransformer, context), (Upsample, size))
         for layer in self:
-            hidden = self.run(layer, hidden, *(given for kind, given in inputs if isinstance(layer, kind)))
+            if isinstance(layer, ResBlock):
+                hidden = self.run(layer, hidden, emb)
+            elif isinstance(layer, SpatialTransformer):
+                hidden = self.run(layer, hidden, context)
+            elif isinstance(layer, AttentionBlock):
+                hidden = self.run(layer, hidden)
+            elif isinstance(layer, Upsample):
+                hidden = layer(hidden, size)
+            else:
+                hidden = layer(hidden)
         return hidden
 
     def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
         """`layer(*inputs)`, its activations recomputed in the backward pass if `use_checkpoint`."""
-        recompute = self.use_checkpoint and torch.is_grad_enabled()
-        if recompute and isinstance(layer, ResBlock | SpatialTransformer | AttentionBlock):
+        if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """What the levels of a U-Net are made of. Lists have an entry for each level, the finest first.
+
+    widths: channels. num_res_blocks, transformer_depth: residual blocks, and transformer blocks in each attention.
+    The rest as in UNetModel.
+    """
+
+    widths: list[int]
+    num_res_blocks: list[int]
+    transformer_depth: list[int]
+    attention_resolutions: Sequence[int]
+    emb_channels: int
+    num_heads: int
+    num_head_channels: int
+    context_dim: int | None
+    use_linear: bool
+    fused: bool
+    upcast: bool
+    dropout: float
+    groups: int
+
+    def residual(self, channels: int, width: int) -> ResBlock:
+        return ResBlock(channels, width, self.emb_channels, self.dropout, self.groups)
+
+    def attend(self, level: int) -> nn.Module:
+        width, depth = self.widths[level], self.transformer_depth[level]
+        heads = head_count(width, self.num_heads, self.num_head_channels)
+        if self.context_dim is None:
+            return AttentionBlock(width, heads, self.fused)
+        return SpatialTransformer(
+            width, heads, depth, self.context_dim, self.use_linear, self.fused, self.dropout, self.upcast
+        )
+
+    def layers(self, level: int, channels: int) -> list[nn.Module]:
+        """A residual block from `channels` to the width of `level`, and attention if the level has it."""
+        layers: list[nn.Module] = [self.residual(channels, self.widths[level])]
+        return [*layers, self.attend(level)] if 2**level in self.attention_resolutions else layers
+
+    def input_blocks(self, first: nn.Module, channels: int) -> tuple[nn.ModuleList, list[int]]:
+        """The way down behind `first`, which gives `channels`; and the channels of what each block passes across."""
+        blocks, skips = [UNetBlock(first)], [channels]
+        for level, width in enumerate(self.widths):
+            for _ in range(self.num_res_blocks[level]):
+                blocks.append(UNetBlock(*self.layers(level, skips[-1])))
+                skips.append(width)
+            if level < len(self.widths) - 1:
+                blocks.append(UNetBlock(Downsample(width)))
+                skips.append(width)
+        return nn.ModuleList(blocks), skips
+
+    def middle_block(self) -> UNetBlock:
+        width = self.widths[-1]
+        return UNetBlock(self.residual(width, width), self.attend(-1), self.residual(width, width))
+
+    def output_blocks(self, skips: list[int]) -> nn.ModuleList:
+        """The way up; each block is given the result of the one before and, last first, what came across."""
+        blocks, width, skips = [], self.widths[-1], list(skips)
+        for level in reversed(range(len(self.widths))):
+            for i in range(self.num_res_blocks[level] + 1):
+                layers = self.layers(level, width + skips.pop())
+                width = self.widths[level]
+                if level and i == self.num_res_blocks[level]:
+                    layers.append(Upsample(width))
+                blocks.append(UNetBlock(*layers))
+        return nn.ModuleList(blocks)
 
 
 class UNetModel(nn.Module):
@@ -101,10 +173,7 @@ class UNetModel(nn.Module):
     context_dim: features of the text embeddings.
     use_checkpoint: recompute activations in the backward pass. use_flash_attention: fused attention kernels.
     upcast_attention: attention in float32 at any precision, as Stable Diffusion 2.1 needs it in float16.
-    legacy: has no effect with spatial transformers; else kept for files of old models.
-    resblock_gn_groups: groups of the residual blocks' norms. image_size: unused, accepted for old files.
-    from_pretrained: a checkpoint to fill every parameter from, strictly. from_NeMo: true if its names are NeMo's or
-    LDM's, false if they are diffusers'; unset, the names themselves decide. weights: "ema" or "raw", where it has both.
+    resblock_gn_groups: groups of the residual blocks' norms.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -126,71 +195,29 @@ class UNetModel(nn.Module):
         use_checkpoint: bool = False,
         use_flash_attention: bool = True,
         upcast_attention: bool = False,
-        legacy: bool = False,
         dropout: float = 0.0,
         resblock_gn_groups: int = 32,
-        image_size: int | None = None,
-        from_pretrained: str | None = None,
-        from_NeMo: bool | None = None,
-        weights: str = "ema",
     ):
         super().__init__()
-        levels = len(channel_mult)
-        if use_spatial_transformer != (context_dim is not None):
-            raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
-        if (num_heads == -1) == (num_head_channels == -1):
-            raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
+        check_options(use_spatial_transformer, context_dim, num_heads, num_head_channels)
         self.in_channels, self.out_channels, self.context_dim = in_channels, out_channels, context_dim
         self.model_channels = model_channels
-        res_blocks, depths = per_level(num_res_blocks, levels), per_level(transformer_depth, levels)
-        emb_channels = 4 * model_channels
-
-        def residual(channels: int, width: int) -> ResBlock:
-            return ResBlock(channels, width, emb_channels, dropout, resblock_gn_groups)
-
-        def attend(width: int, depth: int) -> nn.Module:
-            heads = head_count(width, num_heads, num_head_channels)
-            if context_dim is None:
-                return AttentionBlock(width, heads, fused=use_flash_attention)
-            return SpatialTransformer(
-                width, heads, depth, context_dim, use_linear_in_transformer, use_flash_attention, dropout,
-                upcast_attention,
-            )  # fmt: skip
-
-        self.time_embed = nn.Sequential(
-            Linear(model_channels, emb_channels), nn.SiLU(), Linear(emb_channels, emb_channels)
-        )
-        self.input_blocks = nn.ModuleList([UNetBlock(Conv2d(in_channels, model_channels, 3, padding=1))])
-        skips, width = [model_channels], model_channels
-        for level, mult in enumerate(channel_mult):
-            for _ in range(res_blocks[level]):
-                layers: list[nn.Module] = [residual(width, mult * model_channels)]
-                width = mult * model_channels
-                if 2**level in attention_resolutions:
-                    layers.append(attend(width, depths[level]))
-                self.input_blocks.append(UNetBlock(*layers))
-                skips.append(width)
-            if level < levels - 1:
-                self.input_blocks.append(UNetBlock(Downsample(width)))
-                skips.append(width)
-        self.middle_block = UNetBlock(residual(width, width), attend(width, depths[-1]), residual(width, width))
-        self.output_blocks = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for i in range(res_blocks[level] + 1):
-                layers = [residual(width + skips.pop(), channel_mult[level] * model_channels)]
-                width = channel_mult[level] * model_channels
-                if 2**level in attention_resolutions:
-                    layers.append(attend(width, depths[level]))
-                if level and i == res_blocks[level]:
-                    layers.append(Upsample(width))
-                self.output_blocks.append(UNetBlock(*layers))
-        self.out = nn.Sequential(
-            group_norm(width, resblock_gn_groups, eps=1e-5),
-            nn.SiLU(),
-            zero_init(Conv2d(width, out_channels, 3, padding=1)),
-        )
+        emb_channels, count = 4 * model_channels, len(channel_mult)
+        levels = Levels(
+            widths=[mult * model_channels for mult in channel_mult],
+            num_res_blocks=per_level(num_res_blocks, count), transformer_depth=per_level(transformer_depth, count),
+            attention_resolutions=attention_resolutions, emb_channels=emb_channels,
+            num_heads=num_heads, num_head_channels=num_head_channels, context_dim=context_dim,
+            use_linear=use_linear_in_transformer, fused=use_flash_attention, upcast=upcast_attention,
+            dropout=dropout, groups=resblock_gn_groups,
+        )  # fmt: skip
+        self.time_embed = time_embedding(model_channels, emb_channels)
+        first = nn.Conv2d(in_channels, model_channels, 3, padding=1)
+        self.input_blocks, skips = levels.input_blocks(first, model_channels)
+        self.middle_block = levels.middle_block()
+        self.output_blocks = levels.output_blocks(skips)
+        self.out = output_layers(levels.widths[0], out_channels, resblock_gn_groups)
         self.set_checkpointing(use_checkpoint)
-        load_pretrained(self, from_pretrained, "unet", from_nemo=from_NeMo, weights=weights)
 
     def set_checkpointing(self, use_checkpoint: bool) -> None:
         """Recompute the activations of residual blocks and transformers in the backward pass, or keep them."""
@@ -209,8 +236,8 @@ class UNetModel(nn.Module):
 
     def repeated_blocks(self) -> list[nn.Module]:
         """The blocks that make up nearly all of the network, each used once in a pass."""
-        kinds = ResBlock | SpatialTransformer | AttentionBlock
-        return [module for module in self.modules() if isinstance(module, kinds)]
+        repeated = ResBlock | SpatialTransformer | AttentionBlock
+        return [module for module in self.modules() if isinstance(module, repeated)]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The network's prediction, (batch, out_channels, height, width).
@@ -219,6 +246,7 @@ class UNetModel(nn.Module):
         timesteps: (batch,), 0..999, whole or fractional. context: (batch, length, context_dim) text embeddings.
         """
         dtype = next(self.parameters()).dtype
+        # A vector condition beside the timestep (SDXL's pooled text and sizes) would be added to `emb`.
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels).to(dtype))  # (batch, 4 * channels)
         hidden, skips = latents.to(dtype), []
         context = None if context is None else context.to(dtype)
@@ -230,6 +258,25 @@ class UNetModel(nn.Module):
             size = skips[-2].shape[2:] if len(skips) > 1 else None  # odd sizes are halved upwards
             hidden = block(torch.cat([hidden, skips.pop()], dim=1), emb, context, size)
         return self.out(hidden)
+
+
+def time_embedding(channels: int, emb_channels: int) -> nn.Sequential:
+    """Sinusoids of the timestep (batch, channels) to (batch, emb_channels)."""
+    return nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+
+
+def output_layers(channels: int, out_channels: int, groups: int) -> nn.Sequential:
+    """The last convolution, at zero, behind its norm: a fresh network predicts zero."""
+    convolution = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
+    return nn.Sequential(group_norm(channels, groups, eps=1e-5), nn.SiLU(), convolution)
+
+
+def check_options(use_spatial_transformer: bool, context_dim: int | None, num_heads: int, head_channels: int) -> None:
+    """ValueError for options of which one excludes the other."""
+    if use_spatial_transformer != (context_dim is not None):
+        raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
+    if (num_heads == -1) == (head_channels == -1):
+        raise ValueError("give one of num_heads and num_head_channels, and leave the other at -1")
 
 
 def per_level(value: int | Sequence[int], levels: int) -> list[int]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from latentsmith.diffusion import min_snr_weight, per_sample_loss, training_target
-from latentsmith.inference.scaling import to_latents
 from latentsmith.models import AutoencoderKL
+from latentsmith.models.autoencoder import to_latents
 
 from .module import Optimisation, TrainingModule
 

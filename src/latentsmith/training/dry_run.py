@@ -14,10 +14,10 @@ from latentsmith.checkpoints.from_config import (
     build_networks,
     build_tokenizer,
     is_encoded,
-    keywords,
     with_padding,
 )
-from latentsmith.checkpoints.load import without_weights
+from latentsmith.checkpoints.load import meta_weights
+from latentsmith.config.network_arguments import network_arguments
 from latentsmith.config.typed import replaced
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
@@ -52,7 +52,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     config = with_padding(config)
     model, processes = config.model, setup.process_count(config)
     batch = setup.global_batch(config, processes)
-    with without_weights():
+    with meta_weights():
         networks = build_networks(config)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
@@ -133,7 +133,7 @@ def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tupl
     model, kept = config.model, {}
     half = HALVES.get(config.trainer.precision)
     with FakeTensorMode():
-        sizes: Any = keywords(model.unet_config)
+        sizes: Any = network_arguments(model.unet_config)
         unet = UNetModel(**sizes)
         owned = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
 

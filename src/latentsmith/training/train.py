@@ -12,8 +12,10 @@ from torch import nn
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
-from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, keywords, with_padding
+from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, with_padding
+from latentsmith.config.network_arguments import network_arguments
 from latentsmith.config.typed import Config, replaced
+from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples
 from latentsmith.diffusion import canonical_prediction_type
@@ -100,6 +102,8 @@ def prepared(config: DictConfig) -> Ready:
     config = with_padding(config)
     model = config.model
     networks = build_networks(config)
+    for network in networks.values() if setup.on_cpu(config) else ():
+        optimize_for_cpu(network)
     words = build_tokenizer(config) if "text_encoder" in networks else None
     samples = dataset.open_dataset(config, networks, words, global_batch=batch)
     if samples.pad_to:
@@ -111,6 +115,8 @@ def prepared(config: DictConfig) -> Ready:
     read = dataset.reader(samples, model.seed, words if raw_captions else None)
     begun = scale_so_far(config, run_folder(config)) if model.scale_factor == "measured" else None
     goal = objective(config, measured_scale(read, samples, networks, model.seed, begun))
+    if "vae" in networks:
+        networks["vae"].scale_factor = goal.scale_factor  # type: ignore[assignment]
     spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
     empty = empty_prompt(samples, words, raw_captions)
     arranged(networks, model.channels_last, model.inductor, model.inductor_cudagraphs)
@@ -267,9 +273,9 @@ def spec_of_run(config: Config, scale_factor: float, latent_size: int) -> ModelS
     model = config.model
     zeroed = model.text_embedding_dropout_rate > 0 and not model.caption_dropout_rate
     return ModelSpec(
-        keywords(model.unet_config),
-        keywords(model.first_stage_config),
-        {k: v for k, v in keywords(model.cond_stage_config).items() if k not in ("tokenizer", "freeze")},
+        network_arguments(model.unet_config),
+        network_arguments(model.first_stage_config),
+        {key: value for key, value in network_arguments(model.cond_stage_config).items() if key != "freeze"},
         canonical_prediction_type(model.parameterization),
         image_size=latent_size,
         scale_factor=scale_factor,

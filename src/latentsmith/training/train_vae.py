@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from latentsmith.checkpoints.from_config import build_network, keywords
-from latentsmith.checkpoints.load import without_weights
-from latentsmith.config.build import build
+from latentsmith.checkpoints.from_config import build_network
+from latentsmith.checkpoints.load import build, meta_weights
+from latentsmith.config.network_arguments import network_arguments
+from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data.dataset import open_images, reader
 from latentsmith.data.loader import RunSamples
 from latentsmith.files.errors import BadInput
@@ -39,8 +40,10 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
     samples = open_images(config)
     batch, seed = setup.global_batch(config, setup.process_count(config)), config.model.seed
     max_steps = setup.step_limit(config, samples.count, batch)
-    with without_weights() if dry_run else nullcontext():
+    with meta_weights() if dry_run else nullcontext():
         vae: Any = build_network(config, "vae")
+    if setup.on_cpu(config):
+        optimize_for_cpu(vae)
     optimisation = setup.optimisation(config, batch, max_steps)
     epochs = max_steps * batch / samples.count
     head = header({"vae": vae}, ("vae",))
@@ -66,6 +69,6 @@ def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
         max_steps,
         folder,
         head=head,
-        metadata={"latentsmith.first_stage_config": json.dumps(keywords(first_stage))},
+        metadata={"latentsmith.first_stage_config": json.dumps(network_arguments(first_stage))},
     )
     return folder

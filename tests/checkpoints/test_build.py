@@ -6,11 +6,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from latentsmith.config import build, load_config
+from latentsmith.checkpoints.load import build
+from latentsmith.config import load_config
 from latentsmith.config.class_registry import ALIASES, canonical, flatten
 from latentsmith.files.errors import BadInput
 
-FILES = Path(__file__).parent / "yaml"
+FILES = Path(__file__).parents[1] / "config" / "yaml"
 V1 = {"unet_config": 859_520_964, "first_stage_config": 83_653_863, "cond_stage_config": 123_060_480}
 V2 = {"unet_config": 865_910_724, "first_stage_config": 83_653_863, "cond_stage_config": 340_387_840}
 
