@@ -45,7 +45,7 @@ def write_vocabulary(folder, size, pad="<|endoftext|>"):
         pytest.skip("the open_clip package is not installed")
     merges = vocabulary.read_vocabulary(found).merges[: size - 514]
     folder.mkdir()
-    tokens = vocabulary.laid_out(merges)
+    tokens = vocabulary.clip_tokens(merges)
     (folder / "vocab.json").write_text(json.dumps(tokens))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n")
     special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")

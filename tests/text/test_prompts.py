@@ -37,17 +37,17 @@ def test_web_ui_syntax(prompt, parts):
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
     train_vocabulary(["a red circle above a small blue square café"], 600, folder)
     return Tokenizer.from_file(folder, 12)
 
 
 @pytest.fixture(scope="module")
-def encoder(words):
+def encoder(tokenizer):
     torch.manual_seed(0)
     return ClipTextEncoder(
-        width=16, layers=2, heads=2, intermediate_size=32, activation="quick_gelu", vocab_size=words.vocab_size,
+        width=16, layers=2, heads=2, intermediate_size=32, activation="quick_gelu", vocab_size=tokenizer.vocab_size,
         max_length=12,
     )  # fmt: skip
 
@@ -55,41 +55,41 @@ def encoder(words):
 LONG = "a red circle above a small blue square a red circle above a small blue square café"
 
 
-def test_short_prompts_are_the_tokenizers(words, encoder):
+def test_short_prompts_are_the_tokenizers(tokenizer, encoder):
     for prompt in ("", "a red circle", "café"):
-        encoded = encode_prompt(prompt, words)
+        encoded = encode_prompt(prompt, tokenizer)
         assert encoded.plain and len(encoded.chunks) == 1
-        embedded = embed_prompt(encoded, 1, words, encoder)
-        torch.testing.assert_close(embedded, encoder(words([prompt]))[0], rtol=0, atol=0)
+        embedded = embed_prompt(encoded, 1, tokenizer, encoder)
+        torch.testing.assert_close(embedded, encoder(tokenizer([prompt]))[0], rtol=0, atol=0)
 
 
-def test_long_prompts_are_read_in_chunks(words, encoder):
-    encoded = encode_prompt(LONG, words)
+def test_long_prompts_are_read_in_chunks(tokenizer, encoder):
+    encoded = encode_prompt(LONG, tokenizer)
     assert [len(chunk) for chunk in encoded.chunks] == [10, 7]
-    embedded = embed_prompt(encoded, 3, words, encoder)
+    embedded = embed_prompt(encoded, 3, tokenizer, encoder)
     parts = ["a red circle above a small blue square a red", "circle above a small blue square café", ""]
-    torch.testing.assert_close(embedded, encoder(words(parts)).flatten(0, 1))
+    torch.testing.assert_close(embedded, encoder(tokenizer(parts)).flatten(0, 1))
 
 
-def test_or_cut_with_what_is_cut_named(words):
+def test_or_cut_with_what_is_cut_named(tokenizer):
     with pytest.warns(UserWarning, match='17 tokens, 10 fit; cut: "circle above a small blue square café"'):
-        encoded = encode_prompt(LONG, words, long_prompts="cut")
+        encoded = encode_prompt(LONG, tokenizer, long_prompts="cut")
     assert [len(chunk) for chunk in encoded.chunks] == [10]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        encode_prompt("a red circle", words, long_prompts="cut")
+        encode_prompt("a red circle", tokenizer, long_prompts="cut")
 
 
-def test_weights_scale_their_tokens_and_keep_the_mean(words, encoder):
-    encoded = encode_prompt("a (red:1.5) circle", words, syntax="webui")
+def test_weights_scale_their_tokens_and_keep_the_mean(tokenizer, encoder):
+    encoded = encode_prompt("a (red:1.5) circle", tokenizer, syntax="webui")
     assert [weight for _, weight in encoded.chunks[0]] == [1, 1.5, 1]
-    weighted, plain = embed_prompt(encoded, 1, words, encoder), encoder(words(["a red circle"]))[0]
+    weighted, plain = embed_prompt(encoded, 1, tokenizer, encoder), encoder(tokenizer(["a red circle"]))[0]
     expected = plain.clone()
     expected[2] *= 1.5
     torch.testing.assert_close(weighted, expected * plain.mean() / expected.mean())
     torch.testing.assert_close(weighted.mean(), plain.mean())
 
 
-def test_weights_in_a_plain_prompt_are_words_and_said(words):
+def test_weights_in_a_plain_prompt_are_text(tokenizer):
     with pytest.warns(UserWarning, match="prompt_syntax webui"):
-        assert encode_prompt("a (red:1.5) circle", words).plain
+        assert encode_prompt("a (red:1.5) circle", tokenizer).plain

@@ -1,4 +1,4 @@
-"""Prompts as people write them: words that weigh more, and more words than a text encoder reads at once."""
+"""Prompts as people write them: with weights, and longer than a text encoder's context."""
 
 import re
 import warnings
@@ -20,26 +20,26 @@ EXPLICIT = re.compile(r"\([^()]+:\s*[\d.]+\s*\)")
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """chunks: for each stretch that the text encoder reads at once, its token ids, without start and end, and the
-    weight of each; at least one chunk."""
+    """A prompt as tokens. chunks: (token id, weight) of each token without start and end, at most max_length - 2 in a
+    chunk; at least one chunk."""
 
     chunks: tuple[tuple[tuple[int, float], ...], ...]
 
     @property
     def plain(self) -> bool:
-        """Whether every word counts the same."""
+        """Whether every token has weight 1."""
         return all(weight == 1 for chunk in self.chunks for _, weight in chunk)
 
 
 def encode_prompt(
     prompt: str, tokenizer: Tokenizer, *, syntax: str = "plain", long_prompts: str = "chunks"
 ) -> EncodedPrompt:
-    """The tokens and weights of a prompt. syntax, long_prompts: as in SamplingOptions.
+    """Return the tokens and weights of a prompt. syntax, long_prompts: as in SamplingOptions.
 
     Warns of what is cut, and of a plain prompt that looks weighted.
     """
     if syntax == "plain" and EXPLICIT.search(prompt):
-        note = "has weights, which are read as words; prompt_syntax webui reads them as weights"
+        note = "has weights, which are taken as text; prompt_syntax webui reads them as weights"
         warnings.warn(f'"{shortened(prompt)}" {note}', stacklevel=2)
     parts = weighted_parts(prompt) if syntax == "webui" else [(prompt, 1.0)]
     tokens = [(token, weight) for text, weight in parts for token in tokenizer.encode(text)]
@@ -57,34 +57,34 @@ def shortened(prompt: str, length: int = 40) -> str:
 
 
 def weighted_parts(prompt: str) -> list[tuple[str, float]]:
-    """A prompt in web UIs' syntax as texts and their weights.
+    """Parse a prompt in web UIs' syntax to texts and their weights.
 
-    (text) counts 1.1 times as much, (text:1.3) 1.3 times, [text] 1 / 1.1 times; brackets in brackets multiply, a
-    backslash makes a bracket a character, and one that is not closed counts to the end.
+    (text) has weight 1.1, (text:1.3) 1.3, [text] 1 / 1.1; nested brackets multiply, a backslash makes a bracket a
+    character, and a bracket that is not closed holds to the end.
     """
     parts: list[tuple[str, float]] = []
-    opened: list[tuple[str, int]] = []  # bracket, and the part that follows it
+    open_brackets: list[tuple[str, int]] = []  # bracket, and the part that follows it
 
     def weigh(start: int, factor: float) -> None:
         parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
 
     for mark in MARKS.finditer(prompt):
         if mark["open"]:
-            opened.append((mark["open"], len(parts)))
-        elif mark["weight"] and opened and opened[-1][0] == "(":
-            weigh(opened.pop()[1], float(mark["weight"]))
-        elif mark["close"] and opened and opened[-1][0] == {")": "(", "]": "["}[mark["close"]]:
-            bracket, start = opened.pop()
+            open_brackets.append((mark["open"], len(parts)))
+        elif mark["weight"] and open_brackets and open_brackets[-1][0] == "(":
+            weigh(open_brackets.pop()[1], float(mark["weight"]))
+        elif mark["close"] and open_brackets and open_brackets[-1][0] == {")": "(", "]": "["}[mark["close"]]:
+            bracket, start = open_brackets.pop()
             weigh(start, EMPHASIS if bracket == "(" else 1 / EMPHASIS)
         else:
             parts.append((mark["literal"] or mark[0], 1.0))
-    for bracket, start in opened:
+    for bracket, start in open_brackets:
         weigh(start, EMPHASIS if bracket == "(" else 1 / EMPHASIS)
     return joined(parts)
 
 
 def joined(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Neighbours of one weight as one text, so that words cut by the syntax are read whole."""
+    """Join neighbours of equal weight, so that words cut by the syntax are encoded whole."""
     whole: list[tuple[str, float]] = []
     for text, weight in parts:
         if whole and whole[-1][1] == weight:
@@ -95,13 +95,13 @@ def joined(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def embed_prompt(prompt: EncodedPrompt, chunks: int, tokenizer: Tokenizer, text_encoder: nn.Module) -> Tensor:
-    """(chunks * length, context_dim): each chunk framed and read by itself, those that the prompt lacks empty.
+    """Return (chunks * length, context_dim): each chunk encoded by itself, padded with empty ones to `chunks`.
 
-    Weights multiply the embeddings of their tokens; each chunk's mean is then put back to what it was, as web UIs do.
+    Weights multiply the embeddings of their tokens; each chunk's mean is then restored, as web UIs do.
     """
     filled = [*prompt.chunks, *[()] * (chunks - len(prompt.chunks))]
     device = next(text_encoder.parameters()).device
-    rows = torch.tensor([tokenizer.framed([token for token, _ in chunk]) for chunk in filled], device=device)
+    rows = torch.tensor([tokenizer.frame([token for token, _ in chunk]) for chunk in filled], device=device)
     embedded = text_encoder(rows)
     if not prompt.plain:
         weights = torch.ones(embedded.shape[:2], dtype=embedded.dtype)

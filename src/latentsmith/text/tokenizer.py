@@ -1,14 +1,11 @@
 """Captions to token ids, as CLIP does it: clean, split into words, byte-pair encode, frame with start and end, pad.
 
 CLIP's own vocabulary (49,408 tokens) is read from any of the files it is published as; a small one can be trained.
-Both are laid out alike: 256 byte symbols, the same ending a word, one token per merge, start, end.
+Both have one layout: 256 byte symbols, the same ending a word, one token per merge, start, end.
 """
 
 import html
-import importlib.util
 import json
-import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,8 +28,8 @@ from .vocabulary import (
     Vocabulary,
     byte_symbols,
     bytes_of_symbols,
+    clip_tokens,
     find_vocabulary,
-    laid_out,
     read_vocabulary,
 )
 
@@ -41,18 +38,18 @@ Cleaning = Literal["transformers", "open_clip"]
 OPEN_CLIP_NAMES = {START: "<start_of_text>", END: "<end_of_text>"}
 # Splits a caption into words as Unicode stood when the tokenizers library was built: characters assigned later are
 # punctuation, which may end a word elsewhere than in open_clip.
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
     """tokenizer(["a photo of a cat"]) -> int64 (1, max_length): start, the caption's tokens, end, padding.
 
     max_length: both ends included; what does not fit is cut, the end kept.
-    cleaning: "transformers" (Unicode NFC, whitespace to one blank, lower case) or "open_clip" (characters repaired as
-    ftfy does, HTML entities resolved, the same; padded with 0) for models made with FrozenOpenCLIPEmbedder. None:
-    as the files say, else as transformers.
+    cleaning: "transformers" (Unicode NFC, whitespace to one blank, lower case) or "open_clip" (ftfy, HTML entities
+    resolved, the same; padded with 0) for models made with FrozenOpenCLIPEmbedder. None: as the files say, else as
+    transformers.
     pad: the token to fill up with, by default the files' own choice, else the end token. As in transformers, a pad
-    token met in a caption stands for itself: with pad "!" every "!" becomes id 0, not "!</w>".
+    token in a caption stands for itself: with pad "!" every "!" becomes id 0, not "!</w>".
     """
 
     def __init__(
@@ -77,19 +74,19 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int = 77, **options: Any) -> "Tokenizer":
-        """path: tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt."""
+        """Read tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt."""
         return cls(read_vocabulary(path), max_length, **options)
 
     @classmethod
     def find(
         cls,
-        given: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         checkpoint: str | Path | None = None,
         max_length: int = 77,
         **options: Any,
     ) -> "Tokenizer":
-        """CLIP's tokenizer from wherever `find_vocabulary` finds its files."""
-        return cls.from_file(find_vocabulary(given, checkpoint), max_length, **options)
+        """Open CLIP's tokenizer wherever `find_vocabulary` finds its files."""
+        return cls.from_file(find_vocabulary(tokenizer, checkpoint), max_length, **options)
 
     @property
     def vocab_size(self) -> int:
@@ -100,9 +97,9 @@ class Tokenizer:
     @overload
     def __call__(self, texts: list[str], *, return_cut: Literal[True]) -> tuple[Tensor, list[str]]: ...
     def __call__(self, texts: list[str], *, return_cut: bool = False) -> Tensor | tuple[Tensor, list[str]]:
-        """int64 (len(texts), max_length); with return_cut also the end of each text that did not fit, "" if all did.
+        """Return int64 (len(texts), max_length); with return_cut also the end of each text that did not fit, else "".
 
-        Without return_cut a cut text is warned of, once.
+        Without return_cut a text that is cut is warned of, once.
         """
         assert not isinstance(texts, str), "texts is a list of captions, one or more"
         rows, cut = [], []
@@ -119,40 +116,39 @@ class Tokenizer:
         encoded = self._encoder.encode(text, add_special_tokens=False)
         room = self.max_length - 2
         rest = text[encoded.offsets[room][0] :] if len(encoded.ids) > room else ""
-        return self.framed(encoded.ids[:room]), rest
+        return self.frame(encoded.ids[:room]), rest
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, of any length, without start, end and padding."""
+        """Return the ids of a text, of any length, without start, end and padding."""
         return self._encoder.encode(self._clean(text), add_special_tokens=False).ids
 
-    def framed(self, ids: list[int]) -> list[int]:
-        """At most max_length - 2 ids between start and end, filled up to max_length."""
+    def frame(self, ids: list[int]) -> list[int]:
+        """Put at most max_length - 2 ids between start and end and pad them to max_length."""
         row = [self.start_id, *ids, self.end_id]
         return row + [self.pad_id] * (self.max_length - len(row))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids stand for, as cleaning left it, one blank between words."""
+        """Return the text that ids stand for, as cleaning left it, one blank between words."""
         names, letters = {index: name for name, index in self.vocabulary.tokens.items()}, bytes_of_symbols()
         parts = (names[index].replace(WORD_END, chr(288)) for index in ids)  # 288 stands for a blank
         return bytes(letters[letter] for part in parts for letter in part).decode("utf-8", "replace").strip()
 
-    def describe(self) -> dict[str, Any]:
-        """All that decides which ids a caption gets."""
-        plain = self.cleaning == "open_clip" and importlib.util.find_spec("ftfy") is None
+    def metadata(self) -> dict[str, Any]:
+        """Return all that decides which ids a caption gets."""
         table = json.dumps([self.vocabulary.tokens, self.vocabulary.merges], sort_keys=True)
         return {
             "vocabulary": fingerprint_text(table),
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
-            "cleaning": self.cleaning + (" without ftfy" if plain else ""),
+            "cleaning": self.cleaning,
             "pad": self.pad,
         }
 
     def fingerprint(self) -> str:
-        return fingerprint_text(json.dumps(self.describe(), sort_keys=True))
+        return fingerprint_text(json.dumps(self.metadata(), sort_keys=True))
 
     def save(self, folder: str | Path) -> None:
-        """Write a tokenizer folder as diffusers' checkpoints have it, which from_file reads back."""
+        """Write a tokenizer folder as diffusers' checkpoints have it; from_file reads it back."""
         folder, names = Path(folder), {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, "do_lower_case": True}
         config |= {CLEANING_KEY: self.cleaning} if self.cleaning != "transformers" else {}
@@ -172,7 +168,7 @@ def _json(value: Any) -> str:
 
 
 def _encoder(vocabulary: Vocabulary, pad: str) -> tokenizers.Tokenizer:
-    """transformers' pipeline: cleaning happens inside, after the special tokens have been taken out of the raw text."""
+    """Return transformers' pipeline: it cleans after the special tokens have been taken out of the raw text."""
     encoder = _bpe(vocabulary.tokens, vocabulary.merges)
     encoder.normalizer = _cleaner()
     encoder.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in {START: 0, END: 0, pad: 0}])
@@ -185,19 +181,21 @@ def _cleaner() -> normalizers.Normalizer:
 
 
 def _open_clip_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """open_clip's pipeline: text arrives clean, and only its own two names for start and end mean them."""
+    """Return open_clip's pipeline: text arrives clean, and only its own two names for start and end mean them."""
     tokens = {OPEN_CLIP_NAMES.get(token, token): index for token, index in vocabulary.tokens.items()}
-    encoder = _bpe(tokens, vocabulary.merges, "'ſ|" + WORDS)  # its pattern ignores case, even that of the long s
+    encoder = _bpe(tokens, vocabulary.merges, "'ſ|" + WORD_PATTERN)  # its pattern ignores case, even that of the long s
     encoder.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in OPEN_CLIP_NAMES.values()])
     return encoder
 
 
-def _bpe(tokens: dict[str, int], merges: Iterable[tuple[str, str]], words: str = WORDS) -> tokenizers.Tokenizer:
+def _bpe(
+    tokens: dict[str, int], merges: Iterable[tuple[str, str]], pattern: str = WORD_PATTERN
+) -> tokenizers.Tokenizer:
     model = tokenizers.models.BPE(tokens, list(merges), continuing_subword_prefix="", end_of_word_suffix=WORD_END)
     encoder = tokenizers.Tokenizer(model)
     encoder.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -205,58 +203,28 @@ def _bpe(tokens: dict[str, int], merges: Iterable[tuple[str, str]], words: str =
 
 
 def whole_characters(text: str) -> str:
-    """Halves of surrogate pairs, as broken JSON leaves them, are joined, or replaced by U+FFFD when alone."""
+    """Join halves of surrogate pairs, as broken JSON leaves them; a half alone becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def open_clip_clean(text: str) -> str:
-    """What open_clip's tokenizer does first: ftfy.fix_text, html.unescape twice, one blank between words, lower case.
+    """Clean as open_clip's tokenizer does: ftfy, html.unescape twice, one blank between words, lower case."""
+    from ftfy import fix_text  # 0.1 s that most checkpoints do not need
 
-    Where ftfy is not installed its certain repairs are done here, those that guess at a wrong encoding are not.
-    """
-    text = _fix_text()(text)
-    return " ".join(html.unescape(html.unescape(text)).split()).lower()
-
-
-def _fix_text() -> Callable[[str], str]:
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        return plain_repairs
-    return fix_text
-
-
-QUOTES = {code: "'" for code in (0x2BC, *range(0x2018, 0x201C))} | {code: '"' for code in range(0x201C, 0x2020)}
-LIGATURES = re.compile("[\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]")
-WIDE_OR_NARROW = re.compile("[\u3000\uff01-\uffee]")
-TERMINAL = re.compile("\x1b\\[[\\d;]*[a-zA-Z]")
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]")
-
-
-def plain_repairs(text: str) -> str:
-    """The repairs of ftfy.fix_text that need no guessing: entities, ligatures, widths, quotes, controls, NFC."""
-    if "<" not in text:
-        text = html.unescape(text)
-    text = TERMINAL.sub("", text)
-    text = re.sub("[\x80-\x9f]", lambda match: match[0].encode("latin-1").decode("cp1252", "ignore") or match[0], text)
-    text = text.replace("\ufb05", "\u017ft")  # ftfy keeps this one's long s
-    text = LIGATURES.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    text = WIDE_OR_NARROW.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
-    text = CONTROL.sub("", whole_characters(text.translate(QUOTES)))
-    return unicodedata.normalize("NFC", text)
+    return " ".join(html.unescape(html.unescape(fix_text(text))).split()).lower()
 
 
 # ---- Training a vocabulary ----
 
 
 def train_vocabulary(captions: Iterable[str], size: int, out: str | Path) -> int:
-    """Learn the merges that shorten these captions most and write the vocabulary; returns its number of tokens.
+    """Learn the merges that shorten these captions most, write the vocabulary, and return its number of tokens.
 
     size: tokens at most, at least 514 (256 bytes in two forms, start, end: so that nothing is ever unknown); fewer are
     written when every word has become one token. out: a folder, as Tokenizer.save writes it, or one tokenizer.json.
     The same captions, in any order, give the same file.
     """
-    fixed = len(laid_out([]))
+    fixed = len(clip_tokens([]))
     if size < fixed:
         raise BadInput(f"vocabulary size {size}: every vocabulary has {fixed} tokens before it learns any; give more")
     learner = _bpe({}, [])
@@ -270,7 +238,7 @@ def train_vocabulary(captions: Iterable[str], size: int, out: str | Path) -> int
     learner.train_from_iterator(map(whole_characters, captions), trainer)
     learned = json.loads(learner.to_str())["model"]["merges"][: size - fixed]
     merges = tuple((first, second) for first, second in learned)
-    vocabulary = Vocabulary(laid_out(merges), merges)
+    vocabulary = Vocabulary(clip_tokens(merges), merges)
     if Path(out).suffix == ".json":
         write_text(out, _encoder(vocabulary, END).to_str(pretty=True))
     else:

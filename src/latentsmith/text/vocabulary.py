@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.util
-import json
 import os
 import zlib
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import cached_snapshots
+from latentsmith.files.json import read_json
 from latentsmith.files.regular import open_regular
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -19,6 +19,7 @@ WORD_END = "</w>"
 CLEANING_KEY = "latentsmith_cleaning"  # our own entry in tokenizer_config.json
 MERGES_OF_CLIP = 48_894  # of the 262,144 in bpe_simple_vocab_16e6.txt.gz
 LARGEST_FILE = 64 * 2**20  # bytes; CLIP's files have 1 to 4 MB
+TOKENIZER_FILE = "a file of a tokenizer"  # in messages
 VARIABLE = "LATENTSMITH_CLIP_VOCAB"
 OPEN_CLIP_FILE = "bpe_simple_vocab_16e6.txt.gz"
 HUB_NAMES = (
@@ -40,34 +41,34 @@ class Vocabulary:
 
 
 def byte_symbols() -> list[str]:
-    """The 256 characters that stand for bytes, in CLIP's order: first the visible ones, as themselves."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in visible] + [chr(256 + n) for n in range(256 - len(visible))]
+    """Return the 256 characters that stand for bytes, in CLIP's order: first the visible ones, as themselves."""
+    return list(bytes_of_symbols())
 
 
 def bytes_of_symbols() -> dict[str, int]:
-    """The byte that each of the 256 characters stands for."""
+    """Return the byte that each of the 256 characters stands for, in CLIP's order."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return dict(zip(byte_symbols(), [*visible, *sorted({*range(256)} - {*visible})], strict=True))
+    others = sorted({*range(256)} - {*visible})
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def laid_out(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Token ids in CLIP's order: bytes, bytes ending a word, merges, START, END."""
+def clip_tokens(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Return token ids in CLIP's order: bytes, bytes ending a word, merges, START, END."""
     symbols = byte_symbols()
     joined = ["".join(pair) for pair in merges]
     names = [*symbols, *(symbol + WORD_END for symbol in symbols), *joined, START, END]
     return {name: index for index, name in enumerate(dict.fromkeys(names))}  # two merges may join to one token
 
 
-def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
-    """The file or folder of CLIP's vocabulary, the first there is of: given, the checkpoint's own, the environment
-    variable LATENTSMITH_CLIP_VOCAB, the installed open_clip package (not imported), the hub cache.
+def find_vocabulary(tokenizer: str | Path | None = None, checkpoint: str | Path | None = None) -> Path:
+    """Return the file or folder of CLIP's vocabulary, the first there is of: `tokenizer`, the checkpoint's own, the
+    environment variable LATENTSMITH_CLIP_VOCAB, the installed open_clip package (not imported), the hub cache.
 
-    given: a path, or a name in the hub cache such as "openai/clip-vit-large-patch14". checkpoint: a folder, or a file
-    in one. BadInput if given or the variable name nothing, or if nothing is found: it says what to put where.
+    tokenizer: a path, or a name in the hub cache such as "openai/clip-vit-large-patch14". checkpoint: a folder, or a
+    file in one. Raises BadInput if a name leads nowhere or nothing is found: it tells what to put where.
     """
-    if given is not None:
-        return _named("tokenizer", given)
+    if tokenizer is not None:
+        return _named("tokenizer", tokenizer)
     if own := own_vocabulary(checkpoint):
         return own
     if os.environ.get(VARIABLE):
@@ -82,18 +83,18 @@ def find_vocabulary(given: str | Path | None = None, checkpoint: str | Path | No
 
 
 def own_vocabulary(checkpoint: str | Path | None) -> Path | None:
-    """The vocabulary folder that a checkpoint brings along: in its folder, in the folder of the whole model that it is
-    the text encoder of, or in the run that it is a checkpoint of."""
+    """Return the vocabulary folder of a checkpoint: in its own folder, in that of the whole model whose text encoder it
+    is, or in that of its run."""
     return next(filter(_has_vocabulary, _folders_of(checkpoint)), None)
 
 
-def _named(what: str, given: str | Path) -> Path:
-    path = Path(given).expanduser()
+def _named(what: str, name: str | Path) -> Path:
+    path = Path(name).expanduser()
     if path.exists():
         return path
-    cached = _in_hub_cache(str(given))
+    cached = _in_hub_cache(str(name))
     if cached is None:
-        raise BadInput(f"{what}: {str(given)!r} is no file, no folder and no name in the hub cache; correct it")
+        raise BadInput(f"{what}: {str(name)!r} is no file, no folder and no name in the hub cache; correct it")
     return cached
 
 
@@ -124,15 +125,15 @@ def _open_clip_file() -> Path | None:
 
 
 def _in_hub_cache(name: str) -> Path | None:
-    """The vocabulary folder in the newest cached snapshot of a hub repository, at its root or under tokenizer/."""
+    """Return the vocabulary folder in the newest cached snapshot of a hub repository."""
     folders = [folder for snapshot in cached_snapshots(name) for folder in _folders_of(snapshot)]
     return next(filter(_has_vocabulary, folders), None)
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """From tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt.
+    """Read tokenizer.json, open_clip's .txt.gz, or a folder with tokenizer.json or vocab.json and merges.txt.
 
-    BadInput for anything missing, damaged or not a byte-level BPE with CLIP's word ends and special tokens.
+    Raises BadInput for anything missing, damaged or not a byte-level BPE with CLIP's word ends and special tokens.
     """
     path = Path(path)
     if path.is_dir():
@@ -154,7 +155,7 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
 
 def _checked(path: Path, vocabulary: Vocabulary) -> Vocabulary:
     tokens = vocabulary.tokens
-    missing = [token for token in laid_out([]) if token not in tokens]
+    missing = [token for token in clip_tokens([]) if token not in tokens]
     if missing:
         raise BadInput(f"{path}: has no token {missing[0]!r}; this is not a CLIP vocabulary, give one of CLIP's layout")
     if sorted(tokens.values()) != list(range(len(tokens))):
@@ -168,7 +169,7 @@ def _checked(path: Path, vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    whole = _read_json(path)
+    whole = read_json(path, TOKENIZER_FILE)
     model = whole.get("model")
     if not isinstance(model, dict) or model.get("end_of_word_suffix") != WORD_END:
         raise BadInput(f"{path}: no byte-pair vocabulary with words ending in {WORD_END}; give CLIP's tokenizer.json")
@@ -183,7 +184,7 @@ def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], tuple[tuple[str, s
 
 
 def _read_pair(folder: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    tokens = _token_ids(folder / "vocab.json", _read_json(folder / "vocab.json"))
+    tokens = _token_ids(folder / "vocab.json", read_json(folder / "vocab.json", TOKENIZER_FILE))
     lines = _read_text(folder / "merges.txt").split("\n")
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return tokens, _pairs(folder / "merges.txt", pairs)
@@ -194,7 +195,7 @@ def _read_open_clip(path: Path) -> tuple[dict[str, int], tuple[tuple[str, str], 
     if len(lines) < MERGES_OF_CLIP:
         raise BadInput(f"{path}: has {len(lines)} merges of {MERGES_OF_CLIP}; get {OPEN_CLIP_FILE} again")
     merges = _pairs(path, [line.split() for line in lines])
-    return laid_out(merges), merges
+    return clip_tokens(merges), merges
 
 
 def _pairs(path: Path, merges: list[Any]) -> tuple[tuple[str, str], ...]:
@@ -214,7 +215,7 @@ def _pad_of(folder: Path) -> str | None:
     """special_tokens_map.json goes before tokenizer_config.json, as in transformers: Stable Diffusion 2's disagree."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            pad = _read_json(folder / name).get("pad_token")
+            pad = read_json(folder / name, TOKENIZER_FILE).get("pad_token")
             pad = pad.get("content") if isinstance(pad, dict) else pad
             if isinstance(pad, str):
                 return pad
@@ -223,20 +224,10 @@ def _pad_of(folder: Path) -> str | None:
 
 def _cleaning_of(folder: Path) -> str | None:
     file = folder / "tokenizer_config.json"
-    cleaning = _read_json(file).get(CLEANING_KEY) if file.is_file() else None
+    cleaning = read_json(file, TOKENIZER_FILE).get(CLEANING_KEY) if file.is_file() else None
     if cleaning not in (None, "transformers", "open_clip"):
         raise BadInput(f"{file}: {CLEANING_KEY} is {cleaning!r}, not transformers or open_clip; correct it")
     return cleaning
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON ({error}); get the file again") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds a {type(value).__name__}, not an object; get the file again")
-    return value
 
 
 def _read_text(path: Path) -> str:
