@@ -18,7 +18,7 @@ from latentsmith.cli import main
 from latentsmith.cli.main import app
 from latentsmith.config import schema
 from latentsmith.data.ingest import import_data
-from latentsmith.demo.scenes import write_pictures
+from latentsmith.demo.scenes import write_scenes
 from latentsmith.files.errors import BadInput
 from latentsmith.image_request import AXES
 from latentsmith.text.tokenizer import train_vocabulary
@@ -64,7 +64,7 @@ def place(tmp_path_factory):
     words = {file.name: file.read_bytes() for file in (folder / "words").iterdir()}
     parts = {name: dict(network.state_dict()) for name, network in networks.items()}
     export_diffusers(parts, folder / "model", ModelSpec(*SIZES.values(), "epsilon", image_size=8), tokenizer=words)
-    write_pictures(folder / "pictures", 4, 0)
+    write_scenes(folder / "pictures", 4, 0)
     import_data(folder / "pictures", folder / "shards")
     return folder
 

@@ -12,7 +12,7 @@ from latentsmith.data.ingest import import_data
 from latentsmith.data.precache import Encoders, write_cache
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms
-from latentsmith.demo.scenes import write_pictures
+from latentsmith.demo.scenes import write_scenes
 from latentsmith.files.hashing import hash_file
 from latentsmith.files.tensors import open_tensors, save_safetensors
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
@@ -39,7 +39,7 @@ def ldm_file(tmp_path, networks):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_pictures(folder / "pictures", 6, 0)
+    write_scenes(folder / "pictures", 6, 0)
     import_data(folder / "pictures", folder / "shards", samples_per_shard=4)
     return folder / "shards"
 

@@ -80,9 +80,9 @@ def scenes(
       latentsmith data scenes scenes --count 5000
       latentsmith data scenes pictures --count 20000 --seed 1 --doodles 0.5
     """
-    from latentsmith.demo.scenes import write_pictures
+    from latentsmith.demo.scenes import write_scenes
 
-    write_pictures(out, count, seed, doodles=doodles)
+    write_scenes(out, count, seed, doodles=doodles)
     print(f"{out}: {count:,} images with captions")
 
 

@@ -1,8 +1,8 @@
-"""Did the picture follow its prompt? Reads a scene's five words back from the pixels, without ever seeing the prompt.
+"""Measure whether generated images follow their prompts: read a scene's five attributes from the pixels alone.
 
-Everything is measured: the background at the border, the object as what differs from it, its colour at its core,
-shape, size and place by laying each known shape over it. What matches nothing well is `unreadable`, which
-is never right: a smudge scores nothing.
+The background is read at the border, the object is what differs from it, its colour is read at its core, and its shape,
+size and position come from fitting each known shape to it. An attribute that matches nothing well is `unreadable`,
+which is never right, so a smudge scores nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ import numpy as np
 UNREADABLE = "unreadable"
 
 LEAST_CONTRAST = 45.0  # length in 0..255 RGB between background and object; noise stays below, every colour above
-LEAST_AREA = 0.008  # of the picture: about a third of the smallest shape
-LEAST_OVERLAP = 0.85  # intersection over union with the known shape; two different ones reach 0.842
-LEAST_PURE = 0.7  # share of the object's core, and of the border, that has its colour
+LEAST_AREA = 0.008  # of the image: about a third of the smallest shape
+LEAST_OVERLAP = 0.85  # intersection over union with the fitted shape; two different shapes reach 0.842
+LEAST_PURE = 0.7  # share of the pixels of the object's core, and of the border, that have its colour
 SIZE_TOLERANCE = 1.15  # a half width this many times off is of neither size
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One word for each attribute, or UNREADABLE."""
+    """The name of each attribute's value, or UNREADABLE."""
 
     colour: str = UNREADABLE
     shape: str = UNREADABLE
@@ -34,8 +34,8 @@ class Reading:
 ATTRIBUTES = tuple(field.name for field in fields(Reading))
 
 
-class Described(Protocol):
-    """Whatever has the five words: the scene that a prompt was made of."""
+class HasAttributes(Protocol):
+    """Any object with the five attributes, such as the scene that a prompt was made from."""
 
     @property
     def colour(self) -> str: ...
@@ -51,7 +51,7 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Adherence:
-    """Shares of `count` pictures, in [0, 1], whose reading equals their prompt's word; all_right: every word."""
+    """Shares of `count` images, in [0, 1], whose reading equals their prompt; all_right: in all five attributes."""
 
     count: int
     colour: float
@@ -62,15 +62,15 @@ class Adherence:
     all_right: float
 
     def __str__(self) -> str:
-        words = ", ".join(f"{name} {getattr(self, name):.1%}" for name in ATTRIBUTES)
-        return f"all right {self.all_right:.1%} ({words}; {self.count} pictures)"
+        shares = ", ".join(f"{name} {getattr(self, name):.1%}" for name in ATTRIBUTES)
+        return f"all right {self.all_right:.1%} ({shares}; {self.count} images)"
 
 
 class SceneReader:
-    """Reads scenes drawn with a vocabulary that the caller hands in.
+    """Reads scenes whose colours, shapes, sizes and positions are among those given.
 
-    palette, backgrounds: sRGB of each word, 0..255. shape_masks: each shape filling a square picture, (n, n) in [0, 1].
-    sizes: half the width of an object, positions: (x, y) of its middle from the picture's, in fractions of the side.
+    palette, backgrounds: sRGB of each name, 0..255. shape_masks: each shape filling a square image, (n, n) in [0, 1].
+    sizes: half the width of an object, positions: (x, y) of its middle from the image's, in fractions of the side.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class SceneReader:
     ) -> None:
         self.palette = {name: to_lab(np.array(colour)) for name, colour in palette.items()}
         self.backgrounds = {name: to_lab(np.array(colour)) for name, colour in backgrounds.items()}
-        self.shapes = {name: KnownShape(mask) for name, mask in shape_masks.items()}
+        self.shapes = {name: ShapeTemplate(mask) for name, mask in shape_masks.items()}
         self.sizes = {name: np.array([np.log(half_width)]) for name, half_width in sizes.items()}
-        self.positions = {name: np.array(place) for name, place in positions.items()}
+        self.positions = {name: np.array(position) for name, position in positions.items()}
 
     def read_scene(self, image: np.ndarray) -> Reading:
         """image: uint8 (height, width, 3), square or nearly so."""
@@ -110,21 +110,18 @@ class SceneReader:
             background=background,
         )
 
-    def _colour_of(self, pixels: np.ndarray, colour: np.ndarray, words: Mapping[str, np.ndarray]) -> str:
-        """The word for a colour, if most of the pixels (n, 3) have it: nearer than half way to any other word's."""
-        reach = least_distance(words) / 2
+    def _colour_of(self, pixels: np.ndarray, colour: np.ndarray, known: Mapping[str, np.ndarray]) -> str:
+        """Return the name of a colour if most of the pixels (n, 3) have it, within half the way to any other name's."""
+        reach = least_distance(known) / 2
         pure = np.linalg.norm(to_lab(pixels) - to_lab(colour), axis=-1) < max(reach, 20)
-        return nearest(to_lab(colour), words, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
+        return nearest(to_lab(colour), known, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
 
-    def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[Described]) -> Adherence:
-        """How often images[i] shows what scenes[i] says; at least one of each, equally many."""
-        assert len(images) == len(scenes) > 0, f"{len(images)} pictures for {len(scenes)} scenes"
-        readings = [self.read_scene(image) for image in images]
+    def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[HasAttributes]) -> Adherence:
+        """Return how often images[i] shows scenes[i]; at least one of each, equally many."""
+        assert len(images) == len(scenes) > 0, f"{len(images)} images for {len(scenes)} scenes"
+        pairs = [(self.read_scene(image), scene) for image, scene in zip(images, scenes, strict=True)]
         right = np.array(
-            [
-                [getattr(reading, name) == getattr(scene, name) for name in ATTRIBUTES]
-                for reading, scene in zip(readings, scenes, strict=True)
-            ]
+            [[getattr(reading, name) == getattr(scene, name) for name in ATTRIBUTES] for reading, scene in pairs]
         )
         shares = dict(zip(ATTRIBUTES, right.mean(axis=0).tolist(), strict=True))
         return Adherence(count=len(scenes), all_right=float(right.all(axis=1).mean()), **shares)
@@ -132,15 +129,15 @@ class SceneReader:
 
 @dataclass(frozen=True)
 class Fit:
-    """A known shape laid over an object, lengths in fractions of the picture's side."""
+    """A shape fitted to an object, lengths in fractions of the image's side."""
 
     overlap: float  # intersection over union, in [0, 1]
-    middle: np.ndarray  # (2,): x, y of the shape's frame from the picture's middle
+    middle: np.ndarray  # (2,): x, y of the middle of the shape's frame, from the image's middle
     half_width: float
 
 
-class KnownShape:
-    """A shape to lay over an object of any size and place.
+class ShapeTemplate:
+    """A shape to fit to an object of any size and position.
 
     mask: (n, n) in [0, 1], the shape in the frame [-1, 1] x [-1, 1].
     """
@@ -149,16 +146,16 @@ class KnownShape:
         self.mask = np.asarray(mask)
         self.area, self.centroid = moments(self.mask, -1, 2)
 
-    def fit(self, mask: np.ndarray) -> "Fit":
-        """Lay the shape over mask (height, width), in [0, 1], so that areas and centroids agree."""
+    def fit(self, mask: np.ndarray) -> Fit:
+        """Fit the shape to a mask (height, width), in [0, 1], so that areas and centroids agree."""
         area, centroid = moments(mask, -0.5, 1)
         half_width = (area / self.area) ** 0.5
         middle = centroid - half_width * self.centroid
-        laid = self.laid_over(mask.shape, middle, half_width)
-        return Fit(float(np.minimum(laid, mask).sum() / np.maximum(laid, mask).sum()), middle, half_width)
+        drawn = self.drawn(mask.shape, middle, half_width)
+        return Fit(float(np.minimum(drawn, mask).sum() / np.maximum(drawn, mask).sum()), middle, half_width)
 
-    def laid_over(self, shape: tuple[int, ...], middle: np.ndarray, half_width: float) -> np.ndarray:
-        """The shape drawn there, from 3 x 3 points a pixel."""
+    def drawn(self, shape: tuple[int, ...], middle: np.ndarray, half_width: float) -> np.ndarray:
+        """Return the shape drawn at a position, (height, width), from 3 x 3 points a pixel."""
         height, width = shape
         columns = self._cells((np.arange(3 * width) + 0.5) / (3 * width) - 0.5, middle[0], half_width)
         rows = self._cells((np.arange(3 * height) + 0.5) / (3 * height) - 0.5, middle[1], half_width)
@@ -166,13 +163,13 @@ class KnownShape:
         return sharpened(points.reshape(height, 3, width, 3).mean(axis=(1, 3)))
 
     def _cells(self, axis: np.ndarray, middle: float, half_width: float) -> np.ndarray:
-        """Index into the padded mask of each point; all outside falls on the padding."""
+        """Return each point's index into the padded mask; points outside fall on the padding."""
         side = len(self.mask)
         return np.clip(np.floor(((axis - middle) / half_width + 1) / 2 * side).astype(int) + 1, 0, side + 1)
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
-    """CIE L*a*b*, white D65, of sRGB values 0..255 in the last axis, where distance is about visible difference.
+    """Return CIE L*a*b*, white D65, of sRGB values 0..255 in the last axis; distances in it match visible differences.
 
     Source: IEC 61966-2-1 (sRGB), CIE 15 (Lab).
     """
@@ -186,7 +183,7 @@ def to_lab(rgb: np.ndarray) -> np.ndarray:
 
 
 def border(pixels: np.ndarray) -> np.ndarray:
-    """(n, 3): the outermost 1/32 of the picture on every side, where no object reaches far."""
+    """Return the outermost 1/32 of the image on every side, (n, 3), which no object covers by much."""
     height, width = pixels.shape[:2]
     inside = np.zeros((height, width), dtype=bool)
     edge = max(1, min(height, width) // 32)
@@ -195,31 +192,31 @@ def border(pixels: np.ndarray) -> np.ndarray:
 
 
 def solid_part(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray:
-    """Where the picture is nearer to its object than to its background, bool (height, width)."""
+    """Return where the image is nearer to its object than to its background, bool (height, width)."""
     contrast = np.linalg.norm(pixels - ground, axis=-1)
     differs = contrast > LEAST_CONTRAST
     return contrast > 0.5 * np.percentile(contrast[differs], 80) if differs.any() else differs
 
 
 def covered(pixels: np.ndarray, ground: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """How far each pixel has gone from the background towards the object, or as far towards anything else."""
+    """Return each pixel's distance from the background in units of the object's, (height, width)."""
     return np.linalg.norm(pixels - ground, axis=-1) / max(float(np.linalg.norm(colour - ground)), 1.0)
 
 
 def sharpened(mask: np.ndarray) -> np.ndarray:
-    """The middle half of [0, 1] stretched over it: below is noise, and blur counts less."""
+    """Stretch the middle half of [0, 1] over all of it: values below are noise, and blur counts less."""
     return np.clip(2 * mask - 0.5, 0, 1)
 
 
 def eroded(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a bool mask whose four neighbours are in it too."""
+    """Return the pixels of a bool mask whose four neighbours are in it too."""
     padded = np.pad(mask, 1)
     sides = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & sides
 
 
 def moments(mask: np.ndarray, start: float, length: float) -> tuple[float, np.ndarray]:
-    """Area and centroid (x, y) of a mask whose sides run from start over length."""
+    """Return area and centroid (x, y) of a mask whose sides run from `start` over `length`."""
     height, width = mask.shape
     x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
     total = mask.sum()
@@ -227,15 +224,15 @@ def moments(mask: np.ndarray, start: float, length: float) -> tuple[float, np.nd
     return float(total / mask.size * length**2), start + length * centroid
 
 
-def nearest(point: np.ndarray, words: Mapping[str, np.ndarray], reach: float) -> str:
-    """The word at the least distance from the point, UNREADABLE beyond reach."""
-    distances = {name: float(np.linalg.norm(point - place)) for name, place in words.items()}
+def nearest(point: np.ndarray, known: Mapping[str, np.ndarray], reach: float) -> str:
+    """Return the name at the least distance from the point, UNREADABLE beyond reach."""
+    distances = {name: float(np.linalg.norm(point - position)) for name, position in known.items()}
     best = min(distances, key=distances.__getitem__)
     return best if distances[best] <= reach else UNREADABLE
 
 
-def least_distance(words: Mapping[str, np.ndarray]) -> float:
-    """Between the two words most alike."""
-    places = np.array(list(words.values()))
-    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
-    return float(distances[~np.eye(len(places), dtype=bool)].min())
+def least_distance(known: Mapping[str, np.ndarray]) -> float:
+    """Return the distance of the two points nearest to each other."""
+    points = np.array(list(known.values()))
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    return float(distances[~np.eye(len(points), dtype=bool)].min())

@@ -1,8 +1,8 @@
-"""Synthetic captioned pictures drawn from signed distances: one object on a plain background, or a doodle of several.
+"""Synthetic captioned images drawn from signed distances: one object on a plain background, or a doodle of several.
 
-A scene is five words (colour, shape, size, position, background) and a little jitter, so whether a model drew what its
-prompt said can be read back from the pixels. Lengths are fractions of the picture's side, x to the right, y downwards,
-and a signed distance is negative inside. Picture `index` of a set is a pure function of (seed, index).
+A scene has five attributes (colour, shape, size, position, background) and a little jitter, so whether a generated
+image follows its prompt can be measured from the pixels. Lengths are fractions of the image's side, x to the right, y
+downwards, and a signed distance is negative inside. Image `index` of a set is a pure function of (seed, index).
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (135, 45, 175),
     "black": (25, 25, 30),
 }
-# All paler than every colour above: an object then differs from its background in one direction whatever the two are,
-# so that a network learns where it is before it has learnt colours.
+# All paler than every colour above: an object then differs from its background in the same direction for every pair, so
+# that a network learns the object's position before it has learnt colours.
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "cream": (255, 236, 180),
@@ -59,7 +59,7 @@ def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A square on its tip and a circle over each of its upper sides."""
+    """A square standing on a corner, with a circle over each of its upper sides."""
     side = 4 / (2 + 2**0.5)  # makes the box 2 wide
     x, y = abs(x), y - 0.086
     tilted = (x + abs(y)) / 2**0.5 - side / 2
@@ -77,7 +77,7 @@ def ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def star_of(points: int, inner: float) -> Distance:
-    """A star with that many points, the first one up, of radius 1 to the tips and `inner` to the notches.
+    """Return the distance of a star, its first point up, of radius 1 to the tips and `inner` to the notches.
 
     Folding the plane into half a point leaves one edge, whose line gives the distance.
     """
@@ -89,7 +89,7 @@ def star_of(points: int, inner: float) -> Distance:
         along, across = radius * np.cos(angle), radius * np.sin(angle)
         edge = np.array([inner * np.cos(half) - 1, inner * np.sin(half)])
         beside = ((along - 1) * edge[1] - across * edge[0]) / np.hypot(*edge)
-        return np.maximum(beside, radius - 1)  # the line alone would be near for more than a pixel past a sharp tip
+        return np.maximum(beside, radius - 1)  # the line alone stays near for more than a pixel past a sharp tip
 
     return distance
 
@@ -102,7 +102,7 @@ SHAPES: dict[str, Distance] = {
     "cross": cross,
     "ring": ring,
 }
-# Never drawn for training; every colour and every shape once, so each is well known from other pairs.
+# Never drawn for training; every colour and every shape occurs once, so that training shows each in other pairs.
 HELD_OUT = tuple(zip(COLOURS, ("circle", "cross", "heart", "triangle", "ring", "square"), strict=True))
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
@@ -110,7 +110,7 @@ TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: five words of the tables above, and jitter that never changes which word is right."""
+    """The content of an image: five names of the tables above, and jitter too small to change which name is right."""
 
     colour: str
     shape: str
@@ -124,7 +124,7 @@ class Scene:
 
 
 def scene_at(seed: int, index: int, held_out: bool | None = None) -> Scene:
-    """Scene `index` of the set `seed`; held_out False: no pair of HELD_OUT, True: only those, None: any."""
+    """Return scene `index` of the set `seed`. held_out: False for no pair of HELD_OUT, True for only those, None: any."""
     random = np.random.default_rng(np.random.SeedSequence([seed, index]))
     pairs = {None: PAIRS, False: TRAINING_PAIRS, True: HELD_OUT}[held_out]
 
@@ -148,12 +148,12 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None) -> list[S
 
 def caption(scene: Scene) -> str:
     """ "a large red circle at the top left on a white background" """
-    place = f"{'in' if scene.position == 'center' else 'at'} the {scene.position}"
-    return f"a {scene.size} {scene.colour} {scene.shape} {place} on a {scene.background} background"
+    position = f"{'in' if scene.position == 'center' else 'at'} the {scene.position}"
+    return f"a {scene.size} {scene.colour} {scene.shape} {position} on a {scene.background} background"
 
 
 def draw(scene: Scene, size: int = 64) -> np.ndarray:
-    """The picture of a scene, uint8 (size, size, 3)."""
+    """Return the image of a scene, uint8 (size, size, 3)."""
     column, row = POSITIONS[scene.position]
     radius = SIZES[scene.size] * scene.scale
     x, y = pixel_grid(size)
@@ -165,94 +165,85 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
 
 
 def shape_masks(size: int = 64) -> dict[str, np.ndarray]:
-    """Each shape filling its picture: how much of each pixel is covered, float64 (size, size) in [0, 1]."""
+    """Return each shape filling an image: how much of each pixel it covers, float64 (size, size) in [0, 1]."""
     x, y = (2 * axis for axis in pixel_grid(size))
     return {name: coverage(distance(x, y) * size / 2) for name, distance in SHAPES.items()}
 
 
 def vocabulary() -> dict[str, dict]:
-    """What a reader of scenes has to know, as keywords: every word's colour, mask, half width or place (fractions)."""
-    places = {name: (column * OFFSET, row * OFFSET) for name, (column, row) in POSITIONS.items()}
+    """Return the arguments of a SceneReader: the colour, mask, half width or position (fractions) of every name."""
+    positions = {name: (column * OFFSET, row * OFFSET) for name, (column, row) in POSITIONS.items()}
     return {
         "palette": COLOURS,
         "backgrounds": BACKGROUNDS,
         "shape_masks": shape_masks(),
         "sizes": SIZES,
-        "positions": places,
+        "positions": positions,
     }
 
 
 def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the pixels' middles, each (size, size), in fractions of the side from the picture's middle."""
+    """Return x and y of the pixels' middles, each (size, size), in fractions of the side from the image's middle."""
     axis = (np.arange(size) + 0.5) / size - 0.5
     x, y = np.meshgrid(axis, axis)
     return x, y
 
 
 def coverage(distance: np.ndarray) -> np.ndarray:
-    """Share of each pixel inside a straight edge at this signed distance, in pixels, from the pixel's middle."""
+    """Return the share of each pixel inside a straight edge at this signed distance, in pixels, from its middle."""
     return np.clip(0.5 - distance, 0, 1)
 
 
-def to_bytes(picture: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def write_scenes(folder: str | Path, count: int, seed: int, *, size: int = 64, held_out: bool | None = False) -> None:
-    """Write `count` scenes as scene-000000.png with the caption in scene-000000.txt, and so on."""
-    write_pictures(folder, count, seed, doodles=0, size=size, held_out=held_out)
-
-
-def write_pictures(
+def write_scenes(
     folder: str | Path,
     count: int,
-    seed: int,
+    seed: int = 0,
     *,
-    doodles: float = 0.5,
+    doodles: float = 0.0,
     size: int = 64,
     held_out: bool | None = False,
 ) -> None:
-    """Write a mix to train a general VAE on: a share `doodles` of doodles, evenly spread, the rest scenes."""
-    folder = _made(folder)
-    for index in range(count):
-        if int((index + 1) * doodles) > int(index * doodles):
-            _write_pair(folder / f"doodle-{index:06d}", draw_doodle(seed, index, size), "a drawing")
-        else:
-            scene = scene_at(seed, index, held_out)
-            _write_pair(folder / f"scene-{index:06d}", draw(scene, size), caption(scene))
+    """Write scene-000000.png with its caption in scene-000000.txt, and so on, `count` images in all.
 
-
-def _made(folder: str | Path) -> Path:
+    doodles: share of doodles among them (doodle-000001.png), spread evenly, for a set to train a general VAE on.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be made a folder for pictures ({error.strerror}); name another") from error
-    return folder
-
-
-def _write_pair(stem: Path, picture: np.ndarray, text: str) -> None:
-    Image.fromarray(picture).save(stem.with_suffix(".png"), compress_level=1)
-    stem.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+        raise BadInput(f"{folder}: cannot make this folder for images ({error.strerror}); name another") from error
+    for index in range(count):
+        if int((index + 1) * doodles) > int(index * doodles):
+            name, image, text = "doodle", draw_doodle(seed, index, size), "a drawing"
+        else:
+            scene = scene_at(seed, index, held_out)
+            name, image, text = "scene", draw(scene, size), caption(scene)
+        path = folder / f"{name}-{index:06d}.png"
+        Image.fromarray(image).save(path, compress_level=1)
+        path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
 
 
 def draw_doodle(seed: int, index: int, size: int = 64) -> np.ndarray:
-    """Like a sticker or a line drawing: one to six shapes on a flat or shaded ground, uint8 (size, size, 3)."""
-    random = np.random.default_rng(np.random.SeedSequence([seed, index, 1]))  # 1: not the numbers of scene `index`
-    picture = _ground(random, size)
-    ink = _random_colour(random) * random.choice([0.15, 0.5])  # one outline colour to a drawing, as a hand has one pen
+    """Return an image like a sticker or a line drawing, uint8 (size, size, 3): one to six shapes on a background."""
+    random = np.random.default_rng(np.random.SeedSequence([seed, index, 1]))  # 1: other numbers than scene `index`
+    image = _background(random, size)
+    ink = _random_colour(random) * random.choice([0.15, 0.5])  # all outlines of a doodle have one colour
     outlined = random.random() < 0.6
     for _ in range(random.integers(1, 7)):
         distance = _random_shape(random, size)
         width = random.uniform(0.6, 2.0) * size / 64
         colour = _shading(random, size)
         if random.random() < 0.25:
-            picture = _blend(picture, colour, coverage(abs(distance) - 1.5 * width))
+            image = _blend(image, colour, coverage(abs(distance) - 1.5 * width))
         else:
-            picture = _blend(picture, colour, coverage(distance))
+            image = _blend(image, colour, coverage(distance))
             if outlined:
-                picture = _blend(picture, ink, coverage(abs(distance) - width))
-    return to_bytes(picture)
+                image = _blend(image, ink, coverage(abs(distance) - width))
+    return to_bytes(image)
 
 
 def _blend(below: np.ndarray, above: np.ndarray, covered: np.ndarray) -> np.ndarray:
@@ -260,20 +251,20 @@ def _blend(below: np.ndarray, above: np.ndarray, covered: np.ndarray) -> np.ndar
 
 
 def _random_colour(random: np.random.Generator) -> np.ndarray:
-    """(3,) in 0..255; a third pastel, a third saturated, a tenth black, white or grey, the others anything."""
-    colour, kind = random.uniform(0, 255, 3), random.random()
-    if kind < 0.1:
+    """Return (3,) in 0..255: a third pastel, a third saturated, a tenth black, white or grey, the others anything."""
+    colour, choice = random.uniform(0, 255, 3), random.random()
+    if choice < 0.1:
         return np.full(3, random.choice([0.0, 255.0, colour[0]]))
-    if kind < 0.4:
+    if choice < 0.4:
         return 160 + colour * 95 / 255
-    if kind < 0.75:
+    if choice < 0.75:
         low, high = colour.min(), colour.max()
         return (colour - low) / max(high - low, 1.0) * 255 * random.uniform(0.7, 1)
     return colour
 
 
 def _shading(random: np.random.Generator, size: int) -> np.ndarray:
-    """Flat (3,), or a gradient (size, size, 3) between two colours not far apart."""
+    """Return one colour (3,), or a gradient (size, size, 3) between two similar ones."""
     colour = _random_colour(random)
     if random.random() < 0.65:
         return colour
@@ -283,7 +274,7 @@ def _shading(random: np.random.Generator, size: int) -> np.ndarray:
     return colour + share[..., None] * (other - colour)
 
 
-def _ground(random: np.random.Generator, size: int) -> np.ndarray:
+def _background(random: np.random.Generator, size: int) -> np.ndarray:
     plain = random.random()
     if plain < 0.3:
         return np.full((size, size, 3), 255.0)
@@ -293,30 +284,24 @@ def _ground(random: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _random_shape(random: np.random.Generator, size: int) -> np.ndarray:
-    """Signed distance in pixels, (size, size), of a shape of random kind, place, size, turn and slimness."""
+    """Return the signed distance in pixels, (size, size), of a random shape, randomly placed, scaled and turned."""
     radius, angle = random.uniform(0.06, 0.45), random.uniform(0, 2 * np.pi)
     right, down = random.uniform(-0.4, 0.4, 2)
-    slim = random.uniform(0.45, 1.0)
+    squeeze = random.uniform(0.45, 1.0)
     x, y = pixel_grid(size)
     x, y = (x - right) / radius, (y - down) / radius
     if random.random() < 0.5:
         x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-    value = _random_kind(random)(x / slim, y)
+    value = _random_distance(random)(x / squeeze, y)
     # Squeezing steepens distances; value / |gradient| is right again where it matters, beside the outline.
     slope = np.hypot(*np.gradient(value))
     return value / np.maximum(slope, 1 / (radius * size))  # flatter only along a ridge
 
 
-def _random_kind(random: np.random.Generator) -> Distance:
-    kinds = [
-        *SHAPES.values(),
-        circle,
-        circle,
-        star_of(int(random.integers(3, 9)), random.uniform(0.3, 0.9)),
-        _bar,
-        _smile,
-    ]
-    return kinds[random.integers(len(kinds))]
+def _random_distance(random: np.random.Generator) -> Distance:
+    star = star_of(int(random.integers(3, 9)), random.uniform(0.3, 0.9))
+    choices = [*SHAPES.values(), circle, circle, star, _bar, _smile]
+    return choices[random.integers(len(choices))]
 
 
 def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
