@@ -126,7 +126,7 @@ def thinned(items: Sequence[Any], most: int) -> list[Any]:
 def image(path: Path, page: Path, caption: str = "") -> str:
     """Return an image file as a figure of the page `page`, which lies in its folder or above."""
     note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><img src='{source(path, page)}' alt='{html.escape(caption)}' loading='lazy'>{note}</figure>"
+    return f"<figure><img class='pixels' src='{source(path, page)}' alt='{html.escape(caption)}'>{note}</figure>"
 
 
 def image_row(path: Path, page: Path, size: tuple[int, int], captions: Sequence[str]) -> str:

@@ -124,7 +124,7 @@ class Scene:
 
 
 def scene_at(seed: int, index: int, held_out: bool | None = None) -> Scene:
-    """Return scene `index` of the set `seed`. held_out: False for no pair of HELD_OUT, True for only those, None: any."""
+    """Return scene `index` of the set `seed`. held_out: no pair of HELD_OUT (False), only those (True) or any."""
     random = np.random.default_rng(np.random.SeedSequence([seed, index]))
     pairs = {None: PAIRS, False: TRAINING_PAIRS, True: HELD_OUT}[held_out]
 
@@ -305,7 +305,6 @@ def _random_distance(random: np.random.Generator) -> Distance:
 
 
 def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A thick line with round ends."""
     return np.hypot(np.maximum(abs(x) - 1, 0), y) - 0.15
 
 

@@ -104,12 +104,14 @@ def titled(columns: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def sample_images(path: Path, page: Path) -> str:
-    """Return the sample images of one step under a heading, each above its prompt. path: a file by `save_row`."""
+    """Return the sample images of one step under a heading. path: samples/step-N.png."""
+    return html_report.heading(f"step {int(path.stem.removeprefix('step-')):,}") + captioned_row(path, page)
+
+
+def captioned_row(path: Path, page: Path) -> str:
+    """Return the images in a file by `save_row`, each above its prompt."""
     image = open_image(path)
-    prompts = json.loads(image.info.get(PROMPTS, '[""]'))
-    return html_report.heading(f"step {int(path.stem.removeprefix('step-')):,}") + html_report.image_row(
-        path, page, image.size, prompts
-    )
+    return html_report.image_row(path, page, image.size, json.loads(image.info.get(PROMPTS, '[""]')))
 
 
 def made_by(folder: Path) -> list[str]:
