@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-full install install-dev clean
+.PHONY: demo test coverage lint bench bench-full install install-dev clean
 
 demo: install
 	$(BIN)/latentsmith demo --out demo
 
 test: install-dev lint
 	$(BIN)/pytest
+
+# The share of lines and branches that the tests run; the figure is in CONTRIBUTING.md.
+coverage: install-dev
+	$(BIN)/pytest --cov --cov-report term:skip-covered
 
 # Side by side with the peers; minutes with nothing else running. `benchmarks/*.py --help` has the larger forms.
 bench: install-dev
@@ -47,4 +51,4 @@ install-dev: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv demo runs bench
+	rm -rf .venv demo runs bench .coverage*

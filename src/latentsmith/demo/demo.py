@@ -31,7 +31,7 @@ from latentsmith.training.train_vae import train_vae
 from latentsmith.units import duration
 
 from . import scenes
-from .adherence import Adherence, SceneReader
+from .adherence import ATTRIBUTES, Adherence, SceneReader
 
 SCENES, VAE_IMAGES = 5000, 12000  # drawn for the U-Net; for a VAE from scratch
 RANDOM_PROMPTS, HELD_OUT_PROMPTS, SHOWN = 200, 100, (28, 12)  # measured; shown of each
@@ -214,13 +214,16 @@ def save_reconstructions(path: Path, pipeline: Pipeline, shards: Path, count: in
 
 def write_page(out: Path, run: Path, stages: Stages, commands: Commands, results: Sequence[Result]) -> Path:
     """Write report.html, and its figures of adherence as adherence.txt; return the page."""
-    page, lines = out / "report.html", [f"{result.name}: {result.score}" for result in results]
-    write_text(out / "adherence.txt", "\n".join(lines) + "\n")
+    page = out / "report.html"
+    write_text(out / "adherence.txt", "".join(f"{result.name}: {result.score}\n" for result in results))
+    measured = ("all_right", *ATTRIBUTES)
+    scores = [[result.name, *(f"{getattr(result.score, name):.1%}" for name in measured)] for result in results]
+    header = ["share of images that are right in", "everything", *ATTRIBUTES]
     rows = [(name, duration(seconds), f"{peak:.2f} GiB") for name, seconds, peak in stages.rows]
     samples = "".join(sample_images(path, page) for path in sorted((run / "samples").glob("step-*.png")))
     sections = [
+        ("How well images follow their prompts", html_report.table(header, scores)),
         *((f"Images for {result.name}", captioned_row(row_file(out, result), page)) for result in results),
-        ("How many follow their prompt", "".join(html_report.paragraph(line) for line in lines)),
         ("Sample images while training", samples),
         ("Loss", noisy_chart(read_rows(run / METRICS_FILE), "loss", "loss")),
         ("The VAE: images above, reconstructions below", html_report.image(out / "reconstructions.png", page)),

@@ -23,7 +23,7 @@ NAMES = {
     "grad_norm": "gradient norm",
     "samples_per_second": "samples/s",
     "memory_gib": "peak memory, GiB",
-    "data_wait": "share of time waiting for data",
+    "data_wait": "waiting for data, share",
     "skipped_steps": "skipped steps",
     "val_loss": "trained weights",
     "val_loss_ema": "averaged weights",
@@ -58,7 +58,7 @@ def write_run_report(folder: Path, head: Sequence[str]) -> Path:
     rows, validation = read_rows(folder / METRICS_FILE), read_rows(folder / VALIDATION_FILE)
     sections = [("What is trained", html_report.code(head))]
     if rows:
-        newest = {NAMES.get(name, name): f"{value:,.6g}" for name, value in rows[-1].items()}
+        newest = {NAMES.get(name, name): f"{value:,.4g}" for name, value in rows[-1].items()}
         sections += [("Now", html_report.figures(newest)), ("Loss", noisy_chart(rows, "loss", "loss"))]
     if validation:
         names = [name for name in ("val_loss", "val_loss_ema") if name in validation[-1]]
