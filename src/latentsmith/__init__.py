@@ -11,7 +11,25 @@ if TYPE_CHECKING:
     from latentsmith.checkpoints.load import build
     from latentsmith.config import load_config
     from latentsmith.data.precache import precache
-    from latentsmith.diffusion import NoiseSchedule
+    from latentsmith.diffusion import (
+        SAMPLERS,
+        Denoiser,
+        GuidedDenoiser,
+        NoiseSchedule,
+        karras_sigmas,
+        sample_ddim,
+        sample_ddpm,
+        sample_dpmsolver_multistep,
+        sample_dpmsolver_sde,
+        sample_dpmsolver_singlestep,
+        sample_euler,
+        sample_euler_ancestral,
+        sample_heun,
+        sample_lms,
+        sample_para_ddim,
+        sample_plms,
+        sample_unipc,
+    )  # fmt: skip
     from latentsmith.inference import Pipeline
     from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
     from latentsmith.training.train import train
@@ -19,22 +37,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AutoencoderKL",
-    "ClipTextEncoder",
-    "NoiseSchedule",
-    "Pipeline",
-    "UNetModel",
-    "build",
-    "convert",
-    "load_config",
-    "precache",
-    "train",
-]
+    "SAMPLERS", "AutoencoderKL", "ClipTextEncoder", "Denoiser", "GuidedDenoiser", "NoiseSchedule", "Pipeline",
+    "UNetModel", "build", "convert", "karras_sigmas", "load_config", "precache", "sample_ddim", "sample_ddpm",
+    "sample_dpmsolver_multistep", "sample_dpmsolver_sde", "sample_dpmsolver_singlestep", "sample_euler",
+    "sample_euler_ancestral", "sample_heun", "sample_lms", "sample_para_ddim", "sample_plms", "sample_unipc", "train",
+]  # fmt: skip
 
 _MODULES = {
     "AutoencoderKL": "models",
     "ClipTextEncoder": "models",
-    "NoiseSchedule": "diffusion",
     "Pipeline": "inference",
     "UNetModel": "models",
     "build": "checkpoints.load",
@@ -42,13 +53,13 @@ _MODULES = {
     "load_config": "config",
     "precache": "data.precache",
     "train": "training.train",
-}
+}  # every other name is of `diffusion`
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'latentsmith' has no attribute {name!r}")
-    return getattr(import_module(f"latentsmith.{_MODULES[name]}"), name)
+    return getattr(import_module(f"latentsmith.{_MODULES.get(name, 'diffusion')}"), name)
 
 
 def __dir__() -> list[str]:

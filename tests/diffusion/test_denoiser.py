@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from latentsmith.diffusion import Denoiser, NoiseSchedule
+from latentsmith.diffusion import SAMPLERS, Denoiser, NoiseSchedule, inpainting_denoiser, sample, sampling_schedule
+from latentsmith.diffusion.denoiser import to_output
 
 SCHEDULE = NoiseSchedule.from_config(0.00085, 0.012)
 LATENTS, NOISE = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -11,11 +12,13 @@ def perfect_network(prediction_type):
     """Knows the answer; checks that it is asked what training would ask: unit variance, the right timestep."""
 
     def network(noisy, timesteps):
-        kept = SCHEDULE.alphas_cumprod[timesteps.round().long()].view(-1, 1, 1, 1).float()
-        torch.testing.assert_close(noisy, kept.sqrt() * LATENTS + (1 - kept).sqrt() * NOISE, rtol=1e-4, atol=1e-5)
+        alphas_cumprod = SCHEDULE.alphas_cumprod[timesteps.round().long()].view(-1, 1, 1, 1).float()
+        torch.testing.assert_close(
+            noisy, alphas_cumprod.sqrt() * LATENTS + (1 - alphas_cumprod).sqrt() * NOISE, rtol=1e-4, atol=1e-5
+        )
         answers = {
             "epsilon": NOISE,
-            "v_prediction": kept.sqrt() * NOISE - (1 - kept).sqrt() * LATENTS,
+            "v_prediction": alphas_cumprod.sqrt() * NOISE - (1 - alphas_cumprod).sqrt() * LATENTS,
             "sample": LATENTS,
         }
         return answers[prediction_type]
@@ -54,14 +57,14 @@ def test_between_timesteps_the_network_is_asked_in_between():
     assert seen == pytest.approx([500.5, 42])
 
 
-def test_output_and_estimate_are_two_words_for_the_same():
+def test_output_and_estimate_determine_each_other():
     for prediction_type in ("epsilon", "v", "x0"):
         denoise = Denoiser(lambda noisy, timesteps: noisy.cos(), SCHEDULE, prediction_type)
         output = denoise.output(LATENTS, 3.0)
         torch.testing.assert_close(output, (LATENTS / 10**0.5).cos())
         estimate = denoise.from_output(output, LATENTS, 3.0)
         torch.testing.assert_close(estimate, denoise(LATENTS, 3.0))
-        torch.testing.assert_close(denoise.as_output(estimate, LATENTS, 3.0), output)
+        torch.testing.assert_close(to_output(prediction_type, estimate, LATENTS, 3.0), output)
 
 
 def test_conditioning_for_fewer_samples_is_repeated():
@@ -86,3 +89,38 @@ def test_a_bfloat16_network_is_answered_in_float32():
 def test_unknown_prediction_type():
     with pytest.raises(ValueError, match="'noise' is not one of epsilon"):
         Denoiser(lambda noisy, timesteps: noisy, SCHEDULE, "noise")
+
+
+def gaussian(noisy, sigma):
+    """The exact clean estimate of latents from a normal distribution of mean 0.5 and deviation 0.3, per pixel."""
+    level = sigma.view(-1, 1, 1, 1).to(noisy) if isinstance(sigma, torch.Tensor) else sigma
+    return 0.5 + (noisy - 0.5) * 0.09 / (0.09 + level**2)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_ends_at_the_given_latents_outside_the_mask(sampler):
+    """Inside it, every sampler does what it would do alone."""
+    torch.manual_seed(0)
+    clean, noise = torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, 1:3, 1:3] = 1
+    grid = sampling_schedule(SCHEDULE, sampler, 8)
+    draws = [torch.randn_like(noise) for _ in range(8)]
+    start = (clean + grid.sigmas[0].item() * noise) / grid.start_scale
+    *_, masked = sample(
+        sampler, inpainting_denoiser(gaussian, mask, clean), start, grid, noise_sampler=draws.__getitem__
+    )
+    *_, alone = sample(sampler, gaussian, start, grid, noise_sampler=draws.__getitem__)
+    outside = mask.expand_as(clean) == 0
+    end = grid.step_targets[-1].item()  # ends above 0: some of the noise is left
+    assert (masked.latents - clean)[outside].abs().max() <= 4 * end + 1e-9
+    torch.testing.assert_close(masked.latents[~outside], alone.latents[~outside], rtol=1e-6, atol=1e-9)
+    assert (masked.latents - clean)[~outside].abs().max() > 0.1
+
+
+def test_inpainting_keeps_the_latents_where_the_network_overflows():
+    mask = torch.zeros(2, 1, 2, 2)
+    mask[..., 0] = 1
+    masked = inpainting_denoiser(lambda noisy, sigma: noisy * float("nan"), mask, LATENTS[:2])
+    found = masked(NOISE[:2], 1.0)
+    assert torch.equal(found[..., 1], LATENTS[:2, ..., 1]) and found[..., 0].isnan().all()

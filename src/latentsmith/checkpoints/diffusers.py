@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.architectures import COMPONENTS
+from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
 from latentsmith.files.atomic import atomic_folder
 from latentsmith.files.errors import BadInput
 from latentsmith.files.json import read_json
@@ -41,7 +42,7 @@ from .base import (
 )
 
 VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
-BETA_SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names -> LDM's, as in ModelSpec
+BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
 SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
                  "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
 WEIGHTS_FILE = re.compile(

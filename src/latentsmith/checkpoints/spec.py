@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from latentsmith.architectures import COMPONENTS
-from latentsmith.diffusion.schedule import BETA_SCHEDULES
+from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
 from latentsmith.files.errors import BadInput
 from latentsmith.files.json import parse_json
 
@@ -36,7 +36,7 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
         )
     facts = _facts(checkpoint)
     facts.pop("prediction", None)
-    if facts.get("beta_schedule", "linear") not in BETA_SCHEDULES:
+    if facts.get("beta_schedule", "linear") not in LDM_BETA_SCHEDULES:
         raise BadInput(f"{checkpoint.path}: the beta_schedule {facts['beta_schedule']} of its config is not supported")
     v2_at_768 = prediction == "v_prediction" and version_of(checkpoint) == "v2"
     facts["image_size"] = facts.get("image_size") or (96 if v2_at_768 else 64)

@@ -1,7 +1,7 @@
-"""A network as a denoiser: the one place that translates noise levels to timesteps.
+"""A network as a denoiser: the one place that translates sigmas to timesteps.
 
 Samplers speak of noisy = latents + sigma * noise. The network was trained on the same thing scaled to unit variance,
-noisy / sqrt(1 + sigma**2) = signal * latents + noise_level * noise, at a timestep.
+noisy / sqrt(1 + sigma^2) = sqrt_alphas_cumprod * latents + sqrt_one_minus_alphas_cumprod * noise, at a timestep.
 """
 
 import math
@@ -15,14 +15,17 @@ from .parameterization import canonical_prediction_type, to_denoised, training_t
 from .schedule import NoiseSchedule, per_sample
 
 
-def signal_and_noise_of(sigma: Tensor | float, like: Tensor) -> tuple[Any, Any]:
-    """1 / sqrt(1 + sigma^2) and sigma / sqrt(1 + sigma^2): numbers, or shaped, typed and placed to multiply `like`."""
-    if isinstance(sigma, Tensor):
-        signal = (1 + sigma.double().cpu() ** 2).rsqrt()
-        pair = (signal, sigma.double().cpu() * signal)
-        return tuple(per_sample(each.to(like.dtype), like) for each in pair)  # type: ignore[return-value]
-    signal_number = 1 / math.sqrt(1 + sigma**2)
-    return signal_number, sigma * signal_number
+def scales_of(sigma: Tensor | float, like: Tensor) -> tuple[Any, Any]:
+    """sqrt_alphas_cumprod = 1 / sqrt(1 + sigma^2), and sqrt_one_minus_alphas_cumprod, sigma times that.
+
+    Numbers, or tensors of the shape, dtype and device that multiply `like`.
+    """
+    if not isinstance(sigma, Tensor):
+        scale = 1 / math.sqrt(1 + sigma**2)
+        return scale, sigma * scale
+    sigma = sigma.double().cpu()
+    scales = (1 + sigma**2).rsqrt()
+    return per_sample(scales.to(like.dtype), like), per_sample((sigma * scales).to(like.dtype), like)
 
 
 def tiled(conditioning: Mapping[str, Any], batch: int) -> dict[str, Any]:
@@ -66,34 +69,47 @@ class Denoiser:
     def __call__(self, noisy: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
         """noisy: (batch, channels, height, width). sigma: a number, or one per sample, (batch,); above 0.
 
-        conditioning: what the network takes besides (context=...); tensors for fewer samples are repeated.
+        conditioning: the network's other inputs (context=...); tensors for fewer samples are repeated.
         """
         return self.from_output(self.output(noisy, sigma, **conditioning), noisy, sigma)
 
     def output(self, noisy: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
-        """What the network itself says of the noisy latents, in their dtype."""
-        signal, _ = signal_and_noise_of(sigma, noisy)
+        """The network's own output for the noisy latents, in their dtype."""
+        scale, _ = scales_of(sigma, noisy)
         timesteps = self._timesteps(sigma, len(noisy)).to(noisy.device)
-        return self.network(noisy * signal, timesteps, **tiled(conditioning, len(noisy))).to(noisy.dtype)
+        return self.network(noisy * scale, timesteps, **tiled(conditioning, len(noisy))).to(noisy.dtype)
 
     def from_output(self, output: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
         """The clean estimate that an output for these noisy latents stands for."""
-        signal, noise_level = signal_and_noise_of(sigma, noisy)
-        return to_denoised(self.prediction_type, output, noisy * signal, signal, noise_level)
-
-    def as_output(self, denoised: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
-        """The inverse of from_output: what the network would have to say for this clean estimate."""
-        return as_output(self.prediction_type, denoised, noisy, sigma)
+        scales = scales_of(sigma, noisy)
+        return to_denoised(self.prediction_type, output, noisy * scales[0], *scales)
 
     def _timesteps(self, sigma: Tensor | float, batch: int) -> Tensor:
-        levels = sigma.tolist() if isinstance(sigma, Tensor) else sigma
-        if isinstance(levels, list):
-            return torch.tensor([self.timestep_at(level) for level in levels], dtype=torch.float32)
-        return torch.full((batch,), self.timestep_at(levels), dtype=torch.float32)
+        if isinstance(sigma, Tensor) and sigma.dim():
+            return torch.tensor([self.timestep_at(each) for each in sigma.tolist()], dtype=torch.float32)
+        return torch.full((batch,), self.timestep_at(float(sigma)), dtype=torch.float32)
 
 
-def as_output(prediction_type: str, denoised: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
-    """What a network of this kind says when its clean estimate of noisy = latents + sigma * noise is `denoised`."""
-    signal, noise_level = signal_and_noise_of(sigma, noisy)
-    noise = (noisy * signal - signal * denoised) / noise_level
-    return training_target(prediction_type, denoised, noise, signal, noise_level)
+def to_output(prediction_type: str, denoised: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
+    """The inverse of Denoiser.from_output: a network's output whose clean estimate is `denoised`."""
+    scale, noise_scale = scales_of(sigma, noisy)
+    noise = (noisy * scale - scale * denoised) / noise_scale
+    return training_target(prediction_type, denoised, noise, scale, noise_scale)
+
+
+def inpainting_denoiser(
+    denoise: Callable[[Tensor, Tensor | float], Tensor], mask: Tensor, latents: Tensor
+) -> Callable[[Tensor, Tensor | float], Tensor]:
+    """A denoiser whose clean estimate outside the mask is `latents`, whatever the network's.
+
+    Any sampler then ends at `latents` there, and passes through latents + sigma * noise on the way, so that what is
+    generated sees its surroundings at its own sigma.
+    mask: (batch, 1, height, width) in [0, 1], 1 where to generate. latents: (batch, channels, height, width), clean.
+    """
+
+    def masked(noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        fixed = tiled({"mask": mask.to(noisy), "latents": latents.to(noisy)}, len(noisy))
+        blended = fixed["latents"] + fixed["mask"] * (denoise(noisy, sigma) - fixed["latents"])
+        return torch.where(fixed["mask"] > 0, blended, fixed["latents"])  # a product with 0 would keep NaN
+
+    return masked

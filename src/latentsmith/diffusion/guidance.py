@@ -1,4 +1,4 @@
-"""Classifier-free guidance: a denoiser made of a denoiser's two opinions (Ho & Salimans 2022)."""
+"""Classifier-free guidance: combine the conditional and unconditional predictions (Ho & Salimans 2022)."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from .schedule import per_sample
 class GuidedDenoiser:
     """The callable (noisy, sigma) -> uncond + guidance_scale * (cond - uncond).
 
-    conditioning, null_conditioning: what the denoiser takes besides (context=...) with the prompts and with the null
-        text or the negative prompts; null_conditioning may be None where guidance_scale is 1.
+    conditioning, null_conditioning: other inputs of the network (context=...) for the prompts, and for the null text or
+        the negative prompts; null_conditioning may be None where guidance_scale is 1.
     guidance_scale: a number or one per sample, (batch,). 1 is off: the denoiser is called with the prompts alone.
     rescale: in [0, 1], how far the standard deviation of the guided output is drawn back to that of the conditional
         one, which keeps strong guidance from overexposing (Lin et al. 2023, equations 14 to 16, on network outputs).
-    one_batch: both opinions in one call of twice the batch; False makes two calls, slower but with half the memory.
+    one_batch: both predictions in one call of twice the batch; False makes two calls, slower but with half the memory.
     Raises ValueError for a guidance_scale or rescale that is no such number and for missing null conditioning.
     """
 
@@ -49,21 +49,21 @@ class GuidedDenoiser:
         """noisy: (batch, channels, height, width). sigma: a number or one per sample."""
         if self.off:
             return self.denoiser(noisy, sigma, **self.conditioning)
-        conditional, unconditional = self._opinions(noisy, sigma)
-        guided = unconditional + self._scale(noisy) * (conditional - unconditional)
+        cond, uncond = self._outputs(noisy, sigma)
+        guided = uncond + self._scale(noisy) * (cond - uncond)
         if self.rescale > 0:
-            guided = self._rescaled(guided, conditional)
+            guided = self._rescaled(guided, cond)
         return self.denoiser.from_output(guided, noisy, sigma)
 
-    def _opinions(self, noisy: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The network's outputs with the prompts and without."""
+    def _outputs(self, noisy: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The network's outputs (cond, uncond): for the prompts, and for the null text."""
         if not self.one_batch:
-            conditional = self.denoiser.output(noisy, sigma, **self.conditioning)
-            return conditional, self.denoiser.output(noisy, sigma, **self.null_conditioning)
+            cond = self.denoiser.output(noisy, sigma, **self.conditioning)
+            return cond, self.denoiser.output(noisy, sigma, **self.null_conditioning)
         both_sigmas = torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.dim() else sigma
         both = _joined(tiled(self.conditioning, len(noisy)), tiled(self.null_conditioning, len(noisy)))
-        conditional, unconditional = self.denoiser.output(torch.cat([noisy, noisy]), both_sigmas, **both).chunk(2)
-        return conditional, unconditional
+        cond, uncond = self.denoiser.output(torch.cat([noisy, noisy]), both_sigmas, **both).chunk(2)
+        return cond, uncond
 
     def _scale(self, noisy: Tensor) -> Tensor | float:
         if not isinstance(self.guidance_scale, Tensor):
@@ -71,9 +71,9 @@ class GuidedDenoiser:
         scales = tiled({"guidance_scale": self.guidance_scale.flatten()}, len(noisy))["guidance_scale"]
         return per_sample(scales.to(noisy.dtype), noisy)
 
-    def _rescaled(self, guided: Tensor, conditional: Tensor) -> Tensor:
+    def _rescaled(self, guided: Tensor, cond: Tensor) -> Tensor:
         axes = tuple(range(1, guided.dim()))
-        matched = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+        matched = guided * (cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
         return self.rescale * matched + (1 - self.rescale) * guided
 
 

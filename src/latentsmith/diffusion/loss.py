@@ -1,4 +1,4 @@
-"""The loss of each sample and its weight by noise level."""
+"""The loss of each sample and its weight by timestep."""
 
 import torch
 from torch import Tensor

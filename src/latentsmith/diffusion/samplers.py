@@ -7,33 +7,42 @@ One shared form. A sampler is a generator function of (denoise, latents, sigmas,
     sigmas: (steps + 1,), decreasing, usually ending at 0: noisy = latents + sigma * noise at each.
 
 It yields a Step after each of its steps, so the caller owns progress, previews and stopping, and the last Step's
-latents are the result. Random ones take `noise_sampler`, a callable step -> unit noise of the latents' shape,
-and nothing from global state. `sample` runs one by its name over a SamplingSchedule, from unit noise to finished
-latents.
+latents are the result. Random ones take `noise_sampler`, a callable step -> unit noise of the latents' shape, and
+nothing from global state. `register` gives a sampler its names, from which the command line, NeMo's keys and the
+metadata of images follow; `sampling.sample` runs one by its name.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .denoiser import as_output, signal_and_noise_of
+from .denoiser import scales_of, to_output
 from .parameterization import to_denoised
-from .sampler_names import canonical_sampler
-from .schedule import NoiseSchedule, per_sample
-from .spacing import SamplingSchedule, SpacingRule, build_sampling_schedule
+from .schedule import per_sample
+from .spacing import SpacingRule
+
+__all__ = [
+    "SAMPLERS", "Sampler", "Step", "sample_ddim", "sample_ddpm", "sample_dpmsolver_multistep", "sample_dpmsolver_sde",
+    "sample_dpmsolver_singlestep", "sample_euler", "sample_euler_ancestral", "sample_heun", "sample_lms",
+    "sample_para_ddim", "sample_plms", "sample_unipc",
+]  # fmt: skip
 
 Denoise = Callable[[Tensor, Tensor | float], Tensor]
-NoiseAt = Callable[[int], Tensor]
+NoiseSampler = Callable[[int], Tensor]
+Solver = Callable[..., Iterator["Step"]]
 
 # Weights of the newest, second newest, ... value in an Adams-Bashforth step of order 1, 2, 3, 4.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+# Spacings are the defaults of diffusers' schedulers.
+LEADING = SpacingRule("leading")
+EVERY_SIGMA = SpacingRule("linspace", fractional=True)
+ALL_BUT_LAST = SpacingRule("linspace", extra_point=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +54,37 @@ class Step:
     denoised: Tensor
 
 
-def ancestral_levels(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """How a step from sigma to sigma_next parts: the level it goes down to, and the noise it then adds.
+@dataclass(frozen=True)
+class Sampler:
+    """solve: the generator function. rule: which sigmas it visits. title: its name in web UIs and in image metadata.
+
+    aliases: what other programs call it, in lower case with underscores. random: it always draws from noise_sampler.
+    """
+
+    solve: Solver
+    rule: SpacingRule
+    title: str
+    aliases: tuple[str, ...] = ()
+    random: bool = False
+
+
+SAMPLERS: dict[str, Sampler] = {}
+
+
+def register(
+    name: str, rule: SpacingRule, title: str, aliases: Sequence[str] = (), *, random: bool = False
+) -> Callable[[Solver], Solver]:
+    """Add the decorated function to SAMPLERS under `name`."""
+
+    def add(solve: Solver) -> Solver:
+        SAMPLERS[name] = Sampler(solve, rule, title, tuple(aliases), random)
+        return solve
+
+    return add
+
+
+def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """The two parts of a step from sigma to sigma_next: the sigma it goes down to, and that of the noise it then adds.
 
     eta: 0 adds none, 1 as much as the reverse of the forward process does.
     Source: Song et al. 2021, equation 16, times sqrt(1 + sigma_next^2).
@@ -55,33 +93,61 @@ def ancestral_levels(sigma: float, sigma_next: float, eta: float) -> tuple[float
     return max(0.0, sigma_next**2 - added**2) ** 0.5, added
 
 
+@register("ddim", SpacingRule("leading", fixed_stride=True, set_alpha_to_one=True), "DDIM")
 def sample_ddim(
     denoise: Denoise,
     latents: Tensor,
     sigmas: Tensor,
     *,
     eta: float = 0.0,
-    noise_sampler: NoiseAt | None = None,
+    noise_sampler: NoiseSampler | None = None,
     step_targets: Tensor | None = None,
 ) -> Iterator[Step]:
     """DDIM; the same formula is Euler's method (eta 0) and, with eta 1, DDPM and Euler ancestral.
 
     eta: in [0, 1], the share of random noise; above 0 it needs noise_sampler.
-    step_targets: (steps,), as in SamplingSchedule, where not sigmas[1:].
+    step_targets: (steps,), as in SamplingSchedule; sigmas[1:] by default.
     Source: Song et al. 2021, equation 12.
     """
-    aims = (sigmas[1:] if step_targets is None else step_targets).tolist()
-    for index, ((sigma, sigma_next), aim) in enumerate(zip(pairwise(sigmas.tolist()), aims, strict=True)):
+    targets = (sigmas[1:] if step_targets is None else step_targets).tolist()
+    for index, ((sigma, sigma_next), target) in enumerate(zip(pairwise(sigmas.tolist()), targets, strict=True)):
         denoised = denoise(latents, sigma)
-        down, added = ancestral_levels(sigma, aim, eta)
+        down, added = ancestral_step(sigma, target, eta)
         latents = denoised + (latents - denoised) * (down / sigma)
         if added > 0:
             latents = latents + _noise(noise_sampler, index) * added
-        if aim != sigma_next:
-            latents = latents * ((1 + sigma_next**2) / (1 + aim**2)) ** 0.5
+        if target != sigma_next:
+            latents = latents * ((1 + sigma_next**2) / (1 + target**2)) ** 0.5
         yield Step(index, latents, denoised)
 
 
+@register("ddpm", LEADING, "DDPM", random=True)
+def sample_ddpm(
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None
+) -> Iterator[Step]:
+    """DDPM: DDIM's formula with eta 1 (Ho et al. 2020, algorithm 2)."""
+    return sample_ddim(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+
+
+@register("euler", EVERY_SIGMA, "Euler", ["k_euler", "eulerdiscrete"])
+def sample_euler(
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseSampler | None = None
+) -> Iterator[Step]:
+    """Euler's method for d(latents) / d(sigma) = (latents - denoised) / sigma: DDIM's formula on other sigmas."""
+    return sample_ddim(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+
+
+@register("euler_a", EVERY_SIGMA, "Euler a", [
+    "euler_ancestral", "k_euler_a", "k_euler_ancestral", "eulerancestraldiscrete",
+], random=True)  # fmt: skip
+def sample_euler_ancestral(
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None
+) -> Iterator[Step]:
+    """Euler's method with the noise of DDPM: DDIM's formula with eta 1 on other sigmas."""
+    return sample_ddim(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+
+
+@register("plms", SpacingRule("leading", set_alpha_to_one=False), "PLMS", ["pndm"])
 def sample_plms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, averaged: str = "epsilon") -> Iterator[Step]:
     """Pseudo linear multistep: DDIM steps along an Adams-Bashforth average of past network outputs; steps + 1 calls.
 
@@ -89,21 +155,22 @@ def sample_plms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, averaged: 
         predicts, as in LDM and NeMo; diffusers averages what the network predicts.
     Source: Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds", equations 11 to 14.
     """
-    levels, past = sigmas.tolist(), list[Tensor]()
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        past = [as_output(averaged, denoise(latents, sigma), latents, sigma), *past[:3]]
+    sigma_list, past = sigmas.tolist(), list[Tensor]()
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigma_list)):
+        past = [to_output(averaged, denoise(latents, sigma), latents, sigma), *past[:3]]
         output = _weighted(ADAMS_BASHFORTH[len(past) - 1], past)
-        signal, noise_level = signal_and_noise_of(sigma, latents)
-        denoised = to_denoised(averaged, output, latents * signal, signal, noise_level)
+        scales = scales_of(sigma, latents)
+        denoised = to_denoised(averaged, output, latents * scales[0], *scales)
         proposed = denoised + (latents - denoised) * (sigma_next / sigma)
-        if index == 0 and len(levels) > 2:  # no past yet: Heun's average of both ends of the step
-            output = (output + as_output(averaged, denoise(proposed, sigma_next), proposed, sigma_next)) / 2
-            denoised = to_denoised(averaged, output, latents * signal, signal, noise_level)
+        if index == 0 and len(sigma_list) > 2:  # no past yet: Heun's average of both ends of the step
+            output = (output + to_output(averaged, denoise(proposed, sigma_next), proposed, sigma_next)) / 2
+            denoised = to_denoised(averaged, output, latents * scales[0], *scales)
             proposed = denoised + (latents - denoised) * (sigma_next / sigma)
         latents = proposed
         yield Step(index, latents, denoised)
 
 
+@register("heun", EVERY_SIGMA, "Heun", ["k_heun", "heundiscrete"])
 def sample_heun(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun's second-order method for d(latents) / d(sigma) = (latents - denoised) / sigma; 2 * steps - 1 calls.
 
@@ -120,6 +187,7 @@ def sample_heun(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[S
         yield Step(index, latents, denoised)
 
 
+@register("lms", EVERY_SIGMA, "LMS", ["k_lms", "lmsdiscrete"])
 def sample_lms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, order: int = 4) -> Iterator[Step]:
     """Linear multistep: integrates the polynomial through the last `order` slopes (at most 4) over each step.
 
@@ -127,29 +195,32 @@ def sample_lms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, order: int 
     """
     if not 1 <= order <= 4:
         raise ValueError(f"order is {order}; linear multistep takes 1 to 4")
-    levels, past = sigmas.tolist(), list[Tensor]()
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    sigma_list, past = sigmas.tolist(), list[Tensor]()
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigma_list)):
         denoised = denoise(latents, sigma)
         past = [(latents - denoised) / sigma, *past[: order - 1]]
-        known = levels[index::-1][: len(past)]
-        latents = latents + _weighted(_lagrange_integrals(known, sigma, sigma_next), past)
+        weights = _lagrange_integrals(sigma_list[index::-1][: len(past)], sigma, sigma_next)
+        latents = latents + _weighted(weights, past)
         yield Step(index, latents, denoised)
 
 
+@register("dpmsolver++", ALL_BUT_LAST, "DPM++ 2M", [
+    "dpm", "dpmsolver", "dpm++", "dpm++_2m", "dpmpp_2m", "dpmsolver++_2m", "dpmsolvermultistep",
+])  # fmt: skip
 def sample_dpmsolver_multistep(
-    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseAt | None = None
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseSampler | None = None
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), and with eta 1 its SDE form; second order, one call a step, first order at both ends.
 
     eta: in [0, 1], the share of random noise; above 0 it needs noise_sampler.
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 2 (midpoint) and appendix on SDE-DPM-Solver++(2M).
     """
-    levels, previous = sigmas.tolist(), None
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    sigma_list, previous = sigmas.tolist(), None
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigma_list)):
         denoised = denoise(latents, sigma)
         estimate = denoised
         if previous is not None and sigma_next > 0:
-            estimate = _extrapolated(denoised, previous, levels[index - 1 : index + 2])
+            estimate = _extrapolated(denoised, previous, sigma_list[index - 1 : index + 2])
         ratio = sigma_next / sigma
         latents = estimate + (latents - estimate) * ratio ** (1 + eta)
         if eta > 0 and sigma_next > 0:
@@ -158,17 +229,28 @@ def sample_dpmsolver_multistep(
         yield Step(index, latents, denoised)
 
 
+@register("dpmsolver++_sde", ALL_BUT_LAST, "DPM++ 2M SDE", [
+    "dpm++_2m_sde", "dpmpp_2m_sde", "dpmsolver++_2m_sde",
+], random=True)  # fmt: skip
+def sample_dpmsolver_sde(
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None
+) -> Iterator[Step]:
+    """DPM-Solver++(2M) with noise: its SDE form."""
+    return sample_dpmsolver_multistep(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+
+
+@register("dpmsolver++_singlestep", ALL_BUT_LAST, "DPM++ 2S", ["dpm++_2s", "dpmsolversinglestep"])
 def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2S): steps in pairs, the first a plain one to the middle, the second over both; the last is plain.
 
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 1, with the middles taken from the grid.
     """
-    levels = sigmas.tolist()
+    sigma_list = sigmas.tolist()
     start, first = latents, latents
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigma_list)):
         denoised = denoise(latents, sigma)
-        if index % 2 == 1 and index < len(levels) - 2:
-            begin = levels[index - 1]
+        if index % 2 == 1 and index < len(sigma_list) - 2:
+            begin = sigma_list[index - 1]
             share = math.log(begin / sigma) / math.log(begin / sigma_next)
             estimate = first + (denoised - first) / (2 * share)
             latents = estimate + (start - estimate) * (sigma_next / begin)
@@ -178,25 +260,27 @@ def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tenso
         yield Step(index, latents, denoised)
 
 
+@register("unipc", ALL_BUT_LAST, "UniPC", ["uni_pc", "unipcmultistep"])
 def sample_unipc(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """UniPC of order 2, variant B2 on data predictions: DPM-Solver++(2M) steps, each corrected by the next call.
 
     Source: Zhao et al. 2023, "UniPC", algorithms 5 and 6.
     """
-    levels, past, start = sigmas.tolist(), list[Tensor](), latents
-    for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
+    sigma_list, past, start = sigmas.tolist(), list[Tensor](), latents
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigma_list)):
         denoised = denoise(latents, sigma)
         if past:
-            estimate = _corrected(denoised, past, levels[max(0, index - len(past)) : index + 1])
-            latents = estimate + (start - estimate) * (sigma / levels[index - 1])
+            estimate = _corrected(denoised, past, sigma_list[max(0, index - len(past)) : index + 1])
+            latents = estimate + (start - estimate) * (sigma / sigma_list[index - 1])
         estimate = denoised
         if past and sigma_next > 0:
-            estimate = _extrapolated(denoised, past[0], levels[index - 1 : index + 2])
+            estimate = _extrapolated(denoised, past[0], sigma_list[index - 1 : index + 2])
         past, start = [denoised, *past[:1]], latents
         latents = estimate + (latents - estimate) * (sigma_next / sigma)
         yield Step(index, latents, denoised)
 
 
+@register("para_ddim", SpacingRule("leading", set_alpha_to_one=True), "DDIM", ["paraddim", "ddimparallel"])
 def sample_para_ddim(
     denoise: Denoise, latents: Tensor, sigmas: Tensor, *, parallelism: int = 8, tolerance: float = 0.1
 ) -> Iterator[Step]:
@@ -210,17 +294,17 @@ def sample_para_ddim(
     """
     if parallelism < 1 or not tolerance >= 0:
         raise ValueError(f"parallelism {parallelism} must be at least 1 and tolerance {tolerance} at least 0")
-    levels, begin, batch = sigmas.tolist(), 0, len(latents)
-    steps = len(levels) - 1
-    window = latents.expand(min(parallelism, steps), *latents.shape)  # guesses of the states at levels[begin:]
+    sigma_list, begin, batch = sigmas.tolist(), 0, len(latents)
+    steps = len(sigma_list) - 1
+    window = latents.expand(min(parallelism, steps), *latents.shape)  # guesses of the states at sigma_list[begin:]
     while begin < steps:
-        ends = list(pairwise(levels[begin : begin + len(window) + 1]))
+        ends = list(pairwise(sigma_list[begin : begin + len(window) + 1]))
         repeated = torch.tensor([sigma for sigma, _ in ends], dtype=torch.float64).repeat_interleave(batch)
         denoised = denoise(window.flatten(0, 1), repeated).view_as(window)
         relative = per_sample(window.new_tensor([(after - sigma) / sigma for sigma, after in ends]), window)
-        states = window[0] + ((window - denoised) * relative).cumsum(0)  # at levels[begin + 1:]
-        allowed = [(tolerance * ancestral_levels(sigma, after, 1.0)[1]) ** 2 for sigma, after in ends]
-        done = _settled(states[:-1], window[1:], allowed)
+        states = window[0] + ((window - denoised) * relative).cumsum(0)  # at sigma_list[begin + 1:]
+        allowed = [(tolerance * ancestral_step(sigma, after, 1.0)[1]) ** 2 for sigma, after in ends]
+        done = _converged(states[:-1], window[1:], allowed)
         for offset in range(done):
             yield Step(begin + offset, states[offset], denoised[offset])
         begin += done
@@ -228,7 +312,7 @@ def sample_para_ddim(
         window = torch.cat([guesses, guesses[-1:].expand(len(window), *latents.shape)])[:size]
 
 
-def _settled(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
+def _converged(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
     """How many steps at the window's front are done: the first always is, its start being final."""
     changes = ((states - before) ** 2).flatten(1).mean(1).tolist()
     done = 1
@@ -239,100 +323,7 @@ def _settled(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
     return done
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """solve: the generator function. rule: the noise levels it visits. random: it always draws from noise_sampler."""
-
-    solve: Callable[..., Iterator[Step]]
-    rule: SpacingRule
-    random: bool = False
-
-
-_EVERY_LEVEL = SpacingRule("linspace", fractional=True)
-_ALL_BUT_LAST = SpacingRule("linspace", extra_point=True)
-
-# Defaults of the grids are those of diffusers' schedulers.
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(sample_ddim, SpacingRule("leading", fixed_stride=True, set_alpha_to_one=True)),
-    "ddpm": Sampler(partial(sample_ddim, eta=1.0), SpacingRule("leading"), random=True),
-    "plms": Sampler(sample_plms, SpacingRule("leading", set_alpha_to_one=False)),
-    "dpmsolver++": Sampler(sample_dpmsolver_multistep, _ALL_BUT_LAST),
-    "dpmsolver++_sde": Sampler(partial(sample_dpmsolver_multistep, eta=1.0), _ALL_BUT_LAST, random=True),
-    "dpmsolver++_singlestep": Sampler(sample_dpmsolver_singlestep, _ALL_BUT_LAST),
-    "euler": Sampler(sample_ddim, _EVERY_LEVEL),
-    "euler_a": Sampler(partial(sample_ddim, eta=1.0), _EVERY_LEVEL, random=True),
-    "heun": Sampler(sample_heun, _EVERY_LEVEL),
-    "lms": Sampler(sample_lms, _EVERY_LEVEL),
-    "unipc": Sampler(sample_unipc, _ALL_BUT_LAST),
-    "para_ddim": Sampler(sample_para_ddim, SpacingRule("leading", set_alpha_to_one=True)),
-}
-
-
-def sampling_schedule(
-    schedule: NoiseSchedule,
-    sampler: str,
-    steps: int,
-    *,
-    spacing: str | None = None,
-    steps_offset: int = 0,
-    set_alpha_to_one: bool | None = None,
-    karras: bool = False,
-) -> SamplingSchedule:
-    """The noise levels and timesteps that a sampler visits, as diffusers' scheduler of the same settings has them.
-
-    sampler: a name of SAMPLERS or an alias; one that ends in "Karras" asks for karras too.
-    spacing: "leading", "trailing" or "linspace"; None takes the sampler's own.
-    steps_offset: added to "leading" timesteps; published Stable Diffusion configs say 1.
-    set_alpha_to_one: for ddim, plms and para_ddim, whether the grid ends at sigma 0 (True) or at that of timestep 0;
-        None takes the sampler's own; published Stable Diffusion configs say False. All others end at 0.
-    karras: levels of Karras et al. 2022 instead of the spaced timesteps'.
-    A terminal alphas_cumprod of 0 counts as 2^-24.
-    Raises ValueError for an unknown sampler or spacing and for steps that the schedule does not have.
-    """
-    name, named_karras = canonical_sampler(sampler, SAMPLERS)
-    return build_sampling_schedule(
-        schedule,
-        SAMPLERS[name].rule,
-        steps,
-        spacing=spacing,
-        steps_offset=steps_offset,
-        set_alpha_to_one=set_alpha_to_one,
-        karras=karras or named_karras,
-    )
-
-
-def sampling_sigmas(schedule: NoiseSchedule, sampler: str, steps: int, **settings: Any) -> Tensor:
-    """(steps + 1,), float64, decreasing: sampling_schedule's levels alone."""
-    return sampling_schedule(schedule, sampler, steps, **settings).sigmas
-
-
-def sample(
-    sampler: str,
-    denoise: Denoise,
-    latents: Tensor,
-    grid: SamplingSchedule,
-    *,
-    noise_sampler: NoiseAt | None = None,
-    **options: Any,
-) -> Iterator[Step]:
-    """Runs a sampler by its name; the last Step's latents are the result, ready for the VAE.
-
-    latents: (batch, channels, height, width), unit noise; scaled here to the grid's start.
-    noise_sampler: step -> unit noise, for those samplers (and ddim with eta) that draw some.
-    options: the sampler's own: eta, averaged, order, parallelism, tolerance.
-    """
-    name, _ = canonical_sampler(sampler, SAMPLERS)
-    chosen = SAMPLERS[name]
-    if chosen.random or options.get("eta", 0) > 0:
-        options["noise_sampler"] = noise_sampler
-    if chosen.rule.fixed_stride:
-        options["step_targets"] = grid.step_targets
-    for step in chosen.solve(denoise, latents * grid.start_scale, grid.sigmas, **options):
-        last = step.index == grid.steps - 1
-        yield replace(step, latents=step.latents / grid.end_scale) if last else step
-
-
-def _noise(noise_sampler: NoiseAt | None, step: int) -> Tensor:
+def _noise(noise_sampler: NoiseSampler | None, step: int) -> Tensor:
     if noise_sampler is None:
         raise ValueError("a sampler with eta above 0 needs noise_sampler")
     return noise_sampler(step)
@@ -348,34 +339,34 @@ def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
     """The integral from start to end of each Lagrange polynomial of these nodes (at most 4 of them)."""
     points, weights = np.polynomial.legendre.leggauss(2)  # exact up to the third degree
-    places = (start + end) / 2 + (end - start) / 2 * points
-    others = [[node for node in nodes if node != own] for own in nodes]
-    values = [
-        np.prod([(places - o) / (own - o) for o in rest], axis=0) for own, rest in zip(nodes, others, strict=True)
-    ]
-    return [float((weights * value).sum() * (end - start) / 2) for value in values]
+    points = (start + end) / 2 + (end - start) / 2 * points
+    integrals = []
+    for own in nodes:
+        polynomial = np.prod([(points - node) / (own - node) for node in nodes if node != own], axis=0)
+        integrals.append(float((weights * polynomial).sum() * (end - start) / 2))
+    return integrals
 
 
-def _extrapolated(denoised: Tensor, previous: Tensor, levels: Sequence[float]) -> Tensor:
+def _extrapolated(denoised: Tensor, previous: Tensor, sigmas: Sequence[float]) -> Tensor:
     """The clean estimate halfway through a step, linear in log sigma through the last two.
 
-    levels: of the previous estimate, of this one, and the step's end.
+    sigmas: of the previous estimate, of this one, and the step's end.
     """
-    before, sigma, sigma_next = levels
+    before, sigma, sigma_next = sigmas
     return denoised + (denoised - previous) * (math.log(sigma / sigma_next) / math.log(before / sigma) / 2)
 
 
-def _corrected(denoised: Tensor, past: Sequence[Tensor], levels: Sequence[float]) -> Tensor:
-    """UniC's clean estimate for the step that ended at levels[-1], where the network now said `denoised`.
+def _corrected(denoised: Tensor, past: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """UniC's clean estimate for the step that ended at sigmas[-1], where the network's estimate is `denoised`.
 
-    past: the estimates at the step's start and, if there is one, before it. levels: of the same, oldest first.
+    past: the estimates at the step's start and, if there is one, before it. sigmas: of the same, oldest first.
     """
-    width = math.log(levels[-2] / levels[-1])
+    width = math.log(sigmas[-2] / sigmas[-1])
     if len(past) == 1:
         return past[0] + (denoised - past[0]) / 2
-    place = -math.log(levels[-3] / levels[-2]) / width
+    older_at = -math.log(sigmas[-3] / sigmas[-2]) / width  # in units of the step, from its start
     growth = math.expm1(-width)
     first = growth / -width - 1
     second = first / -width - 1 / 2
-    older, newer = np.linalg.solve(np.array([[1, 1], [place, 1]]), np.array([first, 2 * second]) / growth)
-    return past[0] + (past[1] - past[0]) * (older / place) + (denoised - past[0]) * newer
+    older, newer = np.linalg.solve(np.array([[1, 1], [older_at, 1]]), np.array([first, 2 * second]) / growth)
+    return past[0] + (past[1] - past[0]) * (older / older_at) + (denoised - past[0]) * newer

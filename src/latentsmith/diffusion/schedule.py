@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BETA_SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "cosine", "sqrt")
+LDM_BETA_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt"}
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+
+COSINE_OFFSET = 8e-3  # Nichol & Dhariwal 2021, section 3.2
 
 # Stands for alphas_cumprod = 0 while sampling, where sigma must be finite (4096): the smallest positive float16.
 SMALLEST_ALPHA_CUMPROD = 2.0**-24
@@ -51,16 +54,16 @@ class NoiseSchedule:
         cls,
         linear_start: float = 0.00085,
         linear_end: float = 0.012,
-        beta_schedule: str = "linear",
+        beta_schedule: str = "scaled_linear",
         timesteps: int = 1000,
         *,
-        cosine_s: float = 8e-3,
+        cosine_s: float = COSINE_OFFSET,
     ) -> Self:
-        """The schedule that LDM's and NeMo's keys describe; the defaults are Stable Diffusion's.
+        """A schedule by its betas, from linear_start to linear_end; the defaults are Stable Diffusion's.
 
-        beta_schedule: "linear" (sqrt(beta) runs linearly, diffusers' "scaled_linear"), "cosine" (Nichol & Dhariwal
-        2021, equation 17, with offset cosine_s; ignores linear_start and linear_end), "sqrt_linear" (beta runs
-        linearly, diffusers' "linear") or "sqrt" (beta squared runs so).
+        beta_schedule: diffusers' names: "scaled_linear" (sqrt(beta) runs linearly), "linear" (beta does), "sqrt" (beta
+        squared does), "squaredcos_cap_v2" (Nichol & Dhariwal 2021, equation 17; no start and end) or "cosine" (the
+        same with offset cosine_s). ldm_beta_schedule translates LDM's and NeMo's, whose "linear" is another.
         Raises ValueError for an unknown name or for numbers that describe no schedule.
         """
         if timesteps < 1:
@@ -92,32 +95,32 @@ class NoiseSchedule:
         return self.snr.rsqrt()
 
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a) and sqrt(1 - a) at integer timesteps of any shape: float32, of the same shape and device.
+        """sqrt_alphas_cumprod and sqrt_one_minus_alphas_cumprod at integer timesteps: float32, of their shape.
 
         Timesteps on the CPU cost no device synchronisation; the float64 arithmetic never leaves the CPU.
         """
-        signal, noise_level = self._signal_and_noise
+        signal, noise = self._signal_and_noise
         device, timesteps = timesteps.device, timesteps.cpu()
-        return signal[timesteps].to(device), noise_level[timesteps].to(device)
+        return signal[timesteps].to(device), noise[timesteps].to(device)
 
     @cached_property
     def _signal_and_noise(self) -> tuple[Tensor, Tensor]:
         return self.alphas_cumprod.sqrt().float(), (1 - self.alphas_cumprod).sqrt().float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """A draw from q(noisy | latents): sqrt(a) * latents + sqrt(1 - a) * noise, float32 or wider.
+        """A sample of q(noisy | latents): sqrt(a) * latents + sqrt(1 - a) * noise, float32 or wider.
 
-        latents, noise: (batch, channels, height, width), latents already times scaling_factor.
+        latents, noise: (batch, channels, height, width), of unit variance.
         timesteps: (batch,), integers in [0, timesteps).
         Source: Ho et al. 2020, equation 4.
         """
-        signal, noise_level = self.signal_and_noise(timesteps)
-        return per_sample(signal, latents) * latents + per_sample(noise_level, noise) * noise
+        signal, noise_scale = self.signal_and_noise(timesteps)
+        return per_sample(signal, latents) * latents + per_sample(noise_scale, noise) * noise
 
     def zero_terminal_snr(self) -> Self:
         """The schedule stretched until its last timestep is pure noise (a = 0), its first unchanged.
 
-        Only "v_prediction" and "sample" have meaning there: epsilon says nothing about an image that is all noise.
+        Only "v_prediction" and "sample" have meaning there: epsilon does not determine the image where all is noise.
         Source: Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", algorithm 1.
         """
         if self.timesteps < 2:
@@ -165,9 +168,9 @@ class NoiseSchedule:
         return torch.from_numpy(spaced.copy())
 
     def timestep_at(self, sigma: float) -> float:
-        """The fractional timestep whose noise level is sigma, interpolated in log sigma, within [0, timesteps - 1].
+        """The fractional timestep of a sigma, interpolated in log sigma, within [0, timesteps - 1].
 
-        Source: Karras et al. 2022, appendix C.3, for a schedule with discrete noise levels.
+        Source: Karras et al. 2022, appendix C.3, for a schedule of discrete sigmas.
         """
         log_sigmas = self.for_sampling().sigmas.log()
         log_sigma = math.log(sigma) if sigma > 0 else -math.inf
@@ -177,24 +180,31 @@ class NoiseSchedule:
         low, high = log_sigmas[above - 1 : above + 1].tolist()
         return above - 1 + (log_sigma - low) / (high - low)
 
-    def sigma_at(self, timestep: float) -> float:
-        """The inverse of timestep_at for a timestep in [0, timesteps - 1]."""
-        below = min(int(timestep), self.timesteps - 2) if self.timesteps > 1 else 0
-        low, high = self.for_sampling().sigmas.log()[[below, min(below + 1, self.timesteps - 1)]].tolist()
-        return math.exp(low + (timestep - below) * (high - low))
+
+def ldm_beta_schedule(name: str) -> str:
+    """The name of from_config for one of LDM's or NeMo's, as config files and ModelSpec have them."""
+    if name not in LDM_BETA_SCHEDULES:
+        raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(LDM_BETA_SCHEDULES)}")
+    return LDM_BETA_SCHEDULES[name]
+
+
+def _cosine_betas(timesteps: int, offset: float) -> Tensor:
+    angles = (torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + offset) / (1 + offset)
+    alphas_cumprod = (angles * math.pi / 2).cos() ** 2
+    return (1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(0, 0.999)
 
 
 def _betas(start: float, end: float, beta_schedule: str, timesteps: int, cosine_s: float) -> Tensor:
     match beta_schedule:
-        case "linear":
+        case "scaled_linear":
             return torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
-        case "sqrt_linear":
+        case "linear":
             return torch.linspace(start, end, timesteps, dtype=torch.float64)
         case "sqrt":
             return torch.linspace(start, end, timesteps, dtype=torch.float64).sqrt()
+        case "squaredcos_cap_v2":
+            return _cosine_betas(timesteps, COSINE_OFFSET)
         case "cosine":
-            angles = (torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + cosine_s) / (1 + cosine_s)
-            kept = (angles * math.pi / 2).cos() ** 2
-            return (1 - kept[1:] / kept[:-1]).clamp(0, 0.999)
+            return _cosine_betas(timesteps, cosine_s)
         case _:
             raise ValueError(f"beta_schedule {beta_schedule!r} is not one of {', '.join(BETA_SCHEDULES)}")

@@ -1,4 +1,4 @@
-"""The noise levels a sampler visits, as diffusers' scheduler of the same name and settings has them."""
+"""The sigmas a sampler visits, as diffusers' scheduler of the same name and settings has them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,19 +9,17 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule
 
-KARRAS_RHO = 7.0  # Karras et al. 2022, section 3: between 5 and 10 images look best
-
 
 @dataclass(frozen=True)
 class SpacingRule:
-    """How one sampler lays its grid.
+    """How one sampler chooses its sigmas.
 
     spacing: the timestep_spacing it takes when none is asked for.
-    extra_point: it spaces steps + 1 timesteps and drops the last ("leading" and "linspace"), and its Karras levels
-        span the whole schedule at rounded timesteps; otherwise they span the grid, at fractional ones.
+    extra_point: it spaces steps + 1 timesteps and drops the last ("leading" and "linspace"), and its Karras sigmas
+        span the whole noise schedule at rounded timesteps; otherwise those that it would visit, at fractional ones.
     fractional: "linspace" is not rounded to whole timesteps, and unless spacing is "leading" it starts from noise of
         standard deviation sigma_start rather than sqrt(1 + sigma_start^2).
-    fixed_stride: each step aims at its timestep minus timesteps // steps, wherever the next one may be.
+    fixed_stride: the target of each step is its timestep minus timesteps // steps, wherever the next one may be.
     set_alpha_to_one: whether it ends at sigma 0 when nothing is asked for; None always ends there.
     """
 
@@ -34,9 +32,9 @@ class SpacingRule:
 
 @dataclass(frozen=True, eq=False)
 class SamplingSchedule:
-    """sigmas: (steps + 1,), float64, decreasing: the levels visited; the last is where the result lies, mostly 0.
+    """sigmas: (steps + 1,), float64, decreasing: those visited; the last is where the result lies, mostly 0.
 
-    timesteps: (steps,), float64: what to tell the network at each of them but the last.
+    timesteps: (steps,), float64: what the network is given at each of them but the last.
     step_targets: (steps,), float64: target sigma of each step. Equals sigmas[1:] except for DDIM when `steps` does not
         divide the schedule; the latents are then rescaled, as diffusers does.
     start_scale: unit-variance noise times this starts the sampler.
@@ -53,15 +51,15 @@ class SamplingSchedule:
 
     @cached_property
     def end_scale(self) -> float:
-        """Divides the sampler's result into unit-variance latents: not 1 only where the grid ends above 0."""
+        """Divides the sampler's result into unit-variance latents: not 1 only where the sigmas end above 0."""
         return (1 + self.sigmas[-1].item() ** 2) ** 0.5
 
     def timestep_at(self, sigma: float) -> float:
-        """The timestep of the grid's level nearest to sigma, for Denoiser(timestep_at=...)."""
+        """The timestep of the visited sigma nearest to this one, for Denoiser(timestep_at=...)."""
         return self.timesteps[(self.sigmas[:-1] - sigma).abs().argmin()].item()
 
     def from_step(self, start: int) -> Self:
-        """The rest of the grid from step `start` on, for latents that begin as a noised picture, not as pure noise."""
+        """The rest from step `start` on, for latents that begin as a noised image, not as pure noise."""
         if not 0 <= start < self.steps:
             raise ValueError(f"start {start} leaves no step of {self.steps}")
         scale = (1 + self.sigmas[start].item() ** 2) ** 0.5 if start else self.start_scale
@@ -78,33 +76,38 @@ def build_sampling_schedule(
     set_alpha_to_one: bool | None = None,
     karras: bool = False,
 ) -> SamplingSchedule:
-    """See samplers.sampling_schedule, which finds the rule by the sampler's name."""
+    """See sampling.sampling_schedule, which finds the rule by the sampler's name."""
     schedule = schedule.for_sampling()
     table, spacing = schedule.sigmas, spacing or rule.spacing
-    timesteps = _grid_timesteps(schedule, rule, steps, spacing, steps_offset)
-    levels = _interpolated(table, timesteps)
+    timesteps = _visited_timesteps(schedule, rule, steps, spacing, steps_offset)
+    sigmas = _interpolated(table, timesteps)
     if karras:
-        first, last = (table[-1], table[0]) if rule.extra_point else (levels[0], levels[-1])
-        levels = karras_sigmas(first.item(), last.item(), steps)
-        timesteps = torch.tensor([schedule.timestep_at(level) for level in levels.tolist()], dtype=torch.float64)
+        largest, smallest = (table[-1], table[0]) if rule.extra_point else (sigmas[0], sigmas[-1])
+        sigmas = karras_sigmas(steps, smallest.item(), largest.item())
+        timesteps = torch.tensor([schedule.timestep_at(sigma) for sigma in sigmas.tolist()], dtype=torch.float64)
         timesteps = timesteps.round() if rule.extra_point else timesteps
     end = table.new_zeros(1) if _ends_at_zero(rule, set_alpha_to_one) else table[:1]
-    step_targets = torch.cat([levels[1:], end])
+    step_targets = torch.cat([sigmas[1:], end])
     if rule.fixed_stride and not karras:
-        aims = timesteps.long() - schedule.timesteps // steps
-        step_targets = torch.where(aims >= 0, table[aims.clamp(min=0)], end)
+        targets = timesteps.long() - schedule.timesteps // steps
+        step_targets = torch.where(targets >= 0, table[targets.clamp(min=0)], end)
     plain_start = rule.fractional and spacing != "leading"
-    start_scale = levels[0].item() if plain_start else (1 + levels[0].item() ** 2) ** 0.5
-    return SamplingSchedule(torch.cat([levels, step_targets[-1:]]), timesteps, step_targets, start_scale)
+    start_scale = sigmas[0].item() if plain_start else (1 + sigmas[0].item() ** 2) ** 0.5
+    return SamplingSchedule(torch.cat([sigmas, step_targets[-1:]]), timesteps, step_targets, start_scale)
 
 
-def karras_sigmas(first: float, last: float, steps: int) -> Tensor:
-    """(steps,), float64: levels from `first` down to `last`, even in sigma^(1/7) (Karras et al. 2022, equation 5)."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    return (first ** (1 / KARRAS_RHO) * (1 - ramp) + last ** (1 / KARRAS_RHO) * ramp) ** KARRAS_RHO
+def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """(n,), float64: sigmas from sigma_max down to sigma_min, even in sigma^(1/rho); no 0 follows them.
+
+    Source: Karras et al. 2022, equation 5; section 3 finds images best with rho from 5 to 10.
+    """
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    return (sigma_max ** (1 / rho) * (1 - ramp) + sigma_min ** (1 / rho) * ramp) ** rho
 
 
-def _grid_timesteps(schedule: NoiseSchedule, rule: SpacingRule, steps: int, spacing: str, steps_offset: int) -> Tensor:
+def _visited_timesteps(
+    schedule: NoiseSchedule, rule: SpacingRule, steps: int, spacing: str, steps_offset: int
+) -> Tensor:
     if rule.extra_point and spacing != "trailing":
         if not 1 <= steps < schedule.timesteps:
             raise ValueError(f"steps is {steps}; this sampler and schedule allow 1 to {schedule.timesteps - 1}")
@@ -114,7 +117,7 @@ def _grid_timesteps(schedule: NoiseSchedule, rule: SpacingRule, steps: int, spac
 
 
 def _interpolated(table: Tensor, timesteps: Tensor) -> Tensor:
-    """The table's levels at fractional timesteps, linear between whole ones."""
+    """The table's sigmas at fractional timesteps, linear between whole ones."""
     below = timesteps.long().clamp(max=len(table) - 1)
     above = (below + 1).clamp(max=len(table) - 1)
     return table[below] + (timesteps - below) * (table[above] - table[below])

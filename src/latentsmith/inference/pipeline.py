@@ -21,6 +21,7 @@ from latentsmith.diffusion import (
     SamplingSchedule,
     canonical_prediction_type,
     inpainting_denoiser,
+    ldm_beta_schedule,
     sample,
     sampling_schedule,
 )
@@ -65,7 +66,11 @@ class Pipeline:
                 f"{vae.embed_dim}; only models that sample from text alone can be run"
             )
         self.schedule = NoiseSchedule.from_config(
-            spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps, cosine_s=spec.cosine_s
+            spec.linear_start,
+            spec.linear_end,
+            ldm_beta_schedule(spec.beta_schedule),
+            spec.timesteps,
+            cosine_s=spec.cosine_s,
         )
         if spec.zero_terminal_snr:
             self.schedule = self.schedule.zero_terminal_snr()

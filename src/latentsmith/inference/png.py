@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from latentsmith.diffusion import SAMPLERS
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
@@ -16,11 +17,6 @@ from latentsmith.image_request import ImageRequest, options_of
 
 OWN_KEY = "latentsmith"
 LONGEST_STEM = 60
-WEB_NAMES = {
-    "ddim": "DDIM", "ddpm": "DDPM", "plms": "PLMS", "dpmsolver++": "DPM++ 2M", "dpmsolver++_sde": "DPM++ 2M SDE",
-    "dpmsolver++_singlestep": "DPM++ 2S", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "lms": "LMS",
-    "unipc": "UniPC", "para_ddim": "DDIM",
-}  # fmt: skip
 
 
 def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], name: str | None = None) -> Path:
@@ -62,7 +58,7 @@ def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
     negative = f"\nNegative prompt: {metadata['negative_prompt']}" if metadata["negative_prompt"] else ""
     settings = {
         "Steps": options["num_inference_steps"],
-        "Sampler": WEB_NAMES.get(metadata["sampler"], metadata["sampler"]),
+        "Sampler": SAMPLERS[metadata["sampler"]].title,
         "Schedule type": "Karras" if "karras" in options["sampler"].lower() else None,
         "CFG scale": metadata["guidance_scale"],
         "Seed": metadata["seed"],

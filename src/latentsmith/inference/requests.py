@@ -81,7 +81,7 @@ class SamplingStep:
 def sampler_name(options: SamplingOptions) -> str:
     """Return the name that the sampler has in SAMPLERS. Raises BadInput for an unknown one."""
     try:
-        return canonical_sampler(options.sampler, SAMPLERS)[0]
+        return canonical_sampler(options.sampler)[0]
     except ValueError as error:
         raise BadInput(str(error)) from None
 

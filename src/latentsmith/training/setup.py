@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from latentsmith.diffusion import NoiseSchedule
+from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
 
 from .module import Optimisation
@@ -19,8 +19,9 @@ from .sharding import strategy
 
 def noise_schedule(config: DictConfig) -> NoiseSchedule:
     model = config.model
+    betas = ldm_beta_schedule(model.beta_schedule)
     schedule = NoiseSchedule.from_config(
-        model.linear_start, model.linear_end, model.beta_schedule, model.timesteps, cosine_s=model.cosine_s
+        model.linear_start, model.linear_end, betas, model.timesteps, cosine_s=model.cosine_s
     )
     return schedule.zero_terminal_snr() if model.zero_terminal_snr else schedule
 

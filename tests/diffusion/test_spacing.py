@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from latentsmith.diffusion import SAMPLERS, NoiseSchedule, karras_sigmas, sampling_schedule, sampling_sigmas
+from latentsmith.diffusion import SAMPLERS, NoiseSchedule, karras_sigmas, sampling_schedule
 
 SCHEDULE = NoiseSchedule.from_config(0.00085, 0.012)
 
@@ -24,13 +24,13 @@ def test_published_timesteps():
     grid = sampling_schedule(SCHEDULE, "dpmsolver++", 20, spacing="leading", steps_offset=1)
     assert grid.timesteps[[0, 1, -2, -1]].tolist() == [941, 894, 95, 48]
     assert sampling_schedule(SCHEDULE, "dpmsolver++", 20).timesteps[[0, 1, -2, -1]].tolist() == [999, 949, 100, 50]
-    assert sampling_sigmas(SCHEDULE, "dpmsolver++", 20)[0].item() == pytest.approx(14.614641, rel=1e-7)
+    assert sampling_schedule(SCHEDULE, "dpmsolver++", 20).sigmas[0].item() == pytest.approx(14.614641, rel=1e-7)
 
 
 def test_where_the_grid_ends():
-    assert sampling_sigmas(SCHEDULE, "ddim", 10)[-1] == 0
-    assert sampling_sigmas(SCHEDULE, "plms", 10)[-1].item() == pytest.approx(0.02916716, rel=1e-6)
-    assert sampling_sigmas(SCHEDULE, "euler", 10, set_alpha_to_one=False)[-1] == 0
+    assert sampling_schedule(SCHEDULE, "ddim", 10).sigmas[-1] == 0
+    assert sampling_schedule(SCHEDULE, "plms", 10).sigmas[-1].item() == pytest.approx(0.02916716, rel=1e-6)
+    assert sampling_schedule(SCHEDULE, "euler", 10, set_alpha_to_one=False).sigmas[-1] == 0
     grid = sampling_schedule(SCHEDULE, "ddim", 10, set_alpha_to_one=False)
     assert grid.end_scale == pytest.approx((1 + 0.02916716**2) ** 0.5)
 
@@ -53,7 +53,7 @@ def test_the_rest_of_a_grid():
 
 
 def test_karras_sigmas_of_the_paper():
-    sigmas = karras_sigmas(80.0, 0.002, 3)
+    sigmas = karras_sigmas(3, 0.002, 80.0)
     middle = ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
     assert sigmas.tolist() == pytest.approx([80, middle, 0.002])
 
