@@ -53,10 +53,6 @@ class Stages:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.rows.append((name, time.monotonic() - started, peak))
 
-    @property
-    def seconds(self) -> float:
-        return sum(seconds for _, seconds, _ in self.rows)
-
 
 def demo(out: Path, *, from_scratch: bool = False) -> Path:
     """Draw scenes, import and cache them, train, generate images for random prompts and measure how they follow them.
@@ -84,7 +80,8 @@ def demo(out: Path, *, from_scratch: bool = False) -> Path:
         save_reconstructions(out / "reconstructions.png", pipeline, out / "shards")
     page = write_page(out, run, stages, commands, results)
     print("", *(f"{result.name}: {result.score}" for result in results), sep="\n")
-    print(f"{stages.seconds / 60:.1f} minutes, peak memory {stages.rows[-1][2]:.2f} GiB")
+    seconds = sum(row[1] for row in stages.rows)
+    print(f"{seconds / 60:.1f} minutes, peak memory {stages.rows[-1][2]:.2f} GiB")
     print(f"images:  {out / 'grid.png'}\nreport:  {page}")
     return page
 
@@ -218,11 +215,10 @@ def write_page(out: Path, run: Path, stages: Stages, commands: Commands, results
     write_text(out / "adherence.txt", "".join(f"{result.name}: {result.score}\n" for result in results))
     measured = ("all_right", *ATTRIBUTES)
     scores = [[result.name, *(f"{getattr(result.score, name):.1%}" for name in measured)] for result in results]
-    header = ["share of images that are right in", "everything", *ATTRIBUTES]
     rows = [(name, duration(seconds), f"{peak:.2f} GiB") for name, seconds, peak in stages.rows]
     samples = "".join(sample_images(path, page) for path in sorted((run / "samples").glob("step-*.png")))
     sections = [
-        ("How well images follow their prompts", html_report.table(header, scores)),
+        ("How well images follow their prompts", html_report.table(["prompts", "all right", *ATTRIBUTES], scores)),
         *((f"Images for {result.name}", captioned_row(row_file(out, result), page)) for result in results),
         ("Sample images while training", samples),
         ("Loss", noisy_chart(read_rows(run / METRICS_FILE), "loss", "loss")),

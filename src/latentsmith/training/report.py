@@ -58,7 +58,7 @@ def write_run_report(folder: Path, head: Sequence[str]) -> Path:
     rows, validation = read_rows(folder / METRICS_FILE), read_rows(folder / VALIDATION_FILE)
     sections = [("What is trained", html_report.code(head))]
     if rows:
-        newest = {NAMES.get(name, name): f"{value:,.4g}" for name, value in rows[-1].items()}
+        newest = {NAMES.get(name, name): short_text(value) for name, value in rows[-1].items()}
         sections += [("Now", html_report.figures(newest)), ("Loss", noisy_chart(rows, "loss", "loss"))]
     if validation:
         names = [name for name in ("val_loss", "val_loss_ema") if name in validation[-1]]
@@ -87,6 +87,10 @@ def write_run_report(folder: Path, head: Sequence[str]) -> Path:
 def column(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
     """Return (step, value) of the rows where the column has a finite value."""
     return [(row["step"], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+
+
+def short_text(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
 
 
 def noisy_chart(rows: Sequence[Row], name: str, y_title: str) -> str:
