@@ -58,9 +58,9 @@ def main() -> None:
     _, empty = measured([sys.executable, "-c", "import torch"])
     print(f"a process that only imports torch: {empty:.0f} MiB of anonymous memory")
     print("| from | to | options | seconds | RssAnon |\n|---|---|---|---|---|")
-    for source, target, kind, *options in ROUTES:
+    for source, target, format, *options in ROUTES:
         command = [sys.executable, "-c", "import sys; from latentsmith.cli import main; sys.exit(main())", "convert"]
-        seconds, peak = measured([*command, str(work / source), str(work / target), "--to", kind, *options])
+        seconds, peak = measured([*command, str(work / source), str(work / target), "--to", format, *options])
         print(f"| {source} | {target} | {' '.join(options)} | {seconds:.1f} | {peak:.0f} MiB |", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Samples a second from a latent cache, and pictures a second from JPEGs, against what others do.
+"""Samples a second from a latent cache, and images a second from JPEGs, against what others do.
 
     python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open] [--json FILE]
 
@@ -197,12 +197,12 @@ def like_nemo(data: bytes) -> torch.Tensor:
 
 
 def decode_rows(work: Path, rounds: int) -> None:
-    pictures = {name: data for name, data in photographs().items() if min(Image.open(io.BytesIO(data)).size) >= 400}
+    images = {name: data for name, data in photographs().items() if min(Image.open(io.BytesIO(data)).size) >= 400}
     folder = work / "jpeg"
     with ShardWriter(folder) as writer:
         for number in range(60):
-            name = list(pictures)[number % len(pictures)]
-            writer.write(f"{number:06}", {"jpg": pictures[name], "txt": name.encode()})
+            name = list(images)[number % len(images)]
+            writer.write(f"{number:06}", {"jpg": images[name], "txt": name.encode()})
     shards, made = ShardSet(folder), Transforms(resize_smallest_side=512, center_crop_h_w="512, 512")
 
     def ours() -> int:
@@ -212,13 +212,13 @@ def decode_rows(work: Path, rounds: int) -> None:
         stream = webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False)
         return len([like_nemo(sample["jpg"]) for sample in stream])
 
-    sizes = ", ".join("{}x{}".format(*Image.open(io.BytesIO(data)).size) for data in pictures.values())
+    sizes = ", ".join("{}x{}".format(*Image.open(io.BytesIO(data)).size) for data in images.values())
     table(
         f"JPEGs of {sizes} to 512x512",
-        "pictures/s",
+        "images/s",
         compared({"latentsmith": ours, "webdataset + Pillow, as NeMo": by_webdataset}, rounds),
     )
-    for name, data in pictures.items():
+    for name, data in images.items():
         difference = np.abs(made.decode(data) - like_nemo(data).numpy()).mean() * 127.5
         print(f"  {name}: mean difference {difference:.2f} of 255")
 
@@ -253,17 +253,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", default="cache,decode,open")
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = given.rows.split(",")
+    rows = options.rows.split(",")
     if "cache" in rows:
-        cache_rows(given.work, given.samples, given.rounds)
+        cache_rows(options.work, options.samples, options.rounds)
     if "decode" in rows:
-        decode_rows(given.work, given.rounds)
+        decode_rows(options.work, options.rounds)
     if "open" in rows:
-        open_rows(given.work)
-    if given.json:
-        given.json.write_text(json.dumps(FOUND, indent=1) + "\n")
+        open_rows(options.work)
+    if options.json:
+        options.json.write_text(json.dumps(FOUND, indent=1) + "\n")
 
 
 if __name__ == "__main__":

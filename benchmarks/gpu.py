@@ -50,24 +50,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--latents", type=int, default=64)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    flops, rows = flops_of_a_sample(given.latents), []
-    print(f"{flops / 1e12:.2f} TFLOP a sample, forward and backward, {given.latents} x {given.latents} latents")
+    options = parser.parse_args()
+    flops, rows = flops_of_a_sample(options.latents), []
+    print(f"{flops / 1e12:.2f} TFLOP a sample, forward and backward, {options.latents} x {options.latents} latents")
     print("| | batch | images/s | memory, GiB | MFU |\n|---|---|---|---|---|")
-    for batch in map(int, given.batches.split(",")):
+    for batch in map(int, options.batches.split(",")):
         for name, changes in ROWS.items():
             if not torch.cuda.is_available():
                 print(f"| {name} | {batch} | not measured | not measured | not measured |")
                 continue
-            found = measured(given.latents, batch, given.steps, [*CUDA, *changes])
+            found = measured(options.latents, batch, options.steps, [*CUDA, *changes])
             rate = batch / found["step"]
-            share = rate * flops / given.peak_tflops / 1e12
+            share = rate * flops / options.peak_tflops / 1e12
             rows.append({"row": name, "batch": batch, "images_per_second": rate, "mfu": share, **found})
             print(f"| {name} | {batch} | {rate:.1f} | {found['device_peak']:.1f} | {share:.0%} |", flush=True)
     for name, rate in PUBLISHED:
         print(f"| published: {name} | | {rate} | | |")
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

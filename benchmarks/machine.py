@@ -5,11 +5,11 @@
 ceiling        float32 matrix products and 3x3 convolutions (GFLOP/s) and copying (GB/s), as PyTorch makes them here
 vae            Stable Diffusion's VAE at 256 px and diffusers', in turns, same weights; 1024 px whole and in tiles
 checkpointing  forward and backward of the full U-Net at 512 px, activations recomputed, a process each
-startup        `--help`, the import, loading and drawing with a small pipeline, a first step beside a bare Lightning fit
+startup        `--help`, the import, loading a small pipeline and one image, a first step beside a bare Lightning fit
 ldm            forward and backward of the full U-Net, 32 x 32 latents, and of the one that LDM published, where
-               `pip install --no-deps --target WORK_FOLDER/ldm stable-diffusion-sdkit einops` has put it
+               `pip install --no-deps --target WORK_FOLDER/ldm stable-diffusion-sdkit einops` installed it
 compile        first step of a small U-Net: its blocks, the same from the cache, diffusers' whole one (10 minutes)
-curves         a step against batch, latents and width, drawn log-log as WORK_FOLDER/curves.svg
+curves         a step against batch, latents and width, plotted log-log as WORK_FOLDER/curves.svg
 ranks          samples a second of one process with two threads, and of two with one each
 """
 
@@ -46,13 +46,13 @@ def in_turns(peers: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     return {name: median(spans) for name, spans in found.items()}
 
 
-def child(code: str, *words: str, **environment: str) -> dict:
-    """What a process of its own printed last, as JSON; with its seconds and largest memory (GiB)."""
+def child(code: str, *arguments: str, **environment: str) -> dict:
+    """Run code in a process of its own; return the JSON it prints last, with its seconds and largest memory (GiB)."""
     tail = "\npeak = int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 2**20"
-    tail += "\nprint(json.dumps(told | {'peak': peak}))"
+    tail += "\nprint(json.dumps(result | {'peak': peak}))"
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", "import json, sys, time\n" + code + tail, *words],
+        [sys.executable, "-c", "import json, sys, time\n" + code + tail, *arguments],
         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )  # fmt: skip
     if done.returncode:
@@ -84,9 +84,9 @@ def ceiling(work: Path) -> dict:
 VAE = """
 import torch
 from functools import partial
-kind, folder, pixels, tiling = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
+peer, folder, pixels, tiling = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_grad_enabled(False)
-if kind == "latentsmith":
+if peer == "latentsmith":
     from latentsmith.cpu.allocator import ask_for_huge_pages
     ask_for_huge_pages()
     from latentsmith import Pipeline
@@ -101,16 +101,16 @@ else:
 generator = torch.Generator().manual_seed(0)
 images = torch.rand(1, 3, pixels, pixels, generator=generator) * 2 - 1
 latents = torch.randn(1, 4, pixels // 8, pixels // 8, generator=generator)
-told = {}
-for name, run, given in (("encode", encode, images), ("decode", decode, latents)):
+result = {}
+for name, run, tensor in (("encode", encode, images), ("decode", decode, latents)):
     spans = []
     for _ in range(int(sys.argv[5])):
         start = time.perf_counter()
-        out = run(given)
+        out = run(tensor)
         spans.append(time.perf_counter() - start)
-    told[name] = sorted(spans)[len(spans) // 2]
-    told[name + " norm"] = float(out.double().norm())
-    told[name + " sum"] = float(out.double().abs().sum())
+    result[name] = sorted(spans)[len(spans) // 2]
+    result[name + " norm"] = float(out.double().norm())
+    result[name + " sum"] = float(out.double().abs().sum())
 """
 
 
@@ -118,31 +118,31 @@ def vae(work: Path) -> dict:
     """Needs the folder that `sampling.py --size full` makes."""
     runs: dict[str, list[dict]] = {"latentsmith": [], "diffusers": []}
     for number in range(4):
-        for kind in list(runs)[:: 1 if number % 2 else -1]:
-            runs[kind].append(child(VAE, kind, str(work / "full"), "256", "False", "5"))
+        for peer in list(runs)[:: 1 if number % 2 else -1]:
+            runs[peer].append(child(VAE, peer, str(work / "full"), "256", "False", "5"))
     ours, theirs = runs["latentsmith"], runs["diffusers"]
     for name in ("encode norm", "decode norm", "decode sum"):
         assert math.isclose(ours[0][name], theirs[0][name], rel_tol=1e-4), (name, ours[0], theirs[0])
-    told = {
-        f"{name}, s": {kind: median(one[name] for one in runs[kind]) for kind in runs} for name in ("encode", "decode")
+    result = {
+        f"{name}, s": {peer: median(one[name] for one in runs[peer]) for peer in runs} for name in ("encode", "decode")
     }
     for name in ("encode", "decode"):
-        told[f"{name}, ratio"] = median(b[name] / a[name] for a, b in zip(ours, theirs, strict=True))
-    for kind in runs:
+        result[f"{name}, ratio"] = median(b[name] / a[name] for a, b in zip(ours, theirs, strict=True))
+    for peer in runs:
         for tiling in ("False", "True"):
-            large = child(VAE, kind, str(work / "full"), "1024", tiling, "1")
-            told[f"1024 px, {kind}, tiled {tiling}"] = {name: large[name] for name in ("encode", "decode", "peak")}
-    return told
+            large = child(VAE, peer, str(work / "full"), "1024", tiling, "1")
+            result[f"1024 px, {peer}, tiled {tiling}"] = {name: large[name] for name in ("encode", "decode", "peak")}
+    return result
 
 
 CHECKPOINTING = """
 import torch, torch.nn.functional as F
-kind, folder, latents = sys.argv[1], sys.argv[2], int(sys.argv[3])
-if kind != "diffusers":
+peer, folder, latents = sys.argv[1], sys.argv[2], int(sys.argv[3])
+if peer != "diffusers":
     from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
     ask_for_huge_pages()
     keep_freed_memory()
-if kind == "latentsmith":
+if peer == "latentsmith":
     from latentsmith import UNetModel
     from latentsmith.checkpoints.load import load_component
     from latentsmith.cpu import optimize_for_cpu
@@ -154,7 +154,7 @@ else:
     import diffusers
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder)
     unet.enable_gradient_checkpointing()
-    predict = lambda *given: unet(*given).sample
+    predict = lambda *inputs: unet(*inputs).sample
 unet.train()
 generator = torch.Generator().manual_seed(0)
 x, noise = (torch.randn(1, 4, latents, latents, generator=generator) for _ in range(2))
@@ -165,33 +165,33 @@ for _ in range(3):
     loss.backward()
     spans.append(time.perf_counter() - start)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in unet.parameters()]))
-    told = {"step": min(spans), "loss": loss.item(), "norm": norm}
+    result = {"step": min(spans), "loss": loss.item(), "norm": norm}
     unet.zero_grad()
 """
 
 
 def checkpointing(work: Path) -> dict:
     """Needs the folder that `training.py --size full` makes."""
-    kinds = ("latentsmith", "diffusers", "diffusers, tuned", "latentsmith")
-    runs = [(kind, child(CHECKPOINTING, kind, str(work / "unet-full"), "64")) for kind in kinds]
+    peers = ("latentsmith", "diffusers", "diffusers, tuned", "latentsmith")
+    runs = [(peer, child(CHECKPOINTING, peer, str(work / "unet-full"), "64")) for peer in peers]
     assert math.isclose(runs[0][1]["loss"], runs[1][1]["loss"], rel_tol=1e-4), runs
-    return {kind: found for kind, found in runs}
+    return {peer: found for peer, found in runs}
 
 
 LDM = """
 import torch, torch.nn.functional as F
-kind, place = sys.argv[1:3]
-if kind != "ldm":
+peer, folder = sys.argv[1:3]
+if peer != "ldm":
     from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
     ask_for_huge_pages()
     keep_freed_memory()
-if kind == "latentsmith":
+if peer == "latentsmith":
     from latentsmith import UNetModel
     from latentsmith.cpu import optimize_for_cpu
     unet = UNetModel(num_heads=8, context_dim=768)
     optimize_for_cpu(unet)
 else:
-    sys.path[:0] = [place]
+    sys.path[:0] = [folder]
     from ldm.modules.diffusionmodules.openaimodel import UNetModel
     unet = UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=320, attention_resolutions=[4, 2, 1],
@@ -213,21 +213,21 @@ for _ in range(5):
     loss.backward()
     spans.append(time.perf_counter() - start)
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in unet.parameters()]))
-    told = {"step": sorted(spans[1:] or spans)[len(spans) // 2 - 1], "loss": loss.item(), "norm": norm}
+    result = {"step": sorted(spans[1:] or spans)[len(spans) // 2 - 1], "loss": loss.item(), "norm": norm}
     unet.zero_grad()
 """
 
 
 def ldm(work: Path) -> dict:
-    kinds = ("latentsmith", "ldm", "ldm, tuned", "ldm, tuned", "ldm", "latentsmith")
-    runs = [(kind, child(LDM, kind, str(work / "ldm"))) for kind in kinds]
+    peers = ("latentsmith", "ldm", "ldm, tuned", "ldm, tuned", "ldm", "latentsmith")
+    runs = [(peer, child(LDM, peer, str(work / "ldm"))) for peer in peers]
     for name in ("loss", "norm"):
         assert all(math.isclose(found[name], runs[0][1][name], rel_tol=1e-4) for _, found in runs), runs
-    steps = {kind: [found["step"] for one, found in runs if one == kind] for kind in kinds}
-    return {kind: {"steps": steps[kind], "peak": max(f["peak"] for one, f in runs if one == kind)} for kind in steps}
+    steps = {peer: [found["step"] for one, found in runs if one == peer] for peer in peers}
+    return {peer: {"steps": steps[peer], "peak": max(f["peak"] for one, f in runs if one == peer)} for peer in steps}
 
 
-DRAW = """
+GENERATE = """
 start = time.perf_counter()
 if sys.argv[1] == "latentsmith":
     from latentsmith import Pipeline
@@ -236,7 +236,7 @@ else:
     import diffusers
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(sys.argv[2], safety_checker=None)
     pipeline("a red circle", height=64, width=64, num_inference_steps=1)
-told = {"drawn": time.perf_counter() - start}
+result = {"generated": time.perf_counter() - start}
 """
 BARE_FIT = """
 import torch, lightning as L
@@ -249,7 +249,7 @@ class One(L.LightningModule):
 loader = torch.utils.data.DataLoader(torch.randn(8, 4), 4)
 options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
 L.Trainer(max_steps=1, **options).fit(One(), loader)
-told = {}
+result = {}
 """
 LATENTSMITH = str(Path(sys.executable).with_name("latentsmith"))
 
@@ -271,10 +271,10 @@ def startup(work: Path) -> dict:
     for number in range(4):
         found = {
             "--help": seconds(lambda: subprocess.run([LATENTSMITH, "--help"], capture_output=True)),
-            "import torch": child("told = {}\nimport torch")["whole"],
-            "import latentsmith and torch": child("told = {}\nimport torch, latentsmith")["whole"],
-            "draws, latentsmith": child(DRAW, "latentsmith", str(work / "small"))["drawn"],
-            "draws, diffusers": child(DRAW, "diffusers", str(work / "small"))["drawn"],
+            "import torch": child("result = {}\nimport torch")["whole"],
+            "import latentsmith and torch": child("result = {}\nimport torch, latentsmith")["whole"],
+            "generates, latentsmith": child(GENERATE, "latentsmith", str(work / "small"))["generated"],
+            "generates, diffusers": child(GENERATE, "diffusers", str(work / "small"))["generated"],
             "bare Lightning fit": child(BARE_FIT)["whole"],
         }
         folder = work / "first-step"
@@ -308,28 +308,28 @@ else:
     import diffusers
     unet = diffusers.UNet2DConditionModel(**json.loads(sys.argv[2]))
     unet.compile()
-    predict = lambda *given: unet(*given).sample
+    predict = lambda *inputs: unet(*inputs).sample
 spans = []
 for _ in range(4):
     start = time.perf_counter()
     predict(torch.randn(8, 4, 32, 32), torch.arange(8), torch.randn(8, 77, 768)).square().mean().backward()
     unet.zero_grad()
     spans.append(time.perf_counter() - start)
-told = {"first": spans[0], "later": min(spans[1:])}
+result = {"first": spans[0], "later": min(spans[1:])}
 """
 
 
 def compile(work: Path) -> dict:
-    told = {}
-    for name, kind, sizes, cache in (
+    result = {}
+    for name, peer, sizes, cache in (
         ("blocks", "latentsmith", SMALL, "ours"),
         ("blocks, from the cache", "latentsmith", SMALL, "ours"),
         ("diffusers, whole", "diffusers", DIFFUSERS_SMALL, "theirs"),
     ):
-        place = str(work / f"inductor-{cache}-{os.getpid()}")
-        told[name] = child(COMPILE, kind, json.dumps(sizes), TORCHINDUCTOR_CACHE_DIR=place)
-        print(name, told[name], flush=True)
-    return told
+        folder = str(work / f"inductor-{cache}-{os.getpid()}")
+        result[name] = child(COMPILE, peer, json.dumps(sizes), TORCHINDUCTOR_CACHE_DIR=folder)
+        print(name, result[name], flush=True)
+    return result
 
 
 CURVE = """
@@ -348,7 +348,7 @@ for _ in range(4):
     unet(x, torch.arange(batch), text).square().mean().backward()
     unet.zero_grad()
     spans.append(time.perf_counter() - start)
-told = {"step": sorted(spans[1:])[1]}
+result = {"step": sorted(spans[1:])[1]}
 """
 CURVES = {
     "batch (64 wide, 16 x 16)": [(64, 16, batch) for batch in (1, 2, 4, 8, 16)],
@@ -358,13 +358,15 @@ CURVES = {
 
 
 def curves(work: Path) -> dict:
-    told = {}
+    result = {}
     for number, (name, points) in enumerate(CURVES.items()):
         axis = (2, 1, 0)[number]
-        told[name] = [(point[axis], child(CURVE, *map(str, point))) for point in points]
-        print(name, [(at, round(found["step"], 3)) for at, found in told[name]], flush=True)
-    (work / "curves.svg").write_text(log_log({name: [(at, f["step"]) for at, f in row] for name, row in told.items()}))
-    return told
+        result[name] = [(point[axis], child(CURVE, *map(str, point))) for point in points]
+        print(name, [(at, round(found["step"], 3)) for at, found in result[name]], flush=True)
+    (work / "curves.svg").write_text(
+        log_log({name: [(at, f["step"]) for at, f in row] for name, row in result.items()})
+    )
+    return result
 
 
 def log_log(lines: dict[str, list[tuple[float, float]]]) -> str:
@@ -396,7 +398,7 @@ def log_log(lines: dict[str, list[tuple[float, float]]]) -> str:
 def ranks(work: Path) -> dict:
     from latentsmith.training.metrics_log import read_rows
 
-    told = {}
+    result = {}
     for devices, threads in ((1, 2), (1, 1), (2, 1)):
         name, folder = f"{devices} x {threads} threads", work / "ranks"
         options = ["train", "--config", "demo", "model.data.train.dataset_path=null", "trainer.accelerator=cpu",
@@ -408,8 +410,8 @@ def ranks(work: Path) -> dict:
         if done.returncode:
             raise SystemExit(done.stdout + done.stderr)
         (metrics,) = folder.rglob(f"{devices}-{threads}-{os.getpid()}/**/metrics.csv")
-        told[name] = read_rows(metrics)[-1]["samples_per_second"]
-    return told | {"efficiency": told["2 x 1 threads"] / 2 / told["1 x 1 threads"]}
+        result[name] = read_rows(metrics)[-1]["samples_per_second"]
+    return result | {"efficiency": result["2 x 1 threads"] / 2 / result["1 x 1 threads"]}
 
 
 def main() -> None:
@@ -417,14 +419,14 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    told = {}
-    for row in given.rows.split(","):
-        told[row] = globals()[row](given.work)
-        print(row, json.dumps(told[row], indent=1), flush=True)
-        if given.json:
-            given.json.write_text(json.dumps(told, indent=1) + "\n")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    result = {}
+    for row in options.rows.split(","):
+        result[row] = globals()[row](options.work)
+        print(row, json.dumps(result[row], indent=1), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

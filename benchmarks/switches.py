@@ -96,14 +96,14 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     parameters = sum(parameter.numel() for parameter in networks["unet"].parameters())
     peak = int(status["VmHWM"].split()[0]) / 2**20
     device_peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
-    told = {"device_peak": device_peak}
-    told |= {"first": spans[0], "step": statistics.median(spans[1:]), "peak": peak, "parameters": parameters}
-    print("RESULT " + json.dumps(told | clock.facts[-1]), flush=True)
+    result = {"device_peak": device_peak}
+    result |= {"first": spans[0], "step": statistics.median(spans[1:]), "peak": peak, "parameters": parameters}
+    print("RESULT " + json.dumps(result | clock.facts[-1]), flush=True)
 
 
 def measured(size: int, batch: int, steps: int, changes: list[str]) -> dict:
-    words = [sys.executable, __file__, "--child", str(size), str(batch), str(steps), *changes]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", str(size), str(batch), str(steps), *changes]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(done.stdout + done.stderr)
@@ -117,20 +117,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=None)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", nargs="*", default=None, help="names of switches")
-    given = parser.parse_args()
-    batch = given.batch or (8 if given.small else 1)
+    options = parser.parse_args()
+    batch = options.batch or (8 if options.small else 1)
     plain = None
     print("| switch | step, s | first step, s | memory, GiB | loss differs | gradient norm differs |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, changes in SWITCHES.items():
-        if (given.only and name not in given.only) or (not given.small and name in SLOW_ON_CPU and not given.only):
+        if (options.only and name not in options.only) or (
+            not options.small and name in SLOW_ON_CPU and not options.only
+        ):
             continue
-        found = measured(given.latents, batch, given.steps, [*(SMALL if given.small else []), *changes])
+        found = measured(options.latents, batch, options.steps, [*(SMALL if options.small else []), *changes])
         plain = plain or found
         apart = [f"{abs(found[key] / plain[key] - 1):.1e}" for key in ("loss", "grad_norm")]
         row = [name, f"{found['step']:.1f}", f"{found['first']:.1f}", f"{found['peak']:.1f}", *apart]
         print(f"| {' | '.join(row)} |", flush=True)
-    print(f"\n{plain['parameters']:,} parameters, latents {given.latents} x {given.latents}, batch {batch}")
+    print(f"\n{plain['parameters']:,} parameters, latents {options.latents} x {options.latents}, batch {batch}")
 
 
 if __name__ == "__main__":

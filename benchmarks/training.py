@@ -41,7 +41,7 @@ def make_weights(folder: Path, widths: list[int]) -> None:
 
 
 def batches(batch: int):
-    """The batch of every step: noisy latents, what is to be found in them, and the text."""
+    """The batch of every step: noisy latents, the noise in them, and the text."""
     import torch
 
     from latentsmith.diffusion import NoiseSchedule
@@ -68,9 +68,9 @@ def with_diffusers(folder: Path, batch: int, steps: int, tuned: bool) -> list[tu
     unet = UNet2DConditionModel.from_pretrained(folder).train()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2, fused=tuned or None)
     averages = Ema(unet, 0.9999) if tuned else EMAModel(unet.parameters(), model_cls=UNet2DConditionModel)
-    rows, given = [], batches(batch)
+    rows, source = [], batches(batch)
     for number in range(steps):
-        latents, noise, timesteps, context, schedule = next(given)
+        latents, noise, timesteps, context, schedule = next(source)
         start = time.perf_counter()
         noisy = schedule.add_noise(latents, noise, timesteps)
         loss = F.mse_loss(unet(noisy, timesteps, context).sample.float(), noise.float())
@@ -112,7 +112,7 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
     rows: list[tuple[float, float]] = []
     held: dict[int, tuple] = {}
 
-    def given(positions: list[int]) -> tuple:
+    def batch_at(positions: list[int]) -> tuple:
         step = positions[0] // batch
         if step not in held:
             held.clear()
@@ -121,12 +121,12 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
         return held[step]
 
     def read(indices: list[int], positions: list[int]) -> dict:
-        latents, _, _, context, _ = given(positions)
+        latents, _, _, context, _ = batch_at(positions)
         moments = torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)
         return {"keys": list(map(str, positions)), "moments": moments, "context": context}
 
     def draw(positions: list[int], latent_shape=None) -> dict:
-        latents, noise, timesteps, _, schedule = given(positions)
+        latents, noise, timesteps, _, schedule = batch_at(positions)
         signal, level = schedule.signal_and_noise(timesteps)
         no = torch.zeros(batch, dtype=torch.bool)
         return {"timesteps": timesteps, "signal": signal, "noise_level": level, "noise": noise,
@@ -168,13 +168,13 @@ def child(peer: str, size: str, folder: Path, steps: int) -> None:
     else:
         rows = with_diffusers(folder, batch, steps, tuned=peer.endswith("tuned"))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    told = {"seconds": [row[0] for row in rows[1:]], "losses": [row[1] for row in rows], "first": rows[0][0]}
-    print("RESULT " + json.dumps(told | {"peak": int(status["VmHWM"].split()[0]) / 2**20}), flush=True)
+    result = {"seconds": [row[0] for row in rows[1:]], "losses": [row[1] for row in rows], "first": rows[0][0]}
+    print("RESULT " + json.dumps(result | {"peak": int(status["VmHWM"].split()[0]) / 2**20}), flush=True)
 
 
 def measured(peer: str, size: str, folder: Path, steps: int) -> dict:
-    words = [sys.executable, __file__, "--child", peer, size, str(folder), str(steps)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, __file__, "--child", peer, size, str(folder), str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(done.stdout + done.stderr)
@@ -188,33 +188,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    folder = given.work / f"unet-{given.size}"
+    options = parser.parse_args()
+    folder = options.work / f"unet-{options.size}"
     if not folder.exists():
-        subprocess.run([sys.executable, __file__, "--make", given.size, str(folder)], check=True)
+        subprocess.run([sys.executable, __file__, "--make", options.size, str(folder)], check=True)
     found: dict[str, list[dict]] = {peer: [] for peer in PEERS}
-    for number in range(given.rounds):
+    for number in range(options.rounds):
         for peer in PEERS if number % 2 == 0 else reversed(PEERS):
-            found[peer].append(measured(peer, given.size, folder, given.steps))
+            found[peer].append(measured(peer, options.size, folder, options.steps))
             print(f"  round {number + 1}, {peer}: {median(found[peer][-1]['seconds']):.3f} s a step", flush=True)
     first = found["latentsmith"][0]["losses"]
     for peer in PEERS[1:]:
         apart = max(abs(a / b - 1) for a, b in zip(first, found[peer][0]["losses"], strict=True))
         print(f"losses of {peer} and ours differ by {apart:.1e} at most")
         assert apart < 1e-3, (first, found[peer][0]["losses"])
-    report(found, given)
+    report(found, options)
 
 
-def report(found: dict[str, list[dict]], given: argparse.Namespace) -> None:
+def report(found: dict[str, list[dict]], options: argparse.Namespace) -> None:
     seconds = {peer: median(one for run in runs for one in run["seconds"]) for peer, runs in found.items()}
     peaks = {peer: median(run["peak"] for run in runs) for peer, runs in found.items()}
     ours = seconds["latentsmith"]
     print("\n| peer | step, s | against ours | peak memory, GiB |\n|---|---|---|---|")
     for peer in PEERS:
         print(f"| {peer} | {seconds[peer]:.3f} | {seconds[peer] / ours:.2f} | {peaks[peer]:.2f} |")
-    if given.json:
-        given.json.write_text(
-            json.dumps({"size": given.size, "seconds": seconds, "peaks": peaks, "runs": found}, indent=1)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"size": options.size, "seconds": seconds, "peaks": peaks, "runs": found}, indent=1)
         )
 
 

