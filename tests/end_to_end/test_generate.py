@@ -1,4 +1,4 @@
-"""`latentsmith generate` as a user calls it: what pictures say of themselves, sheets, grids, again, NeMo's file."""
+"""`latentsmith generate` as a user calls it: metadata of images, spellings, sheets, grids, --again, NeMo's file."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from latentsmith.text.tokenizer import train_vocabulary
 
 
 @pytest.fixture
-def draw(world, tmp_path, capsys):
+def run_generate(world, tmp_path, capsys):
     """Runs the command; its exit code and what it printed."""
 
-    def run(*words, out=True):
+    def run(*arguments, out=True):
         given = ("--out", tmp_path / "out") if out else ()
         capsys.readouterr()
-        code = world.call("generate", "--from", "ROOT/runs/cached", *given, "--steps", 3, *words)
+        code = world.call("generate", "--from", "ROOT/runs/cached", *given, "--steps", 3, *arguments)
         return code, capsys.readouterr()
 
     return run
@@ -31,8 +31,11 @@ def pixels(path):
     return np.asarray(Image.open(path), dtype=int)
 
 
-def test_a_picture_says_all_that_made_it(draw, tmp_path, world):
-    assert draw("--seed", 7, "--sampler", "DPM++ 2M Karras", "--negative", "blurry", "A Red/../Circle: café?")[0] == 0
+def test_an_image_records_all_that_made_it(run_generate, tmp_path, world):
+    assert (
+        run_generate("--seed", 7, "--sampler", "DPM++ 2M Karras", "--negative", "blurry", "A Red/../Circle: café?")[0]
+        == 0
+    )
     (path,) = (tmp_path / "out").iterdir()
     assert path.name == "a-red-circle-caf-seed7.png"
     made = read_metadata(path)
@@ -48,20 +51,53 @@ def test_a_picture_says_all_that_made_it(draw, tmp_path, world):
     assert f"Model hash: {made['model']['hash'][:10]}" in lines[2]
 
 
-def test_names_never_collide(draw, tmp_path):
-    assert draw("a", "A", "a!", "--count", 2)[0] == 0
+def test_habits_of_other_programs(world, tmp_path, capsys, monkeypatch):
+    """A model as first word, short and foreign spellings, a folder by default, a random seed that is printed."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ("ROOT/runs/cached", "a red circle", "--steps", 2, "--cfg", 3, "-n", 2, "--size", "24x16", "--seed", -1)
+    assert world.call("generate", *arguments, "--negative-prompt", "blurry", "--prompt", "a blue square") == 0
+    printed = capsys.readouterr().out
+    seed = int(printed.split("\n")[0].removeprefix("seed "))
+    made = [read_metadata(path) for path in sorted((tmp_path / "images").iterdir())]
+    assert sorted((one["prompt"], one["seed"]) for one in made) == [
+        (prompt, seed + i) for prompt in ("a blue square", "a red circle") for i in (0, 1)
+    ]
+    assert {(one["guidance_scale"], one["negative_prompt"]) for one in made} == {(3.0, "blurry")}
+    assert {(one["options"]["width"], one["options"]["height"]) for one in made} == {(24, 16)}
+    arguments = (
+        "--model",
+        "ROOT/runs/cached",
+        "--output",
+        tmp_path / "o",
+        "-W",
+        24,
+        "-H",
+        16,
+        "--num-inference-steps",
+        2,
+    )
+    assert world.call("generate", *arguments, "a") == 0
+    assert Image.open(tmp_path / "o" / "a-seed0.png").size == (24, 16)
+    assert world.call("generate", "ROOT/runs/cached") == 2
+    assert "no prompt" in capsys.readouterr().err
+    assert world.call("generate", "ROOT/runs/cached", "a", "--size", "24") == 2
+    assert "--size 24: give WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+def test_names_never_collide(run_generate, tmp_path):
+    assert run_generate("a", "A", "a!", "--count", 2)[0] == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"a-seed{seed}{end}.png" for seed in (0, 1) for end in ("", "-2", "-3")] or len(set(names)) == 6
 
 
-def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
+def test_again_is_the_same_image(run_generate, tmp_path, world, capsys):
     source, mask = Image.new("RGB", (16, 16), "teal"), Image.new("L", (16, 16))
     mask.paste(255, (4, 4, 16, 16))
     source.save(tmp_path / "source.png")
     mask.save(tmp_path / "mask.png")
     options = ("--image", tmp_path / "source.png", "--mask", tmp_path / "mask.png", "--strength", 0.7)
     options += ("--guidance-scale", 3, "--guidance-rescale", 0.5, "--variation-seed", 4, "--variation-strength", 0.3)
-    assert draw(*options, "--sampler", "euler_a", "a red circle")[0] == 0
+    assert run_generate(*options, "--sampler", "euler_a", "a red circle")[0] == 0
     (path,) = (tmp_path / "out").iterdir()
     assert (pixels(path)[:4, :4] == pixels(tmp_path / "source.png")[:4, :4]).all()
     code = world.call("generate", "--again", path, "--out", tmp_path / "again")
@@ -72,7 +108,7 @@ def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
     capsys.readouterr()
     assert world.call("generate", "--again", path, "--steps", 4) == 2
     assert "--again takes all from the image; --steps cannot be given with it" in capsys.readouterr().err
-    # another checkpoint of the run: said, and the pictures differ
+    # another checkpoint of the run: said, and the images differ
     steps = sorted((world.root / "runs" / "cached" / "checkpoints").iterdir())
     code = world.call("generate", "--again", path, "--out", tmp_path / "other", "--from", steps[0], *moved)
     printed = capsys.readouterr().out
@@ -82,8 +118,8 @@ def test_again_is_the_same_picture(draw, tmp_path, world, capsys):
     assert "plain.png: does not record how it was made" in capsys.readouterr().err
 
 
-def test_a_grid_has_labelled_axes(draw, tmp_path):
-    code, printed = draw("--grid", "guidance=1,3,7", "steps=2,4", "a red circle")
+def test_a_grid_has_labelled_axes(run_generate, tmp_path):
+    code, printed = run_generate("--grid", "guidance=1,3,7", "steps=2,4", "a red circle")
     assert code == 0 and "grid.png: contact sheet" in printed.out
     made = [read_metadata(path) for path in (tmp_path / "out").glob("a-red*.png")]
     cells = sorted((one["guidance_scale"], one["options"]["num_inference_steps"]) for one in made)
@@ -99,7 +135,7 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("arguments", "line"),
     [
         (("--grid", "colour=1,2", "a"), "--grid colour=1,2: give NAME=VALUE,VALUE,..., NAME one of "),
         (("--grid", "steps=1.5", "a"), "steps takes whole numbers"),
@@ -115,41 +151,41 @@ def test_a_grid_has_labelled_axes(draw, tmp_path):
         (("--grid", "strength=0.5,0.7", "a"), "needs an image to start from"),
     ],
 )
-def test_what_is_wrong_is_one_line(draw, tmp_path, words, line):
-    code, printed = draw(*words)
+def test_what_is_wrong_is_one_line(run_generate, tmp_path, arguments, line):
+    code, printed = run_generate(*arguments)
     assert code == 2 and line in printed.err and printed.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_a_file(draw, tmp_path):
+def test_an_output_that_is_a_file(run_generate, tmp_path):
     (tmp_path / "out").write_text("mine")
-    code, printed = draw("a")
+    code, printed = run_generate("a")
     assert code == 2 and "out: is a file, not a folder to write images to" in printed.err
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_seeds_on_an_axis(draw, tmp_path):
-    assert draw("--grid", "seed=1,5", "--count", 2, "a")[0] == 0
+def test_seeds_on_an_axis(run_generate, tmp_path):
+    assert run_generate("--grid", "seed=1,5", "--count", 2, "a")[0] == 0
     assert {path.name for path in (tmp_path / "out").glob("a-*")} == {f"a-seed{n}.png" for n in (1, 2, 5, 6)}
 
 
-def test_a_tokenizer_that_does_not_fit(draw, tmp_path):
-    words = "many different words, none of them shorter than those before, and more of them"
-    train_vocabulary([words], 700, tmp_path / "words")
-    code, printed = draw("--tokenizer", tmp_path / "words", "a")
+def test_a_tokenizer_that_does_not_fit(run_generate, tmp_path):
+    caption = "many different words, none of them shorter than those before, and more of them"
+    train_vocabulary([caption], 700, tmp_path / "tokenizer")
+    code, printed = run_generate("--tokenizer", tmp_path / "tokenizer", "a")
     assert code == 2 and "the tokenizer found has" in printed.err
 
 
-def test_one_process_of_several_says_so(draw, monkeypatch):
+def test_one_process_of_several_says_so(run_generate, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, printed = draw("a", "b", "c")
+    code, printed = run_generate("a", "b", "c")
     assert code == 0 and "1 images, share 2 of 2" in printed.out
-    assert draw("--sheet", "a", "b")[0] == 2
+    assert run_generate("--sheet", "a", "b")[0] == 2
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not srun
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert "3 images\n" in draw("a", "b", "c")[1].out
+    assert "3 images\n" in run_generate("a", "b", "c")[1].out
 
 
 @pytest.mark.parametrize(
@@ -170,13 +206,13 @@ def test_values_of_an_inference_file(tmp_path, world, capsys, key, value, line):
     assert line in capsys.readouterr().err
 
 
-def test_sheet_and_preview(draw, tmp_path):
-    assert draw("--sheet", "--preview", tmp_path / "preview.png", "a", "b", "--count", 2)[0] == 0
+def test_sheet_and_preview(run_generate, tmp_path):
+    assert run_generate("--sheet", "--preview", tmp_path / "preview.png", "a", "b", "--count", 2)[0] == 0
     assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 16
     assert Image.open(tmp_path / "preview.png").size == (4 * 16, 16)
 
 
-def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_is_done(run_generate, tmp_path, monkeypatch):
     save, saved = module.save_image, []
 
     def interrupted(*given):
@@ -186,7 +222,7 @@ def test_ctrl_c_keeps_what_is_drawn(draw, tmp_path, monkeypatch):
         return saved[-1]
 
     monkeypatch.setattr(module, "save_image", interrupted)
-    code, printed = draw("a", "b", "c", "--batch-size", 1)
+    code, printed = run_generate("a", "b", "c", "--batch-size", 1)
     assert code == 130 and "2 of 3 images, kept" in printed.out
     assert sorted((tmp_path / "out").iterdir()) == sorted(saved)
 
@@ -235,7 +271,7 @@ model: {restore_from_path: RUN, precision: '${trainer.precision}'}
 
 
 def test_nemos_file_of_captions(world, tmp_path, capsys, monkeypatch):
-    """A folder of pictures for each guidance scale; what is there stays, and is never another's."""
+    """A folder for each guidance scale; images that exist are kept, and refused if other options made them."""
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "b.txt").write_text("a blue square\n\na red square\n")
     (tmp_path / "captions" / "a.txt").write_text("a red circle\n")
@@ -249,21 +285,21 @@ model: {restore_from_path: RUN}
     file = tmp_path / "fid.yaml"
     file.write_text(text.replace("COUNT", "3"))
     assert world.call("generate", "--config", file) == 0
-    pictures = sorted((tmp_path / "out").rglob("*.png"))
-    assert [str(path.relative_to(tmp_path / "out")) for path in pictures] == [
+    images = sorted((tmp_path / "out").rglob("*.png"))
+    assert [str(path.relative_to(tmp_path / "out")) for path in images] == [
         f"{scale}/image00000{number}.png" for scale in ("1.5", "3") for number in range(3)
     ]
-    made = [read_metadata(path) for path in pictures]
+    made = [read_metadata(path) for path in images]
     assert [(one["prompt"], one["seed"], one["guidance_scale"]) for one in made[:4]] == [
         ("a red circle", 7, 1.5), ("a blue square", 8, 1.5), ("a red square", 9, 1.5), ("a red circle", 7, 3),
     ]  # fmt: skip
-    times = {path: path.stat().st_mtime_ns for path in pictures}
-    pictures[1].unlink()
+    times = {path: path.stat().st_mtime_ns for path in images}
+    images[1].unlink()
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     capsys.readouterr()
     assert world.call("generate", "--config", file) == 0
     assert "2 of 3 images exist already" in capsys.readouterr().out
-    assert {path for path in pictures if path.stat().st_mtime_ns != times[path]} == {pictures[1]}
+    assert {path for path in images if path.stat().st_mtime_ns != times[path]} == {images[1]}
     assert world.call("generate", "--config", file, "--steps", 3) == 2
     assert "image000000.png: made before with another num_inference_steps" in capsys.readouterr().err
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
@@ -275,9 +311,9 @@ model: {restore_from_path: RUN}
 
 
 def test_processes_share_the_work(world, tmp_path):
-    """Two processes draw what one draws, and no picture twice."""
+    """Two processes make what one makes, and no image twice."""
     prompts = ["a red circle", "a blue square", "a red square"]
-    words = [
+    arguments = [
         sys.executable,
         "-m",
         "latentsmith",
@@ -290,9 +326,9 @@ def test_processes_share_the_work(world, tmp_path):
     runs = []
     for rank in (0, 1):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        runs.append(subprocess.Popen([*words, "--out", str(tmp_path / "two"), *prompts], env=env))
+        runs.append(subprocess.Popen([*arguments, "--out", str(tmp_path / "two"), *prompts], env=env))
     assert [run.wait() for run in runs] == [0, 0]
-    assert world.call(*words[3:], "--out", tmp_path / "one", *prompts) == 0
+    assert world.call(*arguments[3:], "--out", tmp_path / "one", *prompts) == 0
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "two").iterdir()) and len(names) == 3
     assert all(abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1 for name in names)

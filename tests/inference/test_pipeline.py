@@ -31,7 +31,7 @@ OPTIONS = dict(height=16, width=24, num_inference_steps=4, guidance_scale=3.0)
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """A random model whose images have contrast."""
-    folder = tmp_path_factory.mktemp("words")
+    folder = tmp_path_factory.mktemp("tokenizer")
     train_vocabulary([LONG], 600, folder)
     torch.manual_seed(0)
     parts = dict(
@@ -111,12 +111,12 @@ def test_without_guidance_the_negative_prompt_plays_no_part(pipeline):
 
 def test_masks_of_some_images(pipeline):
     """No mask is a mask that is white all over."""
-    picture, mask = Image.new("RGB", (24, 16), "teal"), Image.new("L", (24, 16))
+    image, mask = Image.new("RGB", (24, 16), "teal"), Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 12, 16))
-    options = dict(seed=[1, 2], image=picture)
+    options = dict(seed=[1, 2], image=image)
     both = images(pipeline, PROMPTS[:2], mask_image=[mask, None], **options)
     alone = images(pipeline, PROMPTS[1], **options | dict(seed=2))
-    assert apart(both[1:], alone) <= 1 and (np.asarray(both[0])[:, 12:] == np.asarray(picture)[:, 12:]).all()
+    assert apart(both[1:], alone) <= 1 and (np.asarray(both[0])[:, 12:] == np.asarray(image)[:, 12:]).all()
 
 
 def test_one_image_that_fails_costs_no_other(pipeline):
@@ -254,7 +254,7 @@ def test_image_i_of_a_prompt_has_seed_plus_i(pipeline):
 
 
 def test_generators_take_the_place_of_seeds(pipeline):
-    """One for each image, or one for all that is drawn from in turn, as diffusers draws its batch of noise."""
+    """One for each image, or one for all, used in turn, as diffusers fills its batch of noise."""
     own = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
     options = dict(sampler="euler_a")
     assert apart(images(pipeline, PROMPTS[:2], generator=own, **options),
@@ -300,7 +300,7 @@ def test_to_moves_the_networks(pipeline):
 
 
 def test_options_of_nemos_infer_section():
-    """The keys of NeMo's sd_infer.yaml in the words of the pipeline."""
+    """The keys of NeMo's sd_infer.yaml as keywords of the pipeline."""
     infer = {"unconditional_guidance_scale": 5, "inference_steps": 30, "sampler_type": "PLMS", "eta": 0, "height": 512}
     found = options_from_nemo(infer | {"num_images_per_prompt": 4, "down_factor": 8})
     expected = {"guidance_scale": 5, "num_inference_steps": 30, "sampler": "PLMS", "eta": 0, "height": 512}

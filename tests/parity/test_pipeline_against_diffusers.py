@@ -1,4 +1,4 @@
-"""The same folder, prompt and noise give diffusers' StableDiffusionPipeline and ours the same picture."""
+"""The same folder, prompt and noise give diffusers' StableDiffusionPipeline and ours the same image."""
 
 import gc
 import json
@@ -88,13 +88,13 @@ def save_pipeline(folder, sizes, scheduler, randomise):
     """A random model as diffusers' own pipeline saves it."""
     text = transformers.CLIPTextConfig(max_position_embeddings=77, **dict(hidden_act="quick_gelu") | sizes.text)
     pad = "!" if text.hidden_act == "gelu" else "<|endoftext|>"  # as v2's and v1's published folders have
-    words = write_vocabulary(folder.with_name(folder.name + "-words"), sizes.text["vocab_size"], pad)
+    tokenizer = write_vocabulary(folder.with_name(folder.name + "-tokenizer"), sizes.text["vocab_size"], pad)
     vae = diffusers.AutoencoderKL(latent_channels=4, scaling_factor=0.18215, **sizes.vae)
     diffusers.StableDiffusionPipeline(
         unet=randomise(diffusers.UNet2DConditionModel(**sizes.unet), seed=1).eval(),
         vae=randomise(vae, seed=2).eval(),
         text_encoder=randomise(transformers.CLIPTextModel(text), seed=3).eval(),
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(words),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tokenizer),
         scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder)  # fmt: skip
@@ -129,7 +129,7 @@ def largest_difference(found, expected):
     """In 255ths."""
     pairs = [(np.asarray(left, int), np.asarray(right, int)) for left, right in zip(found, expected, strict=True)]
     assert all(left.shape == right.shape for left, right in pairs)
-    assert all(right.std() > 10 for _, right in pairs), "a picture of one colour would prove nothing"
+    assert all(right.std() > 10 for _, right in pairs), "an image of one colour would prove nothing"
     return max(abs(left - right).max() for left, right in pairs)
 
 
@@ -170,7 +170,7 @@ def largest_relative(found, expected):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
 def test_latents_of_ten_steps(model, sampler):
-    """Closer than pictures can show: guidance of 7.5 and ten steps leave about 3e-6 of float32's rounding."""
+    """Closer than images can show: guidance of 7.5 and ten steps leave about 3e-6 of float32's rounding."""
     expected = their_images(model, sampler, noise(), 10, prompt=PROMPTS, guidance_scale=7.5, output_type="latent")
     difference = largest_relative(final_latents(model.ours, sampler), expected)
     assert difference < 3e-5
@@ -229,7 +229,7 @@ def test_no_negative_prompt_is_the_checkpoints_null_text(sd1, monkeypatch):
     assert (zero != empty).any() and (np.asarray(pipeline(PROMPTS, "", **options).images[0]) == empty).all()
 
 
-def test_a_picture_is_a_function_of_its_own_seed(sd1):
+def test_an_image_is_a_function_of_its_own_seed(sd1):
     pipeline = sd1.ours
     for sampler in ("ddim", "euler_a"):
         options = dict(num_inference_steps=3, height=32, width=32, sampler=sampler)
@@ -273,7 +273,7 @@ def test_latents_of_another_shape(sd1):
         (dict(negative_prompt=["a", "b"]), "negative_prompt holds 2 for 1 prompts"),
     ],
 )
-def test_what_cannot_be_drawn(sd1, options, line):
+def test_what_cannot_be_sampled(sd1, options, line):
     pipeline = sd1.ours
     with pytest.raises(BadInput, match=line):
         pipeline("a boat", **dict(height=32, width=32) | options)
@@ -281,7 +281,7 @@ def test_what_cannot_be_drawn(sd1, options, line):
 
 @pytest.fixture(scope="module")
 def to_start_from():
-    """A smooth picture of 32x32 and a mask whose edges lie on the VAE's."""
+    """A smooth image of 32x32 and a mask whose edges lie on the VAE's."""
     rows, columns = np.mgrid[0:32, 0:32]
     pixels = np.stack([rows * 8, columns * 8, (rows + columns) * 4], -1).astype(np.uint8)
     mask = np.zeros((32, 32), np.uint8)
@@ -290,29 +290,29 @@ def to_start_from():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
-def test_a_picture_to_start_from(sd1, to_start_from, sampler):
+def test_an_image_to_start_from(sd1, to_start_from, sampler):
     kind, settings = SAMPLERS[sampler]
     parts = {**sd1.theirs.components, "scheduler": kind.from_config(sd1.config, **settings)}
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     compared(sd1, theirs, sampler, dict(image=to_start_from[0]))
 
 
-def test_a_masked_picture(sd1, to_start_from):
-    """diffusers puts the noised picture back around the mask after every step, we the clean estimate inside it."""
+def test_a_masked_image(sd1, to_start_from):
+    """diffusers puts the noised image back around the mask after every step, we the clean estimate inside it."""
     kind, settings = SAMPLERS["ddim"]
     parts = {**sd1.theirs.components, "scheduler": kind.from_config(sd1.config, **settings)}
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
-    picture, mask = to_start_from
-    compared(sd1, theirs, "ddim", dict(image=picture), dict(mask_image=mask, height=32, width=32))
+    image, mask = to_start_from
+    compared(sd1, theirs, "ddim", dict(image=image), dict(mask_image=mask, height=32, width=32))
     kept = np.asarray(mask) == 0
     options = dict(sampler="ddim", num_inference_steps=10, strength=0.6, seed=3)
-    masked = sd1.ours(PROMPTS[0], image=picture, mask_image=mask, **options).images[0]
-    assert (np.asarray(masked)[kept] == np.asarray(picture)[kept]).all()
-    assert (np.asarray(masked)[~kept] != np.asarray(picture)[~kept]).mean() > 0.5
+    masked = sd1.ours(PROMPTS[0], image=image, mask_image=mask, **options).images[0]
+    assert (np.asarray(masked)[kept] == np.asarray(image)[kept]).all()
+    assert (np.asarray(masked)[~kept] != np.asarray(image)[~kept]).mean() > 0.5
 
 
 def compared(model, theirs, sampler, given, masked=None):
-    """The picture of one prompt; the VAE's deviation is made 0, since diffusers draws from it and we take the mean."""
+    """The image of one prompt; the VAE's deviation is made 0, since diffusers samples it and we take the mean."""
     theirs.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     torch.randn(1, 4, 8, 8, generator=generator)  # diffusers' first draw is for the VAE
@@ -332,7 +332,7 @@ def compared(model, theirs, sampler, given, masked=None):
     ).images  # fmt: skip
     if masked:  # theirs decodes what is kept
         kept = np.asarray(masked["mask_image"]) == 0
-        both = [np.where(kept[..., None], 0, np.asarray(pictures[0], int)) for pictures in (found, expected)]
+        both = [np.where(kept[..., None], 0, np.asarray(images[0], int)) for images in (found, expected)]
         assert abs(both[0] - both[1]).max() <= 1
     else:
         assert largest_difference(found, expected) <= 1
@@ -388,7 +388,7 @@ def same_weights(left, right):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_full_size_there_and_back(version, randomise, tmp_path):
-    """diffusers' folder -> ours -> one LDM file -> .nemo -> a folder that diffusers opens: one picture, the same bits.
+    """diffusers' folder -> ours -> one LDM file -> .nemo -> a folder that diffusers opens: one image, the same bits.
 
     Differences are in 255ths of a pixel."""
     sizes, scheduler = full_size(version)

@@ -136,7 +136,7 @@ def generate(
     names: of each prompt's one image, NAME.png, made with seed + its place; those that exist already are kept.
     options: fields of ImageRequest and SamplingOptions. Under torchrun or srun each process makes its share.
     """
-    axes = checked_axes([parsed_axis(text) for text in grid], image)
+    axes = parse_axes(grid, image)
     rank, processes = process_of()
     if processes > 1 and (sheet or axes):
         raise BadInput(f"a sheet shows all images, and {processes} processes make a share each; use one process")
@@ -226,7 +226,7 @@ def streams_of(pipeline: Pipeline, jobs: Sequence[Job], batch_size: int) -> Stre
     for job in jobs:
         alike.setdefault(job.options, {})[job.request] = job
     return [
-        (by_request, pipeline.stream_requests(list(by_request), options, batch_size=batch_size))
+        (by_request, pipeline.stream_requests(list(by_request), options, batch_size))
         for options, by_request in alike.items()
     ]
 
@@ -258,20 +258,9 @@ def write_preview(pipeline: Pipeline, step: SamplingStep, path: Path) -> None:
         Image.fromarray(row).save(file, format="PNG")
 
 
-def parsed_axis(text: str) -> Axis:
-    """Parse "guidance=1,3,7" to the option's name and its values. Raises BadInput for anything else."""
-    name, _, values = text.partition("=")
-    if name not in AXES or not values:
-        known = ", ".join({field: spelling for spelling, field in reversed(AXES.items())}.values())
-        raise BadInput(f"--grid {text}: give NAME=VALUE,VALUE,..., NAME one of {known}")
-    value_type = OPTIONS[AXES[name]].type
-    try:
-        return AXES[name], [value_type(value.strip()) for value in values.split(",")]
-    except ValueError:
-        raise BadInput(f"--grid {text}: {name} takes {'whole numbers' if value_type is int else 'numbers'}") from None
-
-
-def checked_axes(axes: list[Axis], image: Path | None) -> list[Axis]:
+def parse_axes(grid: Sequence[str], image: Path | None) -> list[Axis]:
+    """Parse "guidance=1,3,7" and the like to options and their values. Raises BadInput for anything else."""
+    axes = [parse_axis(text) for text in grid]
     names = [name for name, _ in axes]
     if len(axes) > 2:
         raise BadInput(f"a grid has one or two axes, not {len(axes)}")
@@ -280,6 +269,18 @@ def checked_axes(axes: list[Axis], image: Path | None) -> list[Axis]:
     if "strength" in names and image is None:
         raise BadInput("a grid of strength needs an image to start from (--image)")
     return axes
+
+
+def parse_axis(text: str) -> Axis:
+    name, _, values = text.partition("=")
+    if name not in AXES or not values:
+        spellings = ", ".join({field: spelling for spelling, field in reversed(AXES.items())}.values())
+        raise BadInput(f"--grid {text}: give NAME=VALUE,VALUE,..., NAME one of {spellings}")
+    value_type = OPTIONS[AXES[name]].type
+    try:
+        return AXES[name], [value_type(value.strip()) for value in values.split(",")]
+    except ValueError:
+        raise BadInput(f"--grid {text}: {name} takes {'whole numbers' if value_type is int else 'numbers'}") from None
 
 
 def write_sheets(out: Path, jobs: Sequence[Job], paths: Mapping[Job, Path], axes: Sequence[Axis]) -> None:

@@ -34,7 +34,6 @@ from latentsmith.text.tokenizer import Tokenizer
 
 from .images import InitImage, decode, encode, prepare_init_images, to_image
 from .requests import (
-    KEYWORDS,
     SIGNATURE,
     GeneratedImages,
     PreparedRequest,
@@ -42,8 +41,8 @@ from .requests import (
     batches,
     image_requests,
     noise_generator,
+    parse_call,
     sampler_keywords,
-    split_keywords,
     start_noise,
     unit_noise,
 )
@@ -60,9 +59,9 @@ class Pipeline:
     ):
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.spec = unet, vae, text_encoder, tokenizer, spec
         if unet.in_channels != vae.embed_dim:
-            kind = UNET_INPUTS.get(unet.in_channels)
+            purpose = f"{UNET_INPUTS[unet.in_channels]}: " if unet.in_channels in UNET_INPUTS else ""
             raise BadInput(
-                f"{f'{kind}: ' if kind else ''}the U-Net takes {unet.in_channels} channels, the VAE's latents have "
+                f"{purpose}the U-Net takes {unet.in_channels} channels, the VAE's latents have "
                 f"{vae.embed_dim}; only models that sample from text alone can be run"
             )
         self.schedule = NoiseSchedule.from_config(
@@ -148,9 +147,8 @@ class Pipeline:
     ) -> GeneratedImages:
         """Return the images of prompts; the keywords are those of `stream`."""
         images: dict[ImageRequest, Image.Image] = {}
-        batch_size = keywords.pop("batch_size", KEYWORDS["batch_size"])
-        requests, options = self._requests(prompt, negative_prompt, keywords)
-        for step in self.stream_requests(requests, options, batch_size=batch_size):
+        requests, options, batch_size = parse_call(prompt, negative_prompt, keywords)
+        for step in self.stream_requests(requests, options, batch_size):
             if step.done:
                 images |= zip(step.requests, self.images_of(step), strict=True)
         return GeneratedImages([images[request] for request in requests])
@@ -165,15 +163,10 @@ class Pipeline:
         together, which changes none of them.
         Raises BadInput, at once, for what cannot be made and TypeError for unknown keywords; warns of cut prompts.
         """
-        batch_size = keywords.pop("batch_size", KEYWORDS["batch_size"])
-        return self.stream_requests(*self._requests(prompt, negative_prompt, keywords), batch_size=batch_size)
-
-    def _requests(self, prompt: Any, negative_prompt: Any, keywords: Any) -> tuple[list[ImageRequest], SamplingOptions]:
-        of_requests, options = split_keywords(keywords)
-        return image_requests(prompt, negative_prompt, **of_requests), options
+        return self.stream_requests(*parse_call(prompt, negative_prompt, keywords))
 
     def stream_requests(
-        self, requests: Sequence[ImageRequest], options: SamplingOptions, *, batch_size: int = 8
+        self, requests: Sequence[ImageRequest], options: SamplingOptions, batch_size: int = 8
     ) -> Iterator[SamplingStep]:
         """As `stream`, for requests that already exist."""
         if batch_size < 1:
@@ -347,7 +340,8 @@ class Pipeline:
         """
         if null_text_embeddings is None:
             keywords = {"guidance_scale": 1.0} | keywords
-        options, batch = self.prepare(*self._requests([""] * len(text_embeddings), None, keywords))
+        requests, options, _ = parse_call([""] * len(text_embeddings), None, keywords)
+        options, batch = self.prepare(requests, options)
         if null_text_embeddings is None and any(each.request.guidance_scale != 1 for each in batch):
             raise BadInput("guidance_scale other than 1 needs null_text_embeddings")
         *_, last = self._sample_batch(batch, options, text_embeddings, null_text_embeddings)

@@ -93,14 +93,18 @@ def sampler_keywords(options: SamplingOptions) -> dict[str, Any]:
     return {k: value for k, value in vars(options).items() if k in taken and not (k == "eta" and sampler.random)}
 
 
-def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], SamplingOptions]:
-    """Return the keywords of `image_requests`, and the rest as SamplingOptions. Raises TypeError for unknown ones."""
+def parse_call(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None, keywords: dict[str, Any]
+) -> tuple[list[ImageRequest], SamplingOptions, int]:
+    """Return the requests, the options and the batch size of a pipeline's call. Raises TypeError, BadInput."""
     for name in keywords:
         if name not in KEYWORDS:
             raise TypeError(unknown_keyword(name, KEYWORDS))
     shared = {each.name for each in fields(SamplingOptions)}
     options = SamplingOptions(**{name: value for name, value in keywords.items() if name in shared})
-    return {name: value for name, value in keywords.items() if name not in shared}, options
+    own = {name: value for name, value in keywords.items() if name not in shared}
+    batch_size = own.pop("batch_size", KEYWORDS["batch_size"])
+    return image_requests(prompt, negative_prompt, **own), options, batch_size
 
 
 def image_requests(

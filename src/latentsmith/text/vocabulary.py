@@ -65,7 +65,7 @@ def find_vocabulary(tokenizer: str | Path | None = None, checkpoint: str | Path 
     environment variable LATENTSMITH_CLIP_VOCAB, the installed open_clip package (not imported), the hub cache.
 
     tokenizer: a path, or a name in the hub cache such as "openai/clip-vit-large-patch14". checkpoint: a folder, or a
-    file in one. Raises BadInput if a name leads nowhere or nothing is found: it tells what to put where.
+    file in one. Raises BadInput if a name leads nowhere or nothing is found, with what to install or set.
     """
     if tokenizer is not None:
         return _named("tokenizer", tokenizer)
