@@ -1,6 +1,7 @@
-"""What a run is made of: the table of options, presets, composition with overrides, checks."""
+"""What a run is made of: options, presets, composition with overrides, checks."""
 
 from .compose import Composed, compose, load_config
-from .typed import Config, replaced
+from .run_options import Config
+from .tree import replaced, to_tree, to_yaml
 
-__all__ = ["Composed", "Config", "compose", "load_config", "replaced"]
+__all__ = ["Composed", "Config", "compose", "load_config", "replaced", "to_tree", "to_yaml"]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
+from latentsmith.architectures import COMPONENTS
 from latentsmith.files.errors import BadInput
 
-UNET = "latentsmith.models.UNetModel"
-VAE = "latentsmith.models.AutoencoderKL"
-TEXT = "latentsmith.models.ClipTextEncoder"
+UNET, VAE, TEXT = (COMPONENTS[part].class_path for part in ("unet", "vae", "text_encoder"))
 LOSS = "latentsmith.training.losses.ReconstructionLoss"
 IDENTITY = "torch.nn.Identity"
 
@@ -39,10 +38,6 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-NO_COMPONENT = {  # what LDM writes in place of a component
-    "__is_first_stage__": "the text is not encoded by the VAE; give a text encoder",
-    "__is_unconditional__": "Stable Diffusion is told in words; give a text encoder",
-}
 MODELS = ("ldm.models.diffusion.ddpm.LatentDiffusion",
           _NEMO + "models.text_to_image.stable_diffusion.ldm.ddpm.MegatronLatentDiffusion",
           _NEMO + "models.text_to_image.stable_diffusion.ldm.ddpm.LatentDiffusion")  # fmt: skip
@@ -60,40 +55,24 @@ EXPECTED = {
 }
 
 
-def flatten(node: Any) -> Any:
-    """`target:` + `params:` (LDM) and `cls:` (NeMo's precaching) rewritten as `_target_:` beside its arguments."""
-    if isinstance(node, list):
-        return [flatten(entry) for entry in node]
-    if not isinstance(node, dict):
-        return node
-    flat = {str(key): flatten(value) for key, value in node.items()}
-    spelling = next((name for name in ("target", "cls") if isinstance(flat.get(name), str)), None)
-    if spelling is None or "_target_" in flat:
-        return flat
-    params = flat.pop("params", None) or {}
-    if not isinstance(params, dict):
-        raise BadInput(f"params of {flat[spelling]} must be a mapping of options, not {params!r}")
-    return {"_target_": flat.pop(spelling), **flat, **params}
-
-
-def canonical(node: dict[str, Any], place: str) -> dict[str, Any]:
+def canonical(node: dict[str, Any], key: str) -> dict[str, Any]:
     """`node` with our class in `_target_`, and what its old path implies filled in.
 
-    place: key of the node, for messages. Raises BadInput for a path outside the table.
+    key: of the node, for messages. Raises BadInput for a path outside the table.
     """
     path = node.get("_target_")
     if str(path).endswith("IdentityFirstStage"):
-        raise BadInput(f"{place}._target_: {path!r} means diffusion on pixels; here it is on the latents of a VAE")
+        raise BadInput(f"{key}._target_: {path!r} means diffusion on pixels; here it is on the latents of a VAE")
     if path not in ALIASES:
         known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
         near = get_close_matches(str(path), ALIASES, 1, 0.8)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadInput(
-            f"{place}._target_: {path!r} is not among the classes a config may name: {known}, and their names in "
+            f"{key}._target_: {path!r} is not among the classes a config may name: {known}, and their names in "
             f"NeMo and LDM{hint}"
         )
     target, implied = ALIASES[path]
-    if place in EXPECTED and target not in EXPECTED[place]:
-        raise BadInput(f"{place}._target_: {path!r} belongs elsewhere; here it is {' or '.join(EXPECTED[place])}")
-    missing = {key: value for key, value in implied.items() if node.get(key) is None}
+    if key in EXPECTED and target not in EXPECTED[key]:
+        raise BadInput(f"{key}._target_: {path!r} belongs elsewhere; here it is {' or '.join(EXPECTED[key])}")
+    missing = {name: value for name, value in implied.items() if node.get(name) is None}
     return {**node, **missing, "_target_": target}

@@ -1,15 +1,14 @@
-"""The table of options in words: for `config explain`, the reference page, `config show` and `config diff`."""
+"""The table of options in words: for `config explain`, the reference page, `config show`, `migrate` and `diff`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-
 from . import overrides, schema
 from .compose import Composed
+from .run_options import Config
+from .tree import dump, to_plain, to_tree
 
 
 def explain(key: str = "") -> str:
@@ -19,49 +18,71 @@ def explain(key: str = "") -> str:
         return "\n".join(_lines(option))
     inside = schema.find(key) if key else None
     if inside is not None:
-        return f"{key} lies in {inside.key}, whose keys are not ours to name\n" + "\n".join(_lines(inside))
+        return f"{key} lies in {inside.key}, which may have any keys\n" + "\n".join(_lines(inside))
     below = [option for option in schema.table().values() if not key or option.key.startswith(f"{key}.")]
     if not below:
         raise schema.unknown_key(key, "config explain")
-    return "\n".join(f"{option.key}={_short(option.default)}  {option.meaning}{_fate(option)}" for option in below)
+    return "\n".join(_one_line(option) for option in below)
 
 
 def _lines(option: schema.Option) -> Iterator[str]:
     yield option.key
-    yield f"  meaning  {option.meaning}"
-    yield f"  value    {option.kind.words}"
-    yield f"  default  {_short(option.default)}"
-    yield f"  fate     {option.fate}" + (f": {option.reason}" if option.reason else "")
+    if option.status in ("used", "mapped"):
+        yield f"  meaning  {option.meaning}"
+        yield f"  value    {option.value_type.words}"
+        yield f"  default  {_short(option.default)}"
+        yield f"  status   {option.status}"
+    else:
+        yield f"  status   {_status(option)}"
 
 
-def _fate(option: schema.Option) -> str:
-    return f" [{option.fate}: {option.reason}]" if option.reason else ""
+def _one_line(option: schema.Option) -> str:
+    if option.status == "used":
+        return f"{option.key}={_short(option.default)}  {option.meaning}"
+    return f"{option.key}  [{_status(option)}]"
+
+
+def _status(option: schema.Option) -> str:
+    only = f", unless {_short(option.default)}" if option.status == "refused" else ""
+    return f"{option.status}{only}: {option.meaning}"
 
 
 def _short(value: Any) -> str:
     """A value as YAML writes it on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).strip().removesuffix("\n...")
+    return dump(to_plain(value), one_line=True)
 
 
 def reference_page() -> str:
     """The reference of all options as Markdown."""
-    rows = [
-        f"| `{option.key}` | {option.kind.words} | `{_short(option.default)}` | {option.meaning} | "
-        f"{option.fate}{': ' + option.reason if option.reason else ''} |"
-        for option in schema.table().values()
+    own = [option for option in schema.table().values() if option.status == "used"]
+    foreign = [option for option in schema.table().values() if option.status != "used"]
+    lines = [
+        "# Options",
+        "",
+        "Every key that a config may have. This page is made by `latentsmith config explain --markdown`.",
+        "",
+        "| key | value | default | meaning |",
+        "|---|---|---|---|",
+        *(f"| `{o.key}` | {o.value_type.words} | `{_short(o.default)}` | {o.meaning} |" for o in own),
+        "",
+        "## Keys of NeMo's and LDM's files",
+        "",
+        "*mapped*: read as an option of ours. *no effect*: accepted, since shipped files carry it; it changes nothing.",
+        "*refused*: accepted at the value shown only, since anything else would change what is trained.",
+        "",
+        "| key | status | reason |",
+        "|---|---|---|",
+        *(f"| `{o.key}` | {_status(o).removesuffix(f': {o.meaning}')} | {o.meaning} |" for o in foreign),
     ]
-    head = ["# Options", "", (schema.__doc__ or "").strip(), "", "| key | value | default | meaning | fate |"]
-    return "\n".join([*head, "|---|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def show(composed: Composed) -> str:
     """The composed tree as YAML, each value with where it came from."""
-    plain = OmegaConf.to_container(composed.config)
-    assert isinstance(plain, dict)
-    return "\n".join(_show_node(plain, composed.origins, "", ""))
+    return "\n".join(_show_node(to_tree(composed.config), composed.origins, "", ""))
 
 
-def _show_node(node: dict[Any, Any], origins: dict[str, str], prefix: str, indent: str) -> Iterator[str]:
+def _show_node(node: dict[str, Any], origins: dict[str, str], prefix: str, indent: str) -> Iterator[str]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         if key in schema.groups() and value:
@@ -75,36 +96,24 @@ def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
     if source := next((source for given, source in origins.items() if given == key or given.startswith(f"{key}.")), ""):
         return source
     option = schema.table().get(key)
-    return "default" if option is None or option.default in (value, "${name}") else "follows from other options"
-
-
-MOVED = (  # read as keys of ours
-    "model.scheduler_config",
-    "model.base_learning_rate",
-    "model.restore_from_path",
-    "model.scale_by_std",
-    "model.resume_from_checkpoint",
-)
+    return (
+        "default" if option is None or to_plain(option.default) in (value, "${name}") else "follows from other options"
+    )
 
 
 def migrated(composed: Composed, source: str) -> str:
     """A config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
     tree: dict[str, Any] = {}
-    moved = DEVICES if composed.draws else MOVED
-    for key, value in overrides.leaves(_plain(composed.config)).items():
+    for key, value in overrides.leaves(to_tree(composed.config)).items():
         option = schema.find(key)
-        if option is None or option.fate not in ("used", "mapped") or option.key in moved:
-            continue
-        default = composed.config.get("name") if option.default == "${name}" else option.default
-        if option.optional or option.key != key or value != default:
+        assert option is not None or not value, key  # an empty section
+        default = composed.config.name if key == "exp_manager.name" and isinstance(composed.config, Config) else None
+        if option and (not option.filled or composed.is_inference or value != (default or to_plain(option.default))):
             _put(tree, key, value)
-    lines = [f"# Made from {source}; options at their defaults are left out.", _yaml(tree)]
+    lines = [f"# Made from {source}; options at their defaults are left out.", dump(tree).rstrip()]
     if composed.notes:
         lines += ["# Left out, since they have no effect here:", *(f"#   {note}" for note in composed.notes)]
     return "\n".join(lines)
-
-
-DEVICES = tuple(key for key in schema.table() if key.startswith("trainer.") and key != "trainer.precision")
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -114,18 +123,9 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _yaml(tree: dict[str, Any]) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120).rstrip()
-
-
-def diff(first: DictConfig, second: DictConfig) -> list[str]:
+def diff(first: Any, second: Any) -> list[str]:
     """A line for each option whose value differs: `KEY: first -> second`."""
-    left, right = (overrides.leaves(_plain(config)) for config in (first, second))
+    left, right = (overrides.leaves(to_tree(config)) for config in (first, second))
     keys = dict.fromkeys([*left, *right])
     changed = [key for key in keys if left.get(key, "absent") != right.get(key, "absent")]
     return [f"{key}: {_short(left.get(key, 'absent'))} -> {_short(right.get(key, 'absent'))}" for key in changed]
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(config)
-    return plain

@@ -8,8 +8,9 @@ from typing import Any
 from latentsmith.files.errors import BadInput
 
 from . import schema
+from .foreign_keys import canonical_key
 
-PLACE = "command line"
+SOURCE = "command line"
 SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<text>.*))?", re.DOTALL)
 
 
@@ -22,12 +23,12 @@ def parse(override: str, *, sweeps: bool = False) -> tuple[bool, str, Any]:
     """
     shape = SHAPE.fullmatch(override)
     if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
-        raise BadInput(f"{PLACE}: {override!r} is not an override; write key=value (or ~key to drop a key)")
-    key = own_key(shape["key"])
+        raise BadInput(f"{SOURCE}: {override!r} is not an override; write key=value (or ~key to drop a key)")
+    key = canonical_key(shape["key"])
     option = schema.find(key)
     if option is None and key not in schema.groups():
-        raise schema.unknown_key(key, PLACE)
-    literal = option is not None and option.kind.literal
+        raise schema.unknown_key(key, SOURCE)
+    literal = option is not None and option.value_type.literal
     return shape["mark"] == "~", key, _value(shape["text"], key, literal, sweeps)
 
 
@@ -36,15 +37,8 @@ def is_override(word: str) -> bool:
     shape = SHAPE.fullmatch(word)
     if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
         return False
-    key = own_key(shape["key"])
+    key = canonical_key(shape["key"])
     return schema.find(key) is not None or key in schema.groups()
-
-
-def own_key(key: str) -> str:
-    """LDM's spelling of a key (`model.params.x`, `model.unet_config.target`) in ours."""
-    plain = re.sub(r"\.params(?=\.)", "", key)
-    own = re.sub(r"\.target$", "._target_", plain)
-    return own if own in schema.table() else plain
 
 
 def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
@@ -58,11 +52,11 @@ def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
     except HydraException:
         if literal:
             return text
-        raise BadInput(f"{PLACE}: {key}={text} is outside Hydra's grammar; quote the value: '{key}=\"...\"'") from None
+        raise BadInput(f"{SOURCE}: {key}={text} is outside Hydra's grammar; quote the value: '{key}=\"...\"'") from None
     if parsed.is_sweep_override():
         if literal or sweeps:
             return text
-        raise BadInput(f"{PLACE}: {key}={text} is a sweep: write lists as [1,2], or ask for one run each (--multirun)")
+        raise BadInput(f"{SOURCE}: {key}={text} is a sweep: write lists as [1,2], or ask for one run each (--multirun)")
     value: Any = parsed.value()
     return text if literal and isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
@@ -81,13 +75,13 @@ def sweep(given: list[str]) -> list[list[str]]:
         _, key, _ = parse(override, sweeps=True)
         option, text = schema.find(key), override.partition("=")[2]
         values = [override]
-        meant = option is None or not option.kind.literal or option.kind.words.startswith("one of")
+        meant = option is None or not option.value_type.literal or option.value_type.words.startswith("one of")
         if text and (meant or text.startswith(("choice(", "range("))):
             try:
                 parsed = OverridesParser.create().parse_override(f"key={text}")
                 swept = list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else []
             except HydraException as error:
-                raise BadInput(f"{PLACE}: {override}: {str(error).splitlines()[0]}") from None
+                raise BadInput(f"{SOURCE}: {override}: {str(error).splitlines()[0]}") from None
             values = [f"{override.partition('=')[0]}={value}" for value in swept] or values
         runs = [[*run, value] for run in runs for value in values]
     return runs
@@ -100,15 +94,17 @@ def apply(tree: dict[str, Any], override: str) -> list[str]:
     node = tree
     for name in path:
         if isinstance(node.get(name), str) and node[name].startswith("${"):
-            raise BadInput(f"{PLACE}: {key}={value}: {name} is {node[name]} as a whole; change that, or give all of it")
+            raise BadInput(
+                f"{SOURCE}: {key}={value}: {name} is {node[name]} as a whole; change that, or give all of it"
+            )
         if not isinstance(node.get(name), dict):
             node[name] = {}
         node = node[name]
     if delete:
         if leaf not in node:
-            raise BadInput(f"{PLACE}: {override}: there is no {key} to drop; where nothing gives it its default holds")
+            raise BadInput(f"{SOURCE}: {override}: nothing in the config sets {key}; remove the override")
         if value is not None and node[leaf] != value:
-            raise BadInput(f"{PLACE}: {override}: {key} is {node[leaf]!r}, so it is not dropped")
+            raise BadInput(f"{SOURCE}: {override}: {key} is {node[leaf]!r}, so it is not dropped")
         del node[leaf]
         return []
     if isinstance(value, dict) and isinstance(node.get(leaf), dict):
@@ -133,7 +129,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         option = schema.table().get(key)
-        if isinstance(value, dict) and value and not (option and option.kind.free):
+        if isinstance(value, dict) and value and not (option and option.value_type.free):
             found |= leaves(value, f"{key}.")
         else:
             found[key] = value

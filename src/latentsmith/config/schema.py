@@ -1,8 +1,8 @@
-"""Every option of a config, each listed once: kind, default, meaning and fate. Messages and docs come from here.
+"""The table of every key that a config may have: our options, and those of NeMo's and LDM's files.
 
-Fates:
-    used       read by a run under its own name
-    mapped     NeMo's or LDM's key, read by a run as something of ours (the meaning says what)
+Status of a key:
+    used       an option of ours
+    mapped     a key of NeMo's or LDM's, read as an option of ours
     no effect  accepted, since shipped YAML files carry it; changes nothing, for the reason given
     refused    accepted at its default only; anything else is an error, for the reason given
 """
@@ -10,29 +10,34 @@ Fates:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from latentsmith.files.errors import BadInput
 
-from .value_types import ValueType
+from .foreign_keys import IGNORED, MOVED, REFUSED
+from .inference_options import InferenceConfig
+from .option import OptionField
+from .run_options import Config
+from .value_types import ValueType, anything
 
-Fate = Literal["used", "mapped", "no effect", "refused"]
+Status = Literal["used", "mapped", "no effect", "refused"]
 
 
 @dataclass(frozen=True)
 class Option:
+    """One key. aliases: what people call it elsewhere. filled: whether its default is written into a config."""
+
     key: str
-    kind: ValueType
+    value_type: ValueType
     default: Any
     meaning: str
-    fate: Fate = "used"
-    reason: str = ""
-    also: tuple[str, ...] = ()  # what people call it elsewhere; used only to suggest the right key
-    optional: bool = False  # a step taken only if named, in the order of the names: never filled in
+    status: Status = "used"
+    aliases: tuple[str, ...] = ()
+    filled: bool = False
 
     @property
     def leaf(self) -> str:
@@ -42,55 +47,64 @@ class Option:
     def parent(self) -> str:
         return self.key.rpartition(".")[0]
 
-    @property
-    def filled(self) -> bool:
-        """Whether the default is written into a composed config (keys without effect appear only if given)."""
-        return self.fate in ("used", "mapped") and not self.optional
-
     def read(self, value: Any, source: str) -> Any:
         """The value as a run uses it. Raises BadInput for a wrong type or range, or a refused value."""
-        if value is None and self.kind.nullable:
+        if value is None and self.value_type.nullable:
             return None
         try:
-            result = self.kind.read(value)
+            result = self.value_type.read(value)
         except (ValueError, TypeError, OverflowError):
-            raise BadInput(f"{source}: {self.key} must be {self.kind.words}, not {value!r}") from None
-        if self.fate == "refused" and result != self.default:
+            raise BadInput(f"{source}: {self.key} must be {self.value_type.words}, not {value!r}") from None
+        if self.status == "refused" and result != self.default:
             default = json.dumps(self.default)
-            raise BadInput(f"{source}: {self.key}={result} is refused: {self.reason}; leave it at {default}")
+            raise BadInput(f"{source}: {self.key}={result} is refused: {self.meaning}; leave it at {default}")
         return result
-
-
-def used(
-    key: str, kind: ValueType, default: Any, meaning: str, also: Iterable[str] = (), optional: bool = False
-) -> Option:
-    return Option(key, kind, default, meaning, also=tuple(also), optional=optional)
-
-
-def mapped(key: str, kind: ValueType, default: Any, meaning: str) -> Option:
-    return Option(key, kind, default, meaning, "mapped")
-
-
-def no_effect(key: str, kind: ValueType, default: Any, meaning: str, reason: str) -> Option:
-    return Option(key, kind, default, meaning, "no effect", reason)
-
-
-def refused(key: str, kind: ValueType, default: Any, meaning: str, reason: str) -> Option:
-    return Option(key, kind, default, meaning, "refused", reason)
-
-
-def group(prefix: str, *options: Option) -> list[Option]:
-    return [replace(option, key=f"{prefix}.{option.key}") for option in options]
 
 
 @cache
 def table() -> dict[str, Option]:
-    """Every option by its full key, in the order of the docs."""
-    from . import schema_data, schema_infer, schema_model, schema_run
+    """Every key, ours first, in the order of the docs."""
+    found = [*_options(Config), *_options(InferenceConfig)]
+    found += [Option(key, type_, None, meaning, "mapped") for key, (type_, meaning) in MOVED.items()]
+    found += [Option(key, anything(), None, reason, "no effect") for key, reason in IGNORED.items()]
+    found += [Option(key, anything(), default, reason, "refused") for key, (default, reason) in REFUSED.items()]
+    options: dict[str, Option] = {}
+    for option in found:
+        options.setdefault(option.key, option)  # trainer.precision is also in an inference file
+    return options
 
-    options = [*schema_run.OPTIONS, *schema_model.OPTIONS, *schema_data.OPTIONS, *schema_infer.OPTIONS]
-    assert len({option.key for option in options}) == len(options)
-    return {option.key: option for option in options}
+
+def _options(section: type, prefix: str = "") -> Iterator[Option]:
+    """The options of a section and of those inside it, its own first."""
+    hints, given_only = get_type_hints(section), getattr(section, "given_only", False)
+    inside = []
+    for field in fields(section):
+        key = f"{prefix}{field.name}"
+        if subsection := section_of(hints[field.name]):
+            inside.append((subsection, f"{key}."))
+        elif found := field.metadata.get("option"):
+            assert isinstance(found, OptionField)
+            hint = _without_none(hints[field.name]) if given_only else hints[field.name]
+            type_ = found.value_type(hint)
+            yield Option(key, type_, found.default, found.meaning, aliases=found.aliases, filled=not given_only)
+    for subsection, key in inside:
+        yield from _options(subsection, key)
+
+
+def section_of(annotation: Any) -> type | None:
+    """The section that a field holds, None for an option."""
+    return next((part for part in (annotation, *get_args(annotation)) if is_dataclass(part)), None)  # type: ignore[return-value]
+
+
+def _without_none(annotation: Any) -> Any:
+    """`X` of `X | None`: where nothing has a default, None is how absence is written."""
+    kept = tuple(part for part in get_args(annotation) if part is not type(None))
+    if not kept or type(None) not in get_args(annotation):
+        return annotation
+    union = kept[0]
+    for part in kept[1:]:
+        union = union | part
+    return union
 
 
 @cache
@@ -107,20 +121,17 @@ def find(key: str) -> Option | None:
         return options[key]
     while key := key.rpartition(".")[0]:
         if key in options:
-            return options[key] if options[key].kind.free else None
+            return options[key] if options[key].value_type.free else None
     return None
 
 
 def unknown_key(key: str, source: str) -> BadInput:
+    """The error for a key that is not in the table."""
     if above := next((option for option in table().values() if key.startswith(f"{option.key}.")), None):
-        return BadInput(f"{source}: {above.key} must be {above.kind.words}, not a mapping")
+        return BadInput(f"{source}: {above.key} must be {above.value_type.words}, not a mapping")
     hint = nearest(key)
     advice = f"did you mean {hint}?" if hint else "`latentsmith config explain` lists every option"
     return BadInput(f"{source}: {key} is not an option; {advice}")
-
-
-def _ratio(first: str, second: str) -> float:
-    return SequenceMatcher(None, first, second).ratio()
 
 
 def nearest(key: str) -> str | None:
@@ -128,9 +139,22 @@ def nearest(key: str) -> str | None:
     parent, _, leaf = key.rpartition(".")
 
     def name_likeness(option: Option) -> float:
-        elsewhere = max((_ratio(leaf.lower(), name) for name in option.also), default=0.0)
-        return max(_ratio(leaf.lower(), option.leaf.lower()), 0.9 * elsewhere)
+        elsewhere = max((_likeness(leaf.lower(), name) for name in option.aliases), default=0.0)
+        return max(_likeness(leaf.lower(), option.leaf.lower()), 0.9 * elsewhere)
 
     alike = [(name_likeness(option), option) for option in table().values()]
-    candidates = {option.key: name + 0.5 * _ratio(parent, option.parent) for name, option in alike if name >= 0.6}
+    candidates = {option.key: name + 0.5 * _likeness(parent, option.parent) for name, option in alike if name >= 0.6}
     return max(candidates, key=candidates.__getitem__, default=None)
+
+
+def named(word: str) -> Option | None:
+    """The option that people call `word`: by its own name or an alias; None where it is none or several."""
+    used = [option for option in table().values() if option.status == "used"]
+    for names in (lambda option: (option.leaf,), lambda option: option.aliases):
+        if len(found := [option for option in used if word in names(option)]) == 1:
+            return found[0]
+    return None
+
+
+def _likeness(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second).ratio()

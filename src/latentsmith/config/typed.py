@@ -1,28 +1,41 @@
-"""Names of the typed sections of a config."""
+"""The typed sections of a config; their fields are the options."""
 
-from copy import deepcopy
-from typing import Any, TypeAlias
+from .data_options import AugmentationsConfig, DataConfig, DatasetConfig, ValidationDatasetConfig
+from .inference_options import FidConfig, InferConfig, InferenceConfig
+from .model_options import (
+    CondStageConfig,
+    DDConfig,
+    FirstStageConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    SchedConfig,
+    UNetConfig,
+)
+from .run_options import CheckpointConfig, Config, EmaConfig, ExpManagerConfig, SampleImagesConfig, TrainerConfig
+from .tree import replaced
 
-from omegaconf import DictConfig, OmegaConf
-
-Config: TypeAlias = DictConfig
-ModelConfig: TypeAlias = DictConfig
-UNetConfig: TypeAlias = DictConfig
-FirstStageConfig: TypeAlias = DictConfig
-CondStageConfig: TypeAlias = DictConfig
-OptimConfig: TypeAlias = DictConfig
-SchedConfig: TypeAlias = DictConfig
-DataConfig: TypeAlias = DictConfig
-DatasetConfig: TypeAlias = DictConfig
-TrainerConfig: TypeAlias = DictConfig
-ExpManagerConfig: TypeAlias = DictConfig
-CheckpointConfig: TypeAlias = DictConfig
-EmaConfig: TypeAlias = DictConfig
-SampleImagesConfig: TypeAlias = DictConfig
-
-
-def replaced(config: Config, key: str, value: Any) -> Config:
-    """Return a copy of a config with another value at a dotted key; the given one stays as it was."""
-    changed = deepcopy(config)
-    OmegaConf.update(changed, key, value, force_add=True)
-    return changed
+__all__ = [
+    "AugmentationsConfig",
+    "CheckpointConfig",
+    "CondStageConfig",
+    "Config",
+    "DDConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EmaConfig",
+    "ExpManagerConfig",
+    "FidConfig",
+    "FirstStageConfig",
+    "InferConfig",
+    "InferenceConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "SampleImagesConfig",
+    "SchedConfig",
+    "TrainerConfig",
+    "UNetConfig",
+    "ValidationDatasetConfig",
+    "replaced",
+]

@@ -1,11 +1,12 @@
-"""The kinds of values an option can take: what to call them in a message, and how to read one."""
+"""Types of option values: the words for messages, and how to read a value as a config or a command line gives it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,52 @@ class ValueType:
     read: Callable[[Any], Any]
     nullable: bool = False  # null is a value of its own; elsewhere null means "not set", so the default
     literal: bool = False  # on the command line, text outside Hydra's grammar is taken as it stands
-    free: bool = False  # keys inside it are not ours to name
+    free: bool = False  # a mapping with keys that are not in our table
+
+
+def value_type(
+    annotation: Any,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+    spellings: Mapping[str, str] | None = None,
+    min_length: int = 0,
+) -> ValueType:
+    """Return the type of an option from the annotation of its field.
+
+    annotation: bool, int, float, str, Literal, tuple[X, ...], tuple[X, X], Mapping[str, Any], or a union of these with
+    None. Bounds apply to every number in it, choices and spellings (other -> own) to text, min_length to lists.
+    """
+
+    def part(annotation: Any) -> ValueType:
+        return value_type(
+            annotation,
+            at_least=at_least,
+            at_most=at_most,
+            choices=choices,
+            spellings=spellings,
+            min_length=min_length,
+        )
+
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        parts = [part(arg) for arg in args if arg is not type(None)]
+        inner = parts[0] if len(parts) == 1 else either(*parts)
+        return nullable(inner) if type(None) in args else inner
+    if origin is Literal:
+        return choice(*args, spellings=spellings)
+    if origin is tuple:
+        return list_of(part(args[0]), None if args[1] is Ellipsis else len(args), min_length=min_length)
+    if annotation is bool:
+        return flag()
+    if annotation is int:
+        return whole(at_least, at_most)
+    if annotation is float:
+        return number(at_least, at_most)
+    if annotation is str:
+        return choice(*choices, spellings=spellings) if choices else text()
+    return mapping()
 
 
 def _refuse() -> Any:
@@ -35,12 +81,12 @@ def _range_words(noun: str, low: float | None, high: float | None) -> str:
     return noun if low is None else f"{noun} of at least {low:,}"
 
 
-def _within(value: Any, low: float | None, high: float | None) -> bool:
+def _within(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or value >= low) and (high is None or value <= high)
 
 
 def number(low: float | None = None, high: float | None = None) -> ValueType:
-    """A float between two bounds, both included."""
+    """A finite float between two bounds, both included."""
 
     def read(value: Any) -> float:
         result = float(_as_number(value))
@@ -49,7 +95,7 @@ def number(low: float | None = None, high: float | None = None) -> ValueType:
     return ValueType(_range_words("a number", low, high), read)
 
 
-def whole(low: int | None = None, high: int | None = None) -> ValueType:
+def whole(low: float | None = None, high: float | None = None) -> ValueType:
     """An int between two bounds; 1e5 counts as one."""
 
     def read(value: Any) -> int:
@@ -60,7 +106,7 @@ def whole(low: int | None = None, high: int | None = None) -> ValueType:
 
 
 def count_or_share() -> ValueType:
-    """An int of at least 0, or a float from 0.0 to 1.0, as Lightning tells 1 (one) from 1.0 (all)."""
+    """An int of at least 0, or a float from 0.0 to 1.0, as Lightning distinguishes 1 (one) from 1.0 (all)."""
 
     def read(value: Any) -> int | float:
         if isinstance(value, float) and 0 <= value <= 1:
@@ -81,63 +127,70 @@ def text() -> ValueType:
 
 
 def flag() -> ValueType:
+    """True or False, and nothing that only looks like it."""
     return ValueType("true or false", lambda value: value if isinstance(value, bool) else _refuse())
 
 
-def choice(*names: str, aliases: dict[str, str] | None = None) -> ValueType:
-    """One of `names`; `aliases` are other spellings (compared as text, so 16 and "16" are the same)."""
-    spellings = (aliases or {}) | {name: name for name in names}
-    return ValueType("one of " + ", ".join(names), lambda value: spellings.get(str(value)) or _refuse(), literal=True)
+def choice(*names: str, spellings: Mapping[str, str] | None = None) -> ValueType:
+    """One of `names`; spellings (other -> own) are compared as text, so 16 and "16" are the same."""
+    known = {**(spellings or {}), **{name: name for name in names}}
+    return ValueType("one of " + ", ".join(names), lambda value: known.get(str(value)) or _refuse(), literal=True)
 
 
-def list_of(item: ValueType, length: int | None = None, *, least: int = 0) -> ValueType:
-    def read(value: Any) -> list[Any]:
-        if not isinstance(value, (list, tuple)) or length not in (None, len(value)) or len(value) < least:
+def list_of(item: ValueType, length: int | None = None, *, min_length: int = 0) -> ValueType:
+    """A tuple of `item`s, given as a YAML list."""
+
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)) or len(value) < min_length:
             raise ValueError
-        return [item.read(entry) for entry in value]
+        return tuple(item.read(entry) for entry in value)
 
     count = "a list" if length is None else f"a list of {length}"
     return ValueType(f"{count}, each {item.words}", read, literal=item.literal)
 
 
-def either(*kinds: ValueType) -> ValueType:
-    """The first kind that can read the value."""
+def either(*options: ValueType) -> ValueType:
+    """The first type that can read the value."""
 
     def read(value: Any) -> Any:
-        for kind in kinds:
+        for option in options:
             try:
-                return kind.read(value)
+                return option.read(value)
             except (ValueError, TypeError, OverflowError):
                 continue
         raise ValueError
 
-    return ValueType(" or ".join(kind.words for kind in kinds), read, literal=any(kind.literal for kind in kinds))
+    words = " or ".join(option.words for option in options)
+    return ValueType(words, read, literal=any(option.literal for option in options))
 
 
-def nullable(kind: ValueType) -> ValueType:
+def nullable(inner: ValueType) -> ValueType:
+    """`inner`, or None."""
+
     def read(value: Any) -> Any:
-        return None if value is None else kind.read(value)
+        return None if value is None else inner.read(value)
 
-    return ValueType(f"{kind.words}, or null", read, nullable=True, literal=kind.literal)
+    return ValueType(f"{inner.words}, or null", read, nullable=True, literal=inner.literal)
 
 
 def size() -> ValueType:
-    """[height, width] in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
+    """(height, width) in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
 
-    def read(value: Any) -> list[int]:
+    def read(value: Any) -> tuple[int, int]:
         if isinstance(value, bool):
             raise ValueError
         parts = value.split(",") if isinstance(value, str) and "," in value else value
         numbers = [int(part) for part in parts] if isinstance(parts, (list, tuple)) else [int(parts)] * 2
-        return numbers if len(numbers) == 2 and min(numbers) >= 1 else _refuse()
+        return (numbers[0], numbers[1]) if len(numbers) == 2 and min(numbers) >= 1 else _refuse()
 
     return ValueType('pixels as one number, [height, width] or "height, width"', read, literal=True)
 
 
 def mapping() -> ValueType:
-    """A free mapping whose keys we do not name."""
+    """A mapping with any keys."""
     return ValueType("a mapping", lambda value: value if isinstance(value, dict) else _refuse(), free=True)
 
 
 def anything() -> ValueType:
+    """Any value, as it is."""
     return ValueType("anything", lambda value: value, nullable=True, literal=True, free=True)
