@@ -22,7 +22,7 @@ def test_nemo_sd_train():
     assert config.exp_manager.name == "stable-diffusion-train" and config.exp_manager.resume_from_checkpoint is None
     assert config.trainer.precision == "16-mixed" and config.trainer.max_epochs == 2
     assert config.model.cosine_s == 8e-3 and config.model.optim.sched.hold_steps == 10**13
-    assert config.model.data.train.augmentations.center_crop_h_w == [512, 512]
+    assert config.model.data.train.augmentations.center_crop_h_w == (512, 512)
     assert config.model.cond_stage_config.arch == "ViT-L-14"
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from latentsmith.cli import main
 from latentsmith.config import compose, load_config
@@ -18,7 +17,7 @@ FID, INFER, LORA = FILES
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_composes_and_migrates(path, tmp_path):
     first = compose(path)
-    assert first.draws and all(" has no effect here: " in note for note in first.notes)
+    assert first.is_inference and all(" has no effect here: " in note for note in first.notes)
     (tmp_path / "mine.yaml").write_text(migrated(first, path.name))
     assert not compose(tmp_path / "mine.yaml").notes
     assert read_infer(tmp_path / "mine.yaml") == read_infer(path)
@@ -43,9 +42,9 @@ def test_what_generate_reads():
     [
         ("infer.inference_steps=0", "infer.inference_steps must be a whole number from 1 to 1,000, not 0"),
         ("infer.inferense_steps=3", "did you mean infer.inference_steps?"),
-        ("model.optim.lr=1", "model.optim.lr has no effect on drawing; its checkpoint decides. Drop it"),
+        ("model.optim.lr=1", "model.optim.lr has no effect on generating; the checkpoint decides. Drop it"),
         ("model.peft.restore_from_path=a.nemo", "model.peft.restore_from_path=a.nemo is refused"),
-        ("model.unet_config.from_pretrained=a.ckpt", "model.unet_config.from_pretrained is not read for drawing"),
+        ("model.unet_config.from_pretrained=a.ckpt", "model.unet_config.from_pretrained is not read for generating"),
         ("~fid.save_path", "fid.save_path is missing; give it there"),
     ],
 )
@@ -55,8 +54,8 @@ def test_what_it_refuses(change, line):
     assert line in str(caught.value)
 
 
-def test_only_generate_draws():
-    with pytest.raises(BadInput, match="is an inference file; draw with it: latentsmith generate"):
+def test_only_generate_takes_them():
+    with pytest.raises(BadInput, match="is an inference file; generate with it: latentsmith generate"):
         load_config(INFER)
     with pytest.raises(BadInput, match="has no section `infer`"):
         read_infer("demo")
@@ -74,8 +73,8 @@ def test_a_node_can_be_another(tmp_path):
     node = "{train: {augmentations: {resize_smallest_side: 64}}, validation: {augmentations: NODE}}"
     path.write_text("model: {data: " + node.replace("NODE", "'${model.data.train.augmentations}'") + "}")
     composed = compose(path, ["model.data.train.augmentations.horizontal_flip=true"])
-    data = OmegaConf.to_container(composed.config.model.data)
-    assert data["validation"]["augmentations"] == {"resize_smallest_side": 64, "horizontal_flip": True}
+    augmentations = composed.config.model.data.validation.augmentations
+    assert augmentations.steps() == {"resize_smallest_side": 64, "horizontal_flip": True}
     assert composed.origins["model.data.validation.augmentations.horizontal_flip"] == "a.yaml"
     with pytest.raises(BadInput, match=r"augmentations is .* as a whole; change that, or give all of it"):
         compose(path, ["model.data.validation.augmentations.horizontal_flip=true"])

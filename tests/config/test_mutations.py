@@ -21,7 +21,7 @@ BASE = {
 def typos():
     """Options with a letter lost in the middle of their last name."""
     for key, option in schema.table().items():
-        if option.fate == "used" and len(option.leaf) > 7 and not option.optional:
+        if option.status == "used" and len(option.leaf) > 7 and option.filled:
             middle = len(key) - len(option.leaf) // 2
             wrong = key[:middle] + key[middle + 1 :]
             if schema.find(wrong) is None:
@@ -32,8 +32,8 @@ def wrong_types():
     """Values of a kind that the option cannot read."""
     bad = {"a whole number": "many", "a number": [1], "true or false": "perhaps", "one of": "another"}
     for key, option in schema.table().items():
-        value = next((value for words, value in bad.items() if option.kind.words.startswith(words)), None)
-        if option.fate == "used" and value is not None:
+        value = next((value for words, value in bad.items() if option.value_type.words.startswith(words)), None)
+        if option.status == "used" and value is not None:
             yield key, value, "must be"
 
 
@@ -57,7 +57,7 @@ CONTRADICTIONS = [
     (f"{VAE}._target_", "ldm.models.autoencoder.IdentityFirstStage", {}, "means diffusion on pixels"),
     ("model.target", "os.system", {}, "is not among the classes a config may name"),
     ("model.scheduler_config", {"target": "os.system"}, {}, "is not among the classes a config may name"),
-    (TEXT, "__is_unconditional__", {}, "Stable Diffusion is told in words"),
+    (TEXT, "__is_unconditional__", {}, "Stable Diffusion is conditioned on text"),
     (TEXT, "__is_first_stage__", {}, "not encoded by the VAE"),
     (f"{VAE}.embed_dim", 8, {}, "the channels of the latents disagree"),
     (f"{VAE}.ddconfig.num_groups", 24, {}, "groups do not divide a level of 128 channels"),
@@ -152,7 +152,7 @@ def test_defaults_lists(tmp_path):
     assert load_config(tmp_path / "mine.yaml").model.seed == 5
     (tmp_path / "a.yaml").write_text("defaults: [sub/b]")
     (tmp_path / "sub" / "b.yaml").write_text("defaults: [../a]")
-    with pytest.raises(BadInput, match="stands in its own defaults"):
+    with pytest.raises(BadInput, match="is among its own defaults"):
         load_config(tmp_path / "a.yaml")
 
 

@@ -6,14 +6,13 @@ from latentsmith.files.errors import BadInput
 
 @pytest.mark.parametrize("option", schema.table().values(), ids=lambda option: option.key)
 def test_each_option_is_whole(option):
-    """Named, explained, and its own default is one of its values (interpolated defaults apart)."""
-    assert option.meaning and option.kind.words
-    assert bool(option.reason) == (option.fate in ("no effect", "refused"))
+    """Explained, and its own default is one of its values (interpolated defaults apart)."""
+    assert option.meaning and option.value_type.words
     interpolated = isinstance(option.default, str) and "${" in option.default
     if option.default is None:
-        assert option.kind.nullable or not option.filled or option.fate == "refused"
+        assert option.value_type.nullable or not option.filled
     elif not interpolated:
-        assert option.kind.read(option.default) == option.default
+        assert option.value_type.read(option.default) == option.default
 
 
 def test_no_option_is_also_a_group():
@@ -22,9 +21,9 @@ def test_no_option_is_also_a_group():
 
 def test_every_other_name_leads_to_its_option():
     for option in schema.table().values():
-        for name in option.also:
+        for name in option.aliases:
             assert schema.nearest(f"{option.parent}.{name}".strip(".")) in {
-                found.key for found in schema.table().values() if name in (*found.also, found.leaf)
+                found.key for found in schema.table().values() if name in (*found.aliases, found.leaf)
             }
 
 
@@ -46,7 +45,7 @@ def test_explain():
         "  meaning  learning rate after warm-up (NeMo's null was 1e-3)",
         "  value    a number of at least 0",
         "  default  0.0001",
-        "  fate     used",
+        "  status   used",
     ]
     assert "model.optim.sched.min_lr=0.0" in explain.explain("model.optim")
     assert len(explain.explain().splitlines()) == len(schema.table())
@@ -57,7 +56,8 @@ def test_explain():
 def test_reference_page_lists_every_option_once():
     rows = [line for line in explain.reference_page().splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == list(schema.table())
-    assert all(row.count(" | ") == 4 for row in rows)
+    widths = {option.key: 3 if option.status == "used" else 2 for option in schema.table().values()}
+    assert all(row.count(" | ") == widths[row.split("`")[1]] for row in rows)
 
 
 def test_diff():

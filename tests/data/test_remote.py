@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import fsspec
 import pytest
-from omegaconf import OmegaConf
 
+from latentsmith.config import load_config
 from latentsmith.data import storage
 from latentsmith.data.dataset import tars_of
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
@@ -289,7 +289,7 @@ def test_a_set_json_names_files_beside_it_alone(folder, name):
 
 def test_a_wdinfo_names_no_address(tmp_path):
     (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": ["a.tar", "file:///etc/b.tar"]}))
-    config = OmegaConf.create({"model": {"data": {"webdataset": {"local_root_path": None}}}})
+    config = load_config("demo")
     with pytest.raises(BadInput, match=r"lists file:///etc/b\.tar, and only the config may name an address"):
         tars_of(config, str(tmp_path / "wdinfo.pkl"))
 

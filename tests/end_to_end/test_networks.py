@@ -1,5 +1,6 @@
 """How a config's text encoder reads captions."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 
 from latentsmith import load_config
 from latentsmith.checkpoints.from_config import build_network, build_tokenizer, weights_of
+from latentsmith.config import replaced
 from latentsmith.models import UNetModel
 from latentsmith.text.tokenizer import train_vocabulary
 from latentsmith.text.vocabulary import _open_clip_file
@@ -70,17 +72,14 @@ def test_raw_weights_can_be_started_from(tmp_path):
     average = {"model_ema." + key.replace(".", "").removeprefix("model"): t * 2 for key, t in state.items()}
     save_file(state | average, tmp_path / "m.safetensors")
     config = load_config("sd1", [f"model.unet_config.from_pretrained={tmp_path / 'm.safetensors'}"])
-    config.model.unet_config.update(
-        model_channels=32, channel_mult=[1], attention_resolutions=[1], num_res_blocks=1, num_heads=2, context_dim=8
-    )
+    sizes = dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,), num_res_blocks=1, num_heads=2)
+    config = replaced(config, "model.unet_config", replace(config.model.unet_config, **sizes, context_dim=8))
     for weights, value in (("ema", 2.0), ("raw", 1.0)):
-        config.model.ckpt_weights = weights
-        network = build_network(config, "unet")
+        network = build_network(replaced(config, "model.ckpt_weights", weights), "unet")
         assert all((tensor == value).all() for tensor in network.state_dict().values())
 
 
 def test_a_version_names_published_weights():
     config = load_config("sd2_base", [f"model.cond_stage_config._target_={NEMO}FrozenOpenCLIPEmbedder"])
     assert weights_of(config, "text_encoder") == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    config.model.ckpt_path = "sd2.ckpt"
-    assert weights_of(config, "text_encoder") == "sd2.ckpt"
+    assert weights_of(replaced(config, "model.ckpt_path", "sd2.ckpt"), "text_encoder") == "sd2.ckpt"

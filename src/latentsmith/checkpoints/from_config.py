@@ -25,13 +25,13 @@ def is_encoded(key: str) -> bool:
 def weights_of(config: Config, part: str) -> str | None:
     """Return the source of a part's weights: its own key, else model.ckpt_path, else the published `version` that a
     text encoder's config names."""
-    return stated_weights(config, part) or published(node_of(config, part).get("version"))
+    return stated_weights(config, part) or published(getattr(node_of(config, part), "version", None))
 
 
 def stated_weights(config: Config, part: str) -> str | None:
     """Return the file or folder that the config itself gives for a part."""
     node = node_of(config, part)
-    return node.from_pretrained or node.get("restore_from_path") or config.model.ckpt_path
+    return node.from_pretrained or getattr(node, "restore_from_path", None) or config.model.ckpt_path
 
 
 def node_of(config: Config, part: str) -> Any:

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from latentsmith.files.errors import BadInput
-
 CONFIG = "A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file."
 Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG)]
 Overrides = Annotated[
@@ -20,10 +18,9 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")
 def load(config: str, overrides: list[str] | None) -> Any:
     """The composed config; options that have no effect here are named on stderr, in one line."""
     from latentsmith.config import compose
-    from latentsmith.config.compose import say_notes
+    from latentsmith.config.compose import print_notes, training_config
 
     composed = compose(config, overrides or [])
-    if composed.draws:
-        raise BadInput(f"{config}: is an inference file; draw with it: latentsmith generate --config {config}")
-    say_notes(config, composed)
-    return composed.config
+    loaded = training_config(config, composed)
+    print_notes(config, composed)
+    return loaded

@@ -1,7 +1,7 @@
 """What a run is made of: options, presets, composition with overrides, checks."""
 
-from .compose import Composed, compose, load_config
+from .compose import Composed, compose, load_config, presets
 from .run_options import Config
 from .tree import replaced, to_tree, to_yaml
 
-__all__ = ["Composed", "Config", "compose", "load_config", "replaced", "to_tree", "to_yaml"]
+__all__ = ["Composed", "Config", "compose", "load_config", "presets", "replaced", "to_tree", "to_yaml"]

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from latentsmith.architectures import COMPONENTS
 
 from . import class_registry, schema
+from .foreign_keys import canonical_node
+from .tree import to_tree
 
 CONFIG_KEYS = {
     **{component.class_path: f"model.{component.config_key}" for component in COMPONENTS.values()},
@@ -35,14 +35,14 @@ class Node:
     from_nemo: bool | None = None
 
 
-def read_node(node: DictConfig | Mapping[str, Any]) -> Node:
-    """Read a node with `_target_` (or LDM's `target` + `params`).
+def read_node(node: Any) -> Node:
+    """Read a typed section, or a mapping with `_target_` (or LDM's `target` + `params`).
 
     Keys at null take the class's default; keys that have no effect are left out. Raises BadInput naming the node for an
     unknown class or key.
     """
-    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
-    plain = class_registry.canonical(class_registry.flatten(plain), "config")
+    plain = dict(node) if isinstance(node, Mapping) else to_tree(node)
+    plain = class_registry.canonical(canonical_node(plain), "config")
     class_path = plain.pop("_target_")
     key = CONFIG_KEYS.get(class_path, class_path)
     for name in plain:
@@ -54,7 +54,7 @@ def read_node(node: DictConfig | Mapping[str, Any]) -> Node:
     return Node(key, class_path, arguments, source, used.get("from_NeMo"))
 
 
-def network_arguments(node: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def network_arguments(node: Any) -> dict[str, Any]:
     """The constructor keywords that shape the network of a node."""
     return read_node(node).arguments
 

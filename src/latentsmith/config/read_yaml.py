@@ -53,9 +53,12 @@ def check_limits(text: str) -> None:
     nodes, open_anchors, sizes = 0, [], dict[str, int]()
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            nodes += sizes.get(event.anchor, 0)
+            if event.anchor not in sizes:
+                raise BadInput(f"*{event.anchor} refers to nothing before it, or to what it is inside")
+            nodes += sizes[event.anchor]
         elif isinstance(event, (yaml.ScalarEvent, *START)):
             nodes += 1
+            sizes |= {event.anchor: 1} if isinstance(event, yaml.ScalarEvent) else {}
         if isinstance(event, START):
             open_anchors.append((event.anchor, nodes))
         elif isinstance(event, END):

@@ -83,6 +83,8 @@ def replaced(config: Config, key: str, value: Any) -> Config:
     """Return a copy of a config with another value at a dotted key, read as a config file's would be."""
     option = find(key)
     if option is not None and option.key == key:
+        if option.status != "used":
+            raise BadInput(f"config: {key} has status {option.status}: {option.meaning}")
         value = option.read(value, "config")
 
     def within(section: Any, path: list[str]) -> Any:
@@ -93,6 +95,5 @@ def replaced(config: Config, key: str, value: Any) -> Config:
         return replace(section, **{name: inner})  # type: ignore[type-var]
 
     changed = within(config, key.split("."))
-    if not isinstance(changed, Config):
-        raise BadInput(f"{key} is not a key of a config")
+    assert isinstance(changed, Config)
     return changed

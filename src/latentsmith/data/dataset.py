@@ -188,17 +188,15 @@ def open_transforms(config: Config, split: str = "train") -> Transforms:
 def stated_augmentations(config: Config, split: str) -> dict[str, Any]:
     """Return the augmentations that the config states for a set, or else for training."""
     data = config.model.data
-    stated = getattr(getattr(data, split), "augmentations", None) or data.train.augmentations or {}
-    return {key: _plain(value) for key, value in stated.items() if value is not None}
+    return (getattr(data, split).augmentations or data.train.augmentations).steps()
 
 
 def min_or_max_size(config: Config) -> int | None:
     """Return the pixels of model.data.train.filterings.resolution, None without."""
-    stated = getattr(getattr(config.model.data.train, "filterings", None), "resolution", None)
-    value = getattr(stated, "value", None)
-    if getattr(stated, "method", None) and value is None:
+    stated = config.model.data.train.filterings.resolution
+    if stated.method and stated.value is None:
         raise BadInput("model.data.train.filterings.resolution.method has no effect alone; give its value in pixels")
-    return value
+    return stated.value
 
 
 def sample_order(
@@ -208,7 +206,7 @@ def sample_order(
     train, seed, limit = config.model.data.train, config.model.seed, min_or_max_size(config)
     if limit is not None:
         sizes = heights_and_widths(shards)
-        smaller = getattr(train.filterings.resolution, "method", None) == "smaller"
+        smaller = train.filterings.resolution.method == "smaller"
         kept = np.all(sizes <= limit if smaller else sizes >= limit, axis=1)
         numbers = np.where(kept, np.uint8(0) if numbers is None else numbers, np.uint8(LEFT_OUT))
         print(f"filterings: {int(kept.sum()):,} of {len(kept):,} samples are taken")
@@ -383,7 +381,7 @@ class SyntheticSet:
     def from_config(cls, config: Config, encoded: Mapping[str, bool]) -> "SyntheticSet":
         """Return the set that a config asks for, with the size of its crops, or latents of model.image_size."""
         model, text = config.model, config.model.cond_stage_config
-        side = downsampling(config) * int(getattr(model, "image_size", None) or 64)
+        side = downsampling(config) * model.image_size
         size = image_size(open_transforms(config)) if model.data.train.augmentations else (side, side)
         embedding = (text.pad_to or text.max_length, model.unet_config.context_dim or 1)
         return cls(model.data.synthetic_data_length, latent_shape(config, size), size, embedding, encoded)
@@ -481,10 +479,3 @@ def blaming(key: str) -> Iterator[None]:
 
 def as_list(paths: Any) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
-
-
-def _plain(value: Any) -> Any:
-    """Return a config node as plain dicts and lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return value if isinstance(value, str | int | float) or value is None else [_plain(entry) for entry in value]

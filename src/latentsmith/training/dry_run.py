@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -18,7 +17,7 @@ from latentsmith.checkpoints.from_config import (
 )
 from latentsmith.checkpoints.load import meta_weights
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import replaced
+from latentsmith.config.typed import Config, replaced
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions, sampler_name
@@ -42,7 +41,7 @@ CPU_ATTENTION = {  # which the counter does not know
 }
 
 
-def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
+def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     """Check the config against its files, its data and this machine, and say in lines what it would train.
 
     Networks are built on the meta device and checkpoints are read to their headers; only a cache's fingerprints need
@@ -75,7 +74,7 @@ def dry_run(config: DictConfig, trained: tuple[str, ...]) -> list[str]:
     ]
 
 
-def check_folder(config: DictConfig) -> None:
+def check_folder(config: Config) -> None:
     """BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
     folder = run_folder(config)
     start = checkpoint_to_resume(config, folder, look_only=True)
@@ -93,7 +92,7 @@ def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str
 
 
 def cost(
-    config: DictConfig,
+    config: Config,
     networks: dict[str, nn.Module],
     trained: tuple[str, ...],
     latent_shape: tuple[int, int, int],
@@ -111,7 +110,7 @@ def cost(
 
 
 def memory(
-    config: DictConfig, networks: dict[str, nn.Module], trained: tuple[str, ...], more: dict[str, int] | None = None
+    config: Config, networks: dict[str, nn.Module], trained: tuple[str, ...], more: dict[str, int] | None = None
 ) -> str:
     """What one process holds of weights and all that follows from them, and `more`, in a line."""
     counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
@@ -128,7 +127,7 @@ def memory(
     return f"memory of a process, about: {scaled(sum(sizes.values()), BYTES, 1024)} ({listed}{aside})"
 
 
-def unet_forward(config: DictConfig, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
+def unet_forward(config: Config, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
     """(floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
     model, kept = config.model, {}
     half = HALVES.get(config.trainer.precision)

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig, OmegaConf
 
+from latentsmith.config import Config
 from latentsmith.data.loader import RunSamples
 
 from . import setup
@@ -18,7 +17,7 @@ from .run_folder import CHECKPOINTS, checkpoint_to_resume
 
 
 def fit_as_configured(
-    config: DictConfig,
+    config: Config,
     module: TrainingModule,
     samples: RunSamples,
     max_steps: int,
@@ -53,14 +52,9 @@ def fit_as_configured(
         checkpointing,
         log_every_n_steps=config.trainer.log_every_n_steps,
         tensorboard=manager.create_tensorboard_logger,
-        wandb=plain(manager.wandb_logger_kwargs) if manager.create_wandb_logger else None,
+        wandb=dict(manager.wandb_logger_kwargs) if manager.create_wandb_logger else None,
         progress_bar=config.trainer.enable_progress_bar,
         nonfinite_limit=manager.nonfinite_limit,
         callbacks=[*callbacks, RunReport(folder, head)],
         **setup.trainer_options(config, setup.process_count(config)),
     )
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    found: Any = OmegaConf.to_container(node)
-    return found

@@ -5,9 +5,8 @@ import math
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 
-from latentsmith.config import load_config
+from latentsmith.config import Config, load_config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import JSON, read_regular
 
@@ -18,7 +17,7 @@ from .run_folder import CHECKPOINTS
 from .train import prepared
 
 
-def replay(file: Path, config: DictConfig) -> bool:
+def replay(file: Path, config: Config) -> bool:
     """Run the micro batch that a file in `nonfinite/` of a run names, with the weights beside it, or else those of the
     newest checkpoint before it. Prints a line for each sample and what comes out; returns whether all is finite.
 
@@ -42,7 +41,7 @@ def replay(file: Path, config: DictConfig) -> bool:
     return good
 
 
-def config_of(file: Path) -> DictConfig:
+def config_of(file: Path) -> Config:
     """The config of the run in whose folder the file lies."""
     path = file.parent.parent / "config.yaml"
     if not path.is_file():

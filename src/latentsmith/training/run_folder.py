@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from latentsmith.config import Config, to_yaml
 from latentsmith.files.atomic import write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors, save_safetensors
@@ -21,16 +21,16 @@ from .checkpoint import checkpoints_in, read_state
 CHECKPOINTS = "checkpoints"
 
 
-def run_folder(config: DictConfig) -> Path:
+def run_folder(config: Config) -> Path:
     """`exp_manager.exp_dir` / `exp_manager.name`; the first is ./runs if it is not given."""
     return Path(config.exp_manager.exp_dir or "runs") / config.exp_manager.name
 
 
-def open_run_folder(config: DictConfig) -> Path:
+def open_run_folder(config: Config) -> Path:
     """Make the run folder and write what made the run into it."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    write_text(folder / "config.yaml", to_yaml(config))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "command": shlex.join(sys.argv)}
     write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
     return folder
@@ -70,7 +70,7 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def checkpoint_to_resume(config: DictConfig, folder: Path, *, look_only: bool = False) -> Path | None:
+def checkpoint_to_resume(config: Config, folder: Path, *, look_only: bool = False) -> Path | None:
     """The checkpoint that the config says to go on from, or None to start at step 0.
 
     One that exp_manager.resume_from_checkpoint names in another run's folder is where this run begins; once it has
@@ -92,7 +92,7 @@ def checkpoint_to_resume(config: DictConfig, folder: Path, *, look_only: bool = 
     return start
 
 
-def scale_so_far(config: DictConfig, folder: Path) -> float | None:
+def scale_so_far(config: Config, folder: Path) -> float | None:
     """The scale of the latents that the run has begun with; None where it has not."""
     start = checkpoint_to_resume(config, folder, look_only=True)
     spec = open_tensors(start / "unet.safetensors").metadata.get("latentsmith.spec") if start else None

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
+from latentsmith.config import Config
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
 
@@ -17,7 +17,7 @@ from .optimizers import BITSANDBYTES, lr_schedule
 from .sharding import strategy
 
 
-def noise_schedule(config: DictConfig) -> NoiseSchedule:
+def noise_schedule(config: Config) -> NoiseSchedule:
     model = config.model
     betas = ldm_beta_schedule(model.beta_schedule)
     schedule = NoiseSchedule.from_config(
@@ -26,14 +26,12 @@ def noise_schedule(config: DictConfig) -> NoiseSchedule:
     return schedule.zero_terminal_snr() if model.zero_terminal_snr else schedule
 
 
-def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation:
+def optimisation(config: Config, batch: int, max_steps: int) -> Optimisation:
     """The optimizer of a run of max_steps steps of `batch` samples."""
     optim, sched = config.model.optim, config.model.optim.sched
     options: dict[str, Any] = {
-        key: optim[key] for key in ("lr", "weight_decay", "betas", "eps") if optim[key] is not None
+        key: value for key in ("lr", "weight_decay", "betas", "eps") if (value := getattr(optim, key)) is not None
     }
-    if "betas" in options:
-        options["betas"] = tuple(options["betas"])
     hold = sched.hold_steps if sched.hold_steps is not None else math.inf
     least = sched.min_lr / optim.lr if sched.min_lr and optim.lr else 0.0
     last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps
@@ -43,7 +41,7 @@ def optimisation(config: DictConfig, batch: int, max_steps: int) -> Optimisation
     return Optimisation(optim.name, options, schedule, batch)
 
 
-def global_batch(config: DictConfig, processes: int) -> int:
+def global_batch(config: Config, processes: int) -> int:
     """Samples of one optimizer step: model.global_batch_size, or one micro batch on every process."""
     micro = config.model.micro_batch_size
     wanted = config.model.global_batch_size or micro * processes * config.trainer.accumulate_grad_batches
@@ -54,7 +52,7 @@ def global_batch(config: DictConfig, processes: int) -> int:
     return wanted
 
 
-def step_limit(config: DictConfig, samples: int, batch: int) -> int:
+def step_limit(config: Config, samples: int, batch: int) -> int:
     """Optimizer steps of the run, by trainer.max_steps or max_epochs, whichever ends first; BadInput without."""
     trainer = config.trainer
     ends = [trainer.max_steps] if trainer.max_steps > 0 else []
@@ -64,7 +62,7 @@ def step_limit(config: DictConfig, samples: int, batch: int) -> int:
     return min(ends)
 
 
-def check_device(config: DictConfig) -> None:
+def check_device(config: Config) -> None:
     """BadInput for an accelerator that this machine lacks, and for half precision on a CPU."""
     accelerator, cuda, mps = config.trainer.accelerator, torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"cuda": cuda, "gpu": cuda or mps, "mps": mps}.get(accelerator, True):
@@ -92,7 +90,7 @@ def check_device(config: DictConfig) -> None:
         raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
 
 
-def check_bitsandbytes(config: DictConfig) -> None:
+def check_bitsandbytes(config: Config) -> None:
     """BadInput where an optimizer of bitsandbytes cannot work."""
     name = f"model.optim.name={config.model.optim.name}"
     if find_spec("bitsandbytes") is None:
@@ -105,7 +103,7 @@ def check_bitsandbytes(config: DictConfig) -> None:
         raise BadInput(f"{name}: bitsandbytes knows no sharded weights; take fused_adam, whose moments are sharded")
 
 
-def on_cpu(config: DictConfig) -> bool:
+def on_cpu(config: Config) -> bool:
     """Whether the run trains on the CPU: asked for, or for want of anything else."""
     found = torch.cuda.is_available() or torch.backends.mps.is_available()
     return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and not found)
@@ -123,7 +121,7 @@ def check_strategy(name: str) -> None:
         raise BadInput(f"trainer.strategy={name} is not one to save and resume with: {reason}")
 
 
-def process_count(config: DictConfig) -> int:
+def process_count(config: Config) -> int:
     """Training processes of the run, over all machines."""
     devices = devices_of(config)
     if devices in (-1, "auto"):
@@ -131,7 +129,7 @@ def process_count(config: DictConfig) -> int:
     return (len(devices) if isinstance(devices, list) else int(devices)) * config.trainer.num_nodes
 
 
-def devices_of(config: DictConfig) -> Any:
+def devices_of(config: Config) -> Any:
     """trainer.devices as plain data: a number, a list of numbers or "auto"; all that there are of a CPU is one."""
     devices = config.trainer.devices
     if devices in (-1, "auto") and on_cpu(config):
@@ -139,7 +137,7 @@ def devices_of(config: DictConfig) -> Any:
     return devices if isinstance(devices, int | str) else list(devices)
 
 
-def trainer_options(config: DictConfig, processes: int) -> dict[str, Any]:
+def trainer_options(config: Config, processes: int) -> dict[str, Any]:
     """The options of the config that are Lightning's own."""
     trainer = config.trainer
     micro_batches = global_batch(config, processes) // (processes * config.model.micro_batch_size)

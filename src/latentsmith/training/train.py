@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, with_padding
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import Config, replaced
+from latentsmith.config.typed import Config, SampleImagesConfig, replaced
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples
@@ -37,7 +36,7 @@ from .validation import HeldOut, Validation
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
 
-def train(config: DictConfig, *, dry_run: bool = False) -> Path:
+def train(config: Config, *, dry_run: bool = False) -> Path:
     """Train as the config says, from its newest checkpoint if there is one; returns the run folder.
 
     dry_run: check everything that training would, print what would be trained, and stop.
@@ -68,7 +67,7 @@ def train(config: DictConfig, *, dry_run: bool = False) -> Path:
     return folder
 
 
-def head_of(config: DictConfig, ready: "Ready") -> list[str]:
+def head_of(config: Config, ready: "Ready") -> list[str]:
     """What is trained, on what, at what cost, in lines."""
     batch, trained = ready.module.optimisation.global_batch, ready.module.trained
     words = None if is_encoded(config.model.cond_stage_key) else ready.words
@@ -92,11 +91,11 @@ class Ready:
     max_steps: int
 
 
-def trained_parts(config: DictConfig) -> tuple[str, ...]:
+def trained_parts(config: Config) -> tuple[str, ...]:
     return ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
 
 
-def prepared(config: DictConfig) -> Ready:
+def prepared(config: Config) -> Ready:
     """The networks, samples and objective of a config. Raises BadInput for what does not fit together."""
     model, batch = config.model, setup.global_batch(config, setup.process_count(config))
     config = with_padding(config)
@@ -127,7 +126,7 @@ def prepared(config: DictConfig) -> Ready:
 
 
 def held_out(
-    config: DictConfig, networks: dict[str, nn.Module], words: Tokenizer | None, training: dataset.TrainingSet
+    config: Config, networks: dict[str, nn.Module], words: Tokenizer | None, training: dataset.TrainingSet
 ) -> HeldOut | None:
     """What model.data.validation and trainer.limit_val_batches say to validate on; BadInput if it does not fit."""
     model, limit = config.model, config.trainer.limit_val_batches
@@ -149,7 +148,7 @@ def held_out(
     return HeldOut(read, draw, length, 1 if samples.sizes else model.micro_batch_size)
 
 
-def validation(config: DictConfig, ready: Ready, folder: Path) -> list[Validation]:
+def validation(config: Config, ready: Ready, folder: Path) -> list[Validation]:
     if ready.held_out is None:
         return []
     every = config.trainer.val_check_interval
@@ -158,7 +157,7 @@ def validation(config: DictConfig, ready: Ready, folder: Path) -> list[Validatio
     return [Validation(ready.held_out, folder, max(1, round(every)), ready.max_steps)]
 
 
-def objective(config: DictConfig, measured: Callable[[], float]) -> Objective:
+def objective(config: Config, measured: Callable[[], float]) -> Objective:
     """What the U-Net learns, by the config; `measured` is asked for the scale of the latents if it is not given."""
     model = config.model
     scale = measured() if model.scale_factor == "measured" else model.scale_factor
@@ -166,7 +165,7 @@ def objective(config: DictConfig, measured: Callable[[], float]) -> Objective:
     return Objective(prediction, model.loss_type, model.min_snr_gamma, scale, model.timesteps)
 
 
-def draws(config: DictConfig, samples: dataset.TrainingSet) -> DiffusionDraws:
+def draws(config: Config, samples: dataset.TrainingSet) -> DiffusionDraws:
     model = config.model
     return DiffusionDraws(
         model.seed,
@@ -180,7 +179,7 @@ def draws(config: DictConfig, samples: dataset.TrainingSet) -> DiffusionDraws:
 
 
 def sample_log(
-    config: DictConfig, networks: dict[str, nn.Module], words: Tokenizer | None, spec: ModelSpec, folder: Path
+    config: Config, networks: dict[str, nn.Module], words: Tokenizer | None, spec: ModelSpec, folder: Path
 ) -> list[SampleLog]:
     """Pictures while training, if the config asks for them and the run has what draws them; a line if it has not."""
     wanted = config.exp_manager.sample_images
@@ -223,7 +222,7 @@ def empty_prompt(samples: dataset.TrainingSet, words: Tokenizer | None, raw_capt
     return EmptyPrompt(embedding=torch.from_numpy(samples.cache.empty_prompt.copy()).float())
 
 
-def sampling(wanted: DictConfig) -> dict[str, Any]:
+def sampling(wanted: SampleImagesConfig) -> dict[str, Any]:
     """The sample pictures' own keys, in the words of the pipeline."""
     return dict(
         prompts=list(wanted.prompts),

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from latentsmith.checkpoints.from_config import build_network
 from latentsmith.checkpoints.load import build, meta_weights
+from latentsmith.config import Config
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data.dataset import open_images, reader
@@ -24,7 +24,7 @@ from .run_folder import open_run_folder, run_folder
 from .vae_module import VaeTraining
 
 
-def train_vae(config: DictConfig, *, dry_run: bool = False) -> Path:
+def train_vae(config: Config, *, dry_run: bool = False) -> Path:
     """Train model.first_stage_config by its lossconfig on the pictures of the training set; returns the run folder.
 
     dry_run: check everything that training would, print what would be trained, and stop.
