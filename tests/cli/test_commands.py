@@ -78,28 +78,22 @@ def test_train(call):
 
 
 def test_train_vae_and_precache(call):
-    vae, cache = call("training.train_vae", "train_vae"), call("data.precache_command", "precache")
+    vae, cache = call("training.train_vae", "train_vae"), call("data.precache", "precache")
     assert main(["train-vae", "--config", "demo_vae", "model.seed=1"]) == 0
     assert vae[0][0][0].model.seed == 1
     assert main(["precache", "--config", "demo", "--out", "cache"]) == 0
     assert cache[0][0][1] == Path("cache")
 
 
-def test_data(call):
-    calls = call("data.ingest_command", "import_data")
-    options = ["--samples-per-shard", "10", "--max-bad", "3", "--no-duplicates"]
-    assert main(["data", "import", "photos", "shards", *options]) == 0
-    positional, keywords = calls[0]
-    assert positional == ("photos", Path("shards"))
-    unfiltered = dict(min_size=1, max_size=None, max_aspect=None, min_caption=1, max_caption=None, where=())
-    unfiltered |= {"follow_links": False, "allow_outside": False}
-    assert keywords == {"samples_per_shard": 10, "max_bad": 3, "no_duplicates": True, **unfiltered}
-    calls = call("data.ingest_command", "write_scenes")
-    assert main(["data", "scenes", "out", "--count", "5", "--seed", "7", "--doodles", "0.5"]) == 0
-    assert calls == [((Path("out"),), {"count": 5, "seed": 7, "doodles": 0.5})]
-    calls = call("data.ingest_command", "train_vocabulary")
-    assert main(["data", "vocabulary", "shards", "tokenizer", "--size", "200"]) == 0
-    assert calls == [((Path("shards"), Path("tokenizer")), {"size": 200})]
+def test_data(tmp_path, capsys):
+    scenes, shards = str(tmp_path / "scenes"), str(tmp_path / "shards")
+    assert main(["data", "scenes", scenes, "--count", "5", "--seed", "7", "--doodles", "0.5"]) == 0
+    assert main(["data", "import", scenes, shards, "--samples-per-shard", "2", "--no-duplicates"]) == 0
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 3
+    assert main(["data", "vocabulary", shards, str(tmp_path / "tokenizer"), "--size", "520"]) == 0
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+    assert main(["data", "import", scenes, str(tmp_path / "large"), "--min-size", "4096", "--max-bad", "3"]) == 2
+    assert "4096" in capsys.readouterr().err
 
 
 def test_generate(call, tmp_path):
