@@ -28,7 +28,8 @@ def test_what_generate_reads():
     found = read_infer(INFER, ["model.restore_from_path=sd.nemo"])
     assert found.pop("prompts") == ["a red circle", "a blue square"]
     assert found == {
-        "guidance_scale": 7.5, "count": 4, "batch_size": 8, "height": 512, "width": 512, "steps": 25, "sampler": "DPM",
+        "guidance_scale": 7.5, "count": 4, "batch_size": 8, "height": 512, "width": 512, "num_inference_steps": 25,
+        "sampler": "DPM",
         "eta": 0, "out": "stable-diffusion", "seed": 123, "source": "sd.nemo", "dtype": "fp16",
     }  # fmt: skip
     fid = read_infer(FID)

@@ -60,10 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(str(message))}", file=sys.stderr)
-        return _guarded(lambda: command([item for item in given if item != "--debug"], standalone_mode=False), debug)
+        words = [item for item in given if item != "--debug"]
+        return exit_code(lambda: command(words, standalone_mode=False), debug=debug)
 
 
-def _guarded(run: Callable[[], Any], debug: bool) -> int:
+def exit_code(run: Callable[[], Any], *, debug: bool = False) -> int:
+    """Call `run` and return its exit code; an error becomes one line on stderr, after its traceback if `debug`."""
     try:
         code = run()
         if code == INTERRUPTED:  # how newer typers report Ctrl-C

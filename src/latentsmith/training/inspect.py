@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from latentsmith.checkpoints import open_checkpoint
 from latentsmith.checkpoints.inspect import inspect_parts
+from latentsmith.config import load_config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import changed_files
 from latentsmith.files.json import read_json
@@ -30,14 +29,14 @@ def inspect_run(path: Path) -> Iterator[str]:
         yield _progress_of(path)
         yield from inspect_parts(open_checkpoint(path))
         return
-    config: Any = OmegaConf.load(path / "config.yaml")
+    config = load_config(path / "config.yaml")
     steps = checkpoints_in(path / CHECKPOINTS)
-    yield f"{path}: run {OmegaConf.select(config, 'name')}, {len(steps)} checkpoints"
+    yield f"{path}: run {config.name}, {len(steps)} checkpoints"
     if rows := read_rows(path / "metrics.csv"):
         yield f"  last row  {', '.join(f'{name} {value:g}' for name, value in rows[-1].items())}"
     if steps:
-        max_steps = OmegaConf.select(config, "trainer.max_steps")
-        yield _progress_of(steps[-1], f" of {max_steps:,}" if max_steps and max_steps > 0 else "")
+        max_steps = config.trainer.max_steps
+        yield _progress_of(steps[-1], f" of {max_steps:,}" if max_steps > 0 else "")
         yield from inspect_parts(open_checkpoint(path))
 
 
