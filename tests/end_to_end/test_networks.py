@@ -37,7 +37,7 @@ def test_captions_are_read_as_each_embedder_reads_them(preset, keys, cleaning, p
 def test_the_tokenizer_of_a_model_is_found_from_any_of_its_paths(tmp_path, monkeypatch):
     """The whole folder, its text encoder, a file of that, the run around a checkpoint, a hub name."""
     texts = ["a red circle", "a blue square"]
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     snapshot = tmp_path / "hub" / "models--owner--sd" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
     places = {

@@ -1,5 +1,9 @@
 """Hub names: from the cache when there is no network, one line when there is neither."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from latentsmith.files.errors import BadInput
@@ -20,7 +24,7 @@ def snapshot(cache, name, files):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
 
@@ -61,6 +65,19 @@ def test_what_is_not_there_is_one_line(cache):
     snapshot(cache, "owner/empty", ["config.json"])
     with pytest.raises(BadInput, match="owner/empty: the hub has no weights of a known name"):
         local_or_hub("owner/empty")
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [({"HF_HUB_CACHE": "a"}, "a"), ({"HF_HOME": "b"}, "b/hub"), ({"XDG_CACHE_HOME": "c"}, "c/huggingface/hub")],
+)
+def test_the_cache_is_where_the_hubs_own_library_has_it(tmp_path, variables, folder):
+    unset = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment |= {name: str(tmp_path / value) for name, value in variables.items()}
+    code = "from latentsmith.files.hub import hub_cache; print(hub_cache())"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == str(tmp_path / folder)
 
 
 def test_versions_of_text_encoders(tmp_path):

@@ -292,7 +292,7 @@ def hub_entry(cache, name, files, under=""):
 def test_the_order_of_the_search(small, tmp_path, monkeypatch):
     """Each place in turn, from the last to the first; the package may be looked up, not executed."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(BadInput, match=f"not on this machine: .*pip install.*set {VARIABLE}"):
         find_vocabulary(checkpoint=tmp_path)
@@ -313,13 +313,13 @@ def test_the_order_of_the_search(small, tmp_path, monkeypatch):
 
 
 def test_a_name_is_looked_up_in_the_hub_cache(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = hub_entry(tmp_path / "hub", "someone/their-diffusion", small, under="tokenizer")
     assert find_vocabulary("someone/their-diffusion") == folder
 
 
 def test_what_is_named_must_be_there(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(BadInput, match="tokenizer: 'nobody/nothing' is no file"):
         find_vocabulary("nobody/nothing")
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))

@@ -1,6 +1,5 @@
-"""Hugging Face hub names: downloaded where there is a network, found in the local cache where there is none."""
+"""Resolve Hugging Face hub names: downloaded where there is a network, found in the local cache where there is none."""
 
-import os
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ PUBLISHED = {"laion2b_s32b_b79k": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open
 
 
 def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
-    """`path` if it exists or is no hub name ("owner/name"); else the folder of its snapshot.
+    """Return `path` if it exists or is no hub name ("owner/name"); else the folder of its snapshot.
 
     weights: "raw" also fetches the weights that were not averaged, where they lie beside the averages. Half-precision
     files are fetched where there are no others.
@@ -29,9 +28,9 @@ def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
         return given
     others = NOT_NEEDED if weights == "raw" else [*NOT_NEEDED, "*.non_ema.*"]
     for halves in (False, True):
-        left = others if halves else [*others, "*.fp16.*"]
+        ignored = others if halves else [*others, "*.fp16.*"]
         for patterns in WEIGHTS:
-            folder = _snapshot(str(path), [*SMALL_FILES, *patterns], left)
+            folder = _snapshot(str(path), [*SMALL_FILES, *patterns], ignored)
             files = (file for pattern in patterns for file in folder.glob(pattern))
             if any(halves or ".fp16." not in file.name for file in files):
                 return folder
@@ -39,36 +38,37 @@ def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
 
 
 def published(version: str | None) -> str | None:
-    """Where a text encoder's `version` is: a file that exists, or a hub name; None if it names neither."""
+    """Return where a text encoder's `version` is: a file that exists, or a hub name; None if it names neither."""
     if version is None or Path(version).expanduser().exists():
         return version
     name = PUBLISHED.get(version, version)
     return name if NAME.fullmatch(name) else None
 
 
-def cache_folder() -> Path:
-    """The hub's cache on this machine, as its own library finds it."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+def hub_cache() -> Path:
+    """Return the hub's cache on this machine; its library reads HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME at import."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def cached_snapshots(name: str) -> list[Path]:
-    """Snapshots of a hub name in the local cache, newest first."""
+    """Return the snapshots of a hub name in the local cache, newest first."""
     if not NAME.fullmatch(name):
         return []
-    folders = (cache_folder() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")
+    folders = (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*")
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
-def _snapshot(name: str, patterns: list[str], left: list[str]) -> Path:
-    """The newest snapshot, brought up to date if the hub can be reached."""
+def _snapshot(name: str, patterns: list[str], ignored: list[str]) -> Path:
+    """Return the newest snapshot, brought up to date if the hub can be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, cache_dir=cache_folder(), allow_patterns=patterns, ignore_patterns=left))
+        return Path(snapshot_download(name, cache_dir=hub_cache(), allow_patterns=patterns, ignore_patterns=ignored))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         if cached := cached_snapshots(name):
             return cached[0]
         reason = str(error).split("\n")[0][:100]
-        raise BadInput(f"{name}: no such file, and not on the hub or in {cache_folder()} ({reason})") from None
+        raise BadInput(f"{name}: no such file, and not on the hub or in {hub_cache()} ({reason})") from None
