@@ -4,7 +4,6 @@ Key tables are computed forwards from the canonical names that a network has, so
 whatever they are, and the same tables serve to read and to write.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -15,24 +14,18 @@ import torch
 from torch import Tensor
 
 from latentsmith.architectures import COMPONENTS
-from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
 from latentsmith.files.atomic import atomic_folder
 from latentsmith.files.errors import BadInput
-from latentsmith.files.json import read_json
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile, open_tensors, save_safetensors
 
-from . import clip
 from .base import (
     NULL_TEXT_KEY,
     PAD_KEY,
-    PREDICTIONS,
-    Checkpoint,
     Contents,
     Dialect,
     Format,
     ModelSpec,
-    Part,
     Parts,
     Written,
     lost_padding,
@@ -40,15 +33,8 @@ from .base import (
     renamed,
     require_whole,
 )
+from .diffusers_config import WEIGHTS_FILE, facts, sizes, written_configs, written_tokenizer
 
-VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
-BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
-SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
-                 "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
-WEIGHTS_FILE = re.compile(
-    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model|model_weights)"
-    r"(\.(?P<variant>\w+))??\.(?P<type>safetensors|bin|ckpt)(\.index(\.(?P<index_variant>\w+))?\.json)?"
-)
 KEY_RULES = (
     ("unet", r"(?=(down_blocks|mid_block|up_blocks|time_embedding|conv_in|conv_out|conv_norm_out)\.)"),
     ("vae", r"(?=(encoder|decoder)\.(down_blocks|up_blocks|mid_block|conv_norm_out)\.)"),
@@ -78,7 +64,7 @@ SIDES = {"input_blocks": ("down_blocks", "downsamplers.0.conv"), "output_blocks"
 def unet_names(names: Iterable[str]) -> dict[str, str]:
     """Return canonical name -> diffusers' for every name of one U-Net."""
     names = list(names)
-    modules = dict(_modules(_kinds(names)))
+    modules = dict(_modules(_classes(names)))
     table = {}
     for name in names:
         if module := MODULE.match(name):
@@ -91,31 +77,35 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
     return table
 
 
-def _kinds(names: Iterable[str]) -> dict[str, str]:
+def _classes(names: Iterable[str]) -> dict[str, str]:
     """Return module ("input_blocks.4.0") -> "resnets", "attentions" or "sampler", by block and index within it."""
-    inners = {"op": "sampler", "conv": "sampler"} | dict.fromkeys((path.split(".")[0] for path in RESNET), "resnets")
-    kinds = {}
+    inners = {path.split(".")[0]: "resnets" for path in RESNET} | {"op": "sampler", "conv": "sampler"}
+    found = {}
     for name in names:
         if module := MODULE.match(name):
-            kinds[module[1]] = inners.get(name.removeprefix(module[0]).split(".")[0], "attentions")
-    return dict(sorted(kinds.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
+            found[module[1]] = inners.get(name.removeprefix(module[0]).split(".")[0], "attentions")
+    return dict(sorted(found.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
 
 
-def _modules(kinds: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _modules(classes: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield module -> diffusers' name. On each side, a resampler closes its level, and resnets count within theirs."""
     for side, (theirs, sampler) in SIDES.items():
         level, resnet = 0, -1
-        for module, kind in kinds.items():
-            if module.startswith(f"{side}."):
-                resnet += kind == "resnets"
-                yield module, f"{theirs}.{level}.{sampler if kind == 'sampler' else f'{kind}.{resnet}'}"
-                if kind == "sampler":
-                    level, resnet = level + 1, -1
+        for module, cls in classes.items():
+            if not module.startswith(f"{side}."):
+                continue
+            if cls == "sampler":
+                yield module, f"{theirs}.{level}.{sampler}"
+                level, resnet = level + 1, -1
+                continue
+            if cls == "resnets":
+                resnet += 1
+            yield module, f"{theirs}.{level}.{cls}.{resnet}"
     counts = {"resnets": 0, "attentions": 0}
-    for module, kind in kinds.items():
+    for module, cls in classes.items():
         if module.startswith("middle_block."):
-            yield module, f"mid_block.{kind}.{counts[kind]}"
-            counts[kind] += 1
+            yield module, f"mid_block.{cls}.{counts[cls]}"
+            counts[cls] += 1
 
 
 # ---- Names of the VAE ----
@@ -188,69 +178,14 @@ def _open_component(folder: Path, weights: str) -> TensorFile:
     def rank(item: tuple[re.Match, Path]) -> tuple[int, bool, str]:
         match, file = item
         variant = match["variant"] or match["index_variant"]
-        place = wanted.index(variant) if variant in wanted else len(wanted)
-        return place, match["type"] != "safetensors", file.name
+        preference = wanted.index(variant) if variant in wanted else len(wanted)
+        return preference, match["type"] != "safetensors", file.name
 
     if not matches:
         raise BadInput(
             f"{folder}: holds no weights (diffusion_pytorch_model.safetensors, model.safetensors, *.bin, ...)"
         )
     return open_tensors(min(matches, key=rank)[1])
-
-
-def component_config(part: Part) -> dict[str, Any]:
-    """Return the config.json beside a part's weights; {} where there is none."""
-    is_component = part.path.is_dir() or WEIGHTS_FILE.fullmatch(part.path.name)
-    return _config(part.path if part.path.is_dir() else part.path.parent, "config.json") if is_component else {}
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / name, "a config of diffusers") if (folder / name).is_file() else {}
-
-
-def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
-    """Return what a part's config.json says beyond the shapes of its weights."""
-    config = component_config(part)
-    if not config:
-        return None
-    if part.name == "unet":
-        upcast = {"upcast_attention": True} if config.get("upcast_attention") else {}
-        return {**_our_heads(part, config), **upcast, "resblock_gn_groups": config.get("norm_num_groups", 32)}
-    if part.name == "vae":
-        return {"num_groups": config.get("norm_num_groups", 32)}
-    keys = {"heads": config.get("num_attention_heads"), "activation": config.get("hidden_act")}
-    return {key: value for key, value in keys.items() if value}
-
-
-def _our_heads(part: Part, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return our keyword for diffusers' attention_head_dim, which is really the number of heads, one or one a level."""
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
-    if isinstance(heads, int) or len(set(heads)) == 1:
-        return {"num_heads": heads if isinstance(heads, int) else heads[0]}
-    widths = config.get("block_out_channels", (320, 640, 1280, 1280))
-    channels = {width // count for width, count in zip(widths, heads, strict=False)}
-    if len(channels) != 1:
-        raise BadInput(f"{part.path}: heads {heads} at widths {widths}: neither one number of heads nor one head size")
-    return {"num_head_channels": channels.pop()}
-
-
-def facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what scheduler_config.json and the configs of U-Net and VAE state of a model."""
-    unet, vae = (
-        component_config(checkpoint.parts[part]) if part in checkpoint.parts else {} for part in ("unet", "vae")
-    )
-    found = {"image_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}
-    scheduler = _config(checkpoint.path / "scheduler", "scheduler_config.json")
-    if scheduler:
-        prediction = PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"))
-        found["prediction"] = prediction, "scheduler_config.json"
-        found |= {ours: scheduler[theirs] for theirs, ours in SCHEDULE_KEYS.items() if theirs in scheduler}
-        schedule = scheduler.get("beta_schedule", "scaled_linear")
-        found["beta_schedule"] = BETA_SCHEDULES.get(schedule, schedule)
-        found["timestep_spacing"] = scheduler.get("timestep_spacing")
-        found["steps_offset"] = scheduler.get("steps_offset", 0)
-        found["set_alpha_to_one"] = scheduler.get("set_alpha_to_one")
-    return found
 
 
 # ---- Writing ----
@@ -270,17 +205,7 @@ def export_diffusers(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: exists already; name another folder or move it away")
-    configs = {
-        "model_index.json": model_index(spec),
-        "scheduler/scheduler_config.json": scheduler_config(spec),
-        "unet/config.json": unet_config(spec),
-        "vae/config.json": vae_config(spec),
-        "text_encoder/config.json": text_config(parts["text_encoder"], spec),
-    }
-    contents = {
-        name: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode() for name, config in configs.items()
-    }
-    contents |= {f"tokenizer/{name}": data for name, data in _tokenizer_files(tokenizer, parts, spec).items()}
+    contents = written_configs(parts, spec) | written_tokenizer(tokenizer, parts, spec)
     # diffusers' configs have no key for what "unconditional" means, nor for padded text.
     own = {NULL_TEXT_KEY: spec.null_text} if spec.null_text != "empty" else {}
     own |= {PAD_KEY: str(pad)} if (pad := spec.cond_stage_config.get("pad_to")) else {}
@@ -305,147 +230,6 @@ def _vae(tensors: Mapping[str, Tensor | LazyTensor], dtype: torch.dtype | None) 
         if VAE_ATTENTION.search(name) and len(tensor.shape) == 4
     }
     return packed({**tensors, **flat}, VAE, dtype)
-
-
-def model_index(spec: ModelSpec) -> dict[str, Any]:
-    """Return model_index.json."""
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **VERSION,
-        "scheduler": ["diffusers", scheduler_config(spec)["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "safety_checker": [None, None],
-        "requires_safety_checker": False,
-    }
-
-
-def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return scheduler_config.json: PNDM for epsilon, DDIM for all others, as the published folders have them."""
-    schedules = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
-    if spec.beta_schedule not in schedules:
-        raise BadInput(f"beta_schedule {spec.beta_schedule}: diffusers has {', '.join(schedules)}")
-    ddim = spec.prediction_type != "epsilon" or spec.zero_terminal_snr
-    config = {
-        "_class_name": "DDIMScheduler" if ddim else "PNDMScheduler",
-        **VERSION,
-        "beta_start": spec.linear_start,
-        "beta_end": spec.linear_end,
-        "beta_schedule": schedules[spec.beta_schedule],
-        "num_train_timesteps": spec.timesteps,
-        "trained_betas": None,
-        "prediction_type": spec.prediction_type,
-        "steps_offset": spec.steps_offset,
-    }
-    spacing = spec.timestep_spacing or ("trailing" if spec.zero_terminal_snr else None)
-    optional = {"set_alpha_to_one": spec.set_alpha_to_one, "timestep_spacing": spacing}
-    config |= {key: value for key, value in optional.items() if value is not None}
-    if not ddim:
-        return config | {"skip_prk_steps": True}
-    return config | {"clip_sample": False, "rescale_betas_zero_snr": spec.zero_terminal_snr}
-
-
-def unet_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return config.json of UNet2DConditionModel from our U-Net's keywords."""
-    ours = dict(spec.unet_config)
-    groups, context = ours.get("resblock_gn_groups", 32), ours.get("context_dim")
-    if groups != 32:
-        raise BadInput(
-            f"resblock_gn_groups {groups}: diffusers has one number of norm groups, transformers here have 32"
-        )
-    if context is None:
-        raise BadInput("context_dim is not set: diffusers' UNet2DConditionModel needs cross-attention")
-    widths = [ours.get("model_channels", 320) * factor for factor in ours.get("channel_mult", [1, 2, 4, 4])]
-    attended = [2**level in ours.get("attention_resolutions", [4, 2, 1]) for level in range(len(widths))]
-    channels = ours.get("num_head_channels", -1)
-    return {
-        "_class_name": "UNet2DConditionModel",
-        **VERSION,
-        "sample_size": spec.image_size,
-        "in_channels": ours.get("in_channels", 4),
-        "out_channels": ours.get("out_channels", 4),
-        "block_out_channels": widths,
-        "layers_per_block": _plain(ours.get("num_res_blocks", 2)),
-        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attended],
-        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attended)],
-        "cross_attention_dim": context,
-        # really the number of heads
-        "attention_head_dim": ours["num_heads"] if channels in (-1, None) else [width // channels for width in widths],
-        "transformer_layers_per_block": _plain(ours.get("transformer_depth", 1)),
-        "upcast_attention": bool(ours.get("upcast_attention", False)),
-        "use_linear_projection": bool(ours.get("use_linear_in_transformer", False)),
-        "norm_num_groups": groups,
-        "norm_eps": 1e-5,
-        "act_fn": "silu",
-        "center_input_sample": False,
-        "downsample_padding": 1,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-        "mid_block_scale_factor": 1,
-    }
-
-
-def vae_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return config.json of diffusers' AutoencoderKL from our VAE's keywords."""
-    ours = spec.first_stage_config["ddconfig"]
-    widths = [ours["ch"] * factor for factor in ours["ch_mult"]]
-    resolution = ours.get("resolution", 256)
-    attended = [resolution // 2**level in ours.get("attn_resolutions", ()) for level in range(len(widths))]
-    return {
-        "_class_name": "AutoencoderKL",
-        **VERSION,
-        "act_fn": "silu",
-        "block_out_channels": widths,
-        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attended],
-        "up_block_types": ["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attended)],
-        "in_channels": ours.get("in_channels", 3),
-        "out_channels": ours.get("out_ch", 3),
-        "latent_channels": ours["z_channels"],
-        "layers_per_block": ours["num_res_blocks"],
-        "norm_num_groups": ours.get("num_groups", 32),
-        "sample_size": spec.image_size * 2 ** (len(widths) - 1),
-        "scaling_factor": spec.scale_factor,
-    }
-
-
-def text_config(tensors: Mapping[str, Tensor | LazyTensor], spec: ModelSpec) -> dict[str, Any]:
-    """Return config.json of transformers' CLIPTextModel; layers are those the tensors hold."""
-    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
-    return {
-        "architectures": ["CLIPTextModel"],
-        "model_type": "clip_text_model",
-        "hidden_act": "gelu" if spec.open_clip else "quick_gelu",
-        "hidden_size": width,
-        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "layer_norm_eps": 1e-5,
-        "max_position_embeddings": clip.max_length(tensors),
-        "num_attention_heads": spec.cond_stage_config.get("heads") or width // 64,
-        "num_hidden_layers": clip.depth(tensors),
-        "projection_dim": 512 if spec.open_clip else width,
-        "vocab_size": vocabulary,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    }
-
-
-def _tokenizer_files(files: Mapping[str, bytes], parts: Parts, spec: ModelSpec) -> dict[str, bytes]:
-    """Return the given files, and the two small configs where they are not among them; v2 pads with "!", id 0."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!" if spec.open_clip else end}
-    length = clip.max_length(parts["text_encoder"])
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}
-    config |= {"errors": "replace", "add_prefix_space": False}
-    made = {"tokenizer_config.json": config, "special_tokens_map.json": special}
-    return {name: json.dumps(value, indent=2).encode() for name, value in made.items()} | dict(files)
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int) else list(value)
 
 
 FORMAT = Format(

@@ -1,1 +1,1 @@
-"""Safe reading of tensors, pickles and tars; atomic writing; hashing. Imports nothing else of ours."""
+"""Read tensors, pickles, tars, images and JSON of any origin safely; write atomically. Imports nothing of ours."""

@@ -1,4 +1,4 @@
-"""NeMo's `.nemo` archives (tar, plain or gzip), read without unpacking and without trusting a single member name."""
+"""Read NeMo's `.nemo` archives (tar, plain or gzip) without unpacking them and without trusting a member's name."""
 
 import gzip
 import re
@@ -24,14 +24,14 @@ CHUNK = 2**20
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a tar or a gzipped one, by content."""
+    """Return whether a file is a tar or a gzipped one, by content."""
     with open_regular(path) as file:
         start = file.read(512)
     return start[257:262] == b"ustar" or start[:2] == b"\x1f\x8b"
 
 
 def open_nemo(path: Path) -> tuple[TensorFile, dict[str, Any]]:
-    """Weights and model config of a `.nemo` file or an unpacked one. Weights of a plain tar are mapped in place.
+    """Open the weights and the model config of a `.nemo` file or an unpacked one; a plain tar is mapped in place.
 
     Raises BadInput for unsafe members (absolute, `..`, links, devices), too many or too large ones, damaged archives
     and sharded or distributed weights.
@@ -49,7 +49,7 @@ def open_nemo(path: Path) -> tuple[TensorFile, dict[str, Any]]:
 
 
 def safe_members(path: Path, plain: Path) -> dict[str, tarfile.TarInfo]:
-    """Regular members of the tar `plain` by name (without `./`), once every member proved harmless.
+    """Return the regular members of the tar `plain` by name (without `./`), once every member proved harmless.
 
     path: what to call the archive in errors.
     """
@@ -119,7 +119,7 @@ def _decompressed(path: Path) -> Path:
 
 @lru_cache(maxsize=2)
 def _unpacked(path: Path, size: int, _modified: int) -> Any:
-    """A gzipped archive unpacked beside nothing: into a temporary file that goes with the process."""
+    """Unpack a gzipped archive into a temporary file that goes with the process."""
     limit = min(MAX_BYTES, MAX_RATIO * size + 64 * CHUNK)
     unpacked = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115  (lives as long as tensors may be read)
     try:

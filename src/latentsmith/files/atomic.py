@@ -15,7 +15,7 @@ INCOMPLETE = ".INCOMPLETE"
 def atomic_open(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator[IO]:
     """Open a file for writing that takes its name only once it is complete and on the disk.
 
-    mode: "wb" or "w" (text is UTF-8 unless `encoding` says otherwise). The parent folder is made if need be.
+    mode: "wb" or "w" (text is UTF-8 unless `encoding` says otherwise). The parent folder is made where it is missing.
     The bytes go to a hidden `*.INCOMPLETE` file of its own in the same folder, so two writers of one name never mix;
     an error removes it and leaves what stood at `path` before untouched.
     """

@@ -1,4 +1,4 @@
-"""Where this program keeps files that it can make again."""
+"""The folder for files that can be made again."""
 
 import os
 from pathlib import Path

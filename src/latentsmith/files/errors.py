@@ -1,8 +1,8 @@
-"""What a command ends with, besides success and failures of its own."""
+"""Exceptions with a meaning of their own for whoever started a command."""
 
 
 class BadInput(Exception):
-    """Something given to us is wrong: the message is one line naming the thing, the value and the fix (exit code 2)."""
+    """An input is wrong. The message is one line that names the thing, the value and the fix (exit code 2)."""
 
 
 class Stopped(Exception):

@@ -1,4 +1,4 @@
-"""Fingerprints of weights, files and texts: equal content gives equal fingerprints, whatever file it came from."""
+"""Hash weights, files and texts: equal content gives equal fingerprints, whatever file it came from."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ DIGEST_BYTES = 16  # blake2b: 128 bits tell any two files apart by accident; the
 
 
 def fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
-    """Hex fingerprint of named tensors: names in sorted order, shapes and values as little-endian float32.
+    """Return the hex fingerprint of named tensors: names in sorted order, shapes and values as little-endian float32.
 
     Order, memory layout, device, file format, and a dtype that float32 holds exactly make no difference.
     One tensor at a time is in memory as float32.
@@ -29,17 +29,17 @@ def fingerprint_tensors(tensors: Mapping[str, "Tensor"]) -> str:
 
 
 def fingerprint_text(text: str) -> str:
-    """Hex fingerprint of a text."""
+    """Return the hex fingerprint of a text."""
     return fingerprint_bytes(text.encode("utf-8", "surrogatepass"))
 
 
 def fingerprint_bytes(data: bytes | memoryview) -> str:
-    """Hex fingerprint of bytes: that of a file which holds them."""
+    """Return the hex fingerprint of bytes, which is that of a file that holds them."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
 
 
 def sha256_files(paths: Iterable[str | os.PathLike], stop: "Event | None" = None) -> str:
-    """SHA-256 in hex: of one file, as model sites list it; of several, of their bytes one after the other.
+    """Return the SHA-256 in hex of one file, as model sites list it, or of several files' bytes in a row.
 
     stop: ends it early, with no meaning, once it is set.
     """
@@ -52,7 +52,7 @@ def sha256_files(paths: Iterable[str | os.PathLike], stop: "Event | None" = None
 
 
 def hash_file(path: str | os.PathLike) -> str:
-    """Hex fingerprint of a file's bytes, read in pieces."""
+    """Return the hex fingerprint of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hash_stream(file)
 
@@ -74,5 +74,5 @@ def changed_files(folder: Path, checksums: Mapping[str, str], report: Callable[[
 
 
 def hash_stream(file: BinaryIO) -> str:
-    """The same of a file that is open, from where it stands."""
+    """Return the hex fingerprint of what is left of an open file."""
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()  # type: ignore

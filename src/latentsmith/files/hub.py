@@ -23,9 +23,9 @@ def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
     files are fetched where there are no others.
     Raises BadInput, one line, for a hub name that is neither cached nor can be downloaded.
     """
-    given = Path(path).expanduser()
-    if given.exists() or not NAME.fullmatch(str(path)) or given.parent.exists() or given.suffix in (".nemo", ".ckpt"):
-        return given
+    local = Path(path).expanduser()
+    if local.exists() or not NAME.fullmatch(str(path)) or local.parent.exists() or local.suffix in (".nemo", ".ckpt"):
+        return local
     others = NOT_NEEDED if weights == "raw" else [*NOT_NEEDED, "*.non_ema.*"]
     for halves in (False, True):
         ignored = others if halves else [*others, "*.fp16.*"]

@@ -49,7 +49,7 @@ HEAD = 64  # bytes; holds the signatures above, EMF's at byte 40 and the brands 
 
 
 class BadImage(BadInput):
-    """An image that cannot be opened. `reason` is a few words to count by, the message the details.
+    """An image that cannot be opened. reason: a few words to count by; the message has the details.
 
     Reasons: "zero bytes", "not an image", "unsupported format", "truncated", "corrupt", "too many pixels",
     "too many bytes", "unreadable file".
@@ -142,4 +142,4 @@ def _open_bytes(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.
 
 def _naming(path: str | os.PathLike, reason: str, error: Exception | str) -> BadImage:
     detail = " ".join(str(error).split())  # a decoder's message may have several lines
-    return BadImage(reason, f"{os.fspath(path)}: cannot be read as a picture ({detail})")
+    return BadImage(reason, f"{os.fspath(path)}: cannot be read as an image ({detail})")

@@ -1,4 +1,4 @@
-"""How much memory is left to this process."""
+"""Find out how much memory is left to this process."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Bytes that can be taken without swapping: what the machine has free, or the container's limit leaves; 0 where
-    nothing says so."""
+    """Return the bytes that can be taken without swapping, on the machine and in its container; 0 if unknown."""
     found = [value for value in (_of_machine(), _of_container()) if value is not None]
     return max(0, min(found, default=0))
 

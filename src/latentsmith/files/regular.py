@@ -34,7 +34,7 @@ CONFIG = SizeLimit("a config", 16 * MIB)  # YAML is parsed at about 1 MB/s; real
 TABLE = SizeLimit("a table", 256 * 1024 * MIB)  # read row by row; 100 million rows of 2,700 bytes
 TABLE_LINE = SizeLimit("a line of a table", 16 * MIB)  # held in memory; real ones have a few kB
 
-KINDS = {
+NAMES = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a character device",
@@ -90,8 +90,8 @@ def read_regular(path: Pathlike, limit: SizeLimit, name: Pathlike | None = None)
 
 def _checked(name: Pathlike, status: os.stat_result) -> os.stat_result:
     if not stat.S_ISREG(status.st_mode):
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
-        raise NotRegular(f"{os.fspath(name)}: is {kind}; a regular file was expected")
+        found = NAMES.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise NotRegular(f"{os.fspath(name)}: is {found}; a regular file was expected")
     return status
 
 

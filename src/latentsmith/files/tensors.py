@@ -1,4 +1,4 @@
-"""Files of named tensors, whatever their container: open by content, read lazily, write safetensors.
+"""Open files of named tensors, whatever their container, read them lazily, write safetensors.
 
 `open_tensors` reads headers only; a tensor's numbers come from disk when it is asked for. `save_safetensors` streams,
 one tensor at a time, so a 3.4 GB file needs little more memory than its largest tensor.
@@ -33,7 +33,7 @@ SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorFile(Mapping[str, Tensor]):
-    """Names to tensors, read when asked for.
+    """A mapping from names to tensors, each read from disk when it is looked up.
 
     entries: shape and dtype of each, from the header. metadata: the safetensors string header.
     extras: what a pickle held beside tensors (`global_step`, `hyper_parameters`, ...).
@@ -57,8 +57,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open .safetensors, torch .ckpt / .bin / .pt (zip format) or a sharded `*.index.json`, a variant's too, told
-    apart by content.
+    """Open .safetensors, torch .ckpt / .bin / .pt (zip format) or a sharded `*.index.json`, recognised by content.
 
     Raises BadInput, one line, for anything missing, empty, truncated, of another type or unsafe.
     """
@@ -107,7 +106,7 @@ def save_safetensors(
 
 
 def tensors_of(path: Path, loaded: Any) -> TensorFile:
-    """A flat state dict from an unpickled object: its `state_dict` if it has one, else itself."""
+    """Return the flat state dict of an unpickled object: its `state_dict` if it has one, else itself."""
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
     inner = loaded.get("state_dict", loaded)

@@ -78,7 +78,7 @@ class Inert:
 
 
 class _Builder:
-    """What a known torch function name becomes: calls ours; cannot be given state by the pickle's BUILD."""
+    """Stands for a listed torch function: calls ours, and refuses the state that a pickle's BUILD would set."""
 
     __slots__ = ("_make",)
 
@@ -100,7 +100,7 @@ class _Storage:
 
 
 def read_torch_zip(path: Path, start: int = 0, length: int | None = None) -> Any:
-    """The object that torch.save wrote, with every tensor a `LazyTensor`.
+    """Return the object that torch.save wrote, with every tensor a `LazyTensor`.
 
     start, length: byte range of the zip inside `path` (a member of an uncompressed tar); the whole file by default.
     Raises BadInput for a damaged file, compressed members (torch never writes any; a bomb might) and unlisted globals.
@@ -286,6 +286,7 @@ def write_torch_zip(
 ) -> None:
     """Write what torch.save(dict(tensors)) would, at the file's present position, which must be 0 or aligned to 64.
 
+    torch's own writer would do, but it aborts the process when it is not finished, as after Ctrl-C.
     One tensor at a time is in memory. written: called with each name once its tensor is in the file.
     """
     stubs = {
@@ -316,7 +317,7 @@ def _member(archive: zipfile.ZipFile, name: str, data: Any) -> None:
 
 
 class _FromHere:
-    """A file whose position 0 is where the given one stands now: a zip inside another file."""
+    """A file whose position 0 is another file's present position: a zip inside that file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._start = file, file.tell()

@@ -1,0 +1,243 @@
+"""The JSON files of a diffusers folder: what they say in our keywords, and ours in theirs."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
+from latentsmith.files.errors import BadInput
+from latentsmith.files.json import read_json
+from latentsmith.files.lazy import LazyTensor
+
+from . import clip
+from .base import PREDICTIONS, Checkpoint, ModelSpec, Part, Parts
+
+VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
+BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
+SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
+                 "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
+WEIGHTS_FILE = re.compile(
+    r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model|model_weights)"
+    r"(\.(?P<variant>\w+))??\.(?P<type>safetensors|bin|ckpt)(\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
+
+# ---- Reading ----
+
+
+def component_config(part: Part) -> dict[str, Any]:
+    """Return the config.json beside a part's weights; {} where there is none."""
+    is_component = part.path.is_dir() or WEIGHTS_FILE.fullmatch(part.path.name)
+    return _config(part.path if part.path.is_dir() else part.path.parent, "config.json") if is_component else {}
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name, "a config of diffusers") if (folder / name).is_file() else {}
+
+
+def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
+    """Return what a part's config.json says beyond the shapes of its weights."""
+    config = component_config(part)
+    if not config:
+        return None
+    if part.name == "unet":
+        upcast = {"upcast_attention": True} if config.get("upcast_attention") else {}
+        return {**_our_heads(part, config), **upcast, "resblock_gn_groups": config.get("norm_num_groups", 32)}
+    if part.name == "vae":
+        return {"num_groups": config.get("norm_num_groups", 32)}
+    keys = {"heads": config.get("num_attention_heads"), "activation": config.get("hidden_act")}
+    return {key: value for key, value in keys.items() if value}
+
+
+def _our_heads(part: Part, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return our keyword for diffusers' attention_head_dim, which is really the number of heads, one or one a level."""
+    heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
+    if isinstance(heads, int) or len(set(heads)) == 1:
+        return {"num_heads": heads if isinstance(heads, int) else heads[0]}
+    widths = config.get("block_out_channels", (320, 640, 1280, 1280))
+    channels = {width // count for width, count in zip(widths, heads, strict=False)}
+    if len(channels) != 1:
+        raise BadInput(f"{part.path}: heads {heads} at widths {widths}: neither one number of heads nor one head size")
+    return {"num_head_channels": channels.pop()}
+
+
+def facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what scheduler_config.json and the configs of U-Net and VAE state of a model."""
+    unet, vae = (
+        component_config(checkpoint.parts[part]) if part in checkpoint.parts else {} for part in ("unet", "vae")
+    )
+    found = {"image_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}
+    scheduler = _config(checkpoint.path / "scheduler", "scheduler_config.json")
+    if scheduler:
+        prediction = PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"))
+        found["prediction"] = prediction, "scheduler_config.json"
+        found |= {ours: scheduler[theirs] for theirs, ours in SCHEDULE_KEYS.items() if theirs in scheduler}
+        schedule = scheduler.get("beta_schedule", "scaled_linear")
+        found["beta_schedule"] = BETA_SCHEDULES.get(schedule, schedule)
+        found["timestep_spacing"] = scheduler.get("timestep_spacing")
+        found["steps_offset"] = scheduler.get("steps_offset", 0)
+        found["set_alpha_to_one"] = scheduler.get("set_alpha_to_one")
+    return found
+
+
+# ---- Writing ----
+
+
+def written_configs(parts: Parts, spec: ModelSpec) -> dict[str, bytes]:
+    """Return path in the folder -> content of every config but the tokenizer's."""
+    configs = {
+        "model_index.json": model_index(spec),
+        "scheduler/scheduler_config.json": scheduler_config(spec),
+        "unet/config.json": unet_config(spec),
+        "vae/config.json": vae_config(spec),
+        "text_encoder/config.json": text_config(parts["text_encoder"], spec),
+    }
+    return {name: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode() for name, config in configs.items()}
+
+
+def written_tokenizer(files: Mapping[str, bytes], parts: Parts, spec: ModelSpec) -> dict[str, bytes]:
+    """Return the files of `tokenizer/`: those given, and the two small configs where they are not among them.
+
+    v2 pads with "!", id 0.
+    """
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!" if spec.open_clip else end}
+    length = clip.max_length(parts["text_encoder"])
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "do_lower_case": True, **special}
+    config |= {"errors": "replace", "add_prefix_space": False}
+    made = {"tokenizer_config.json": config, "special_tokens_map.json": special}
+    contents = {name: json.dumps(value, indent=2).encode() for name, value in made.items()} | dict(files)
+    return {f"tokenizer/{name}": content for name, content in contents.items()}
+
+
+def model_index(spec: ModelSpec) -> dict[str, Any]:
+    """Return model_index.json."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **VERSION,
+        "scheduler": ["diffusers", scheduler_config(spec)["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+    }
+
+
+def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return scheduler_config.json: PNDM for epsilon, DDIM for all others, as the published folders have them."""
+    schedules = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
+    if spec.beta_schedule not in schedules:
+        raise BadInput(f"beta_schedule {spec.beta_schedule}: diffusers has {', '.join(schedules)}")
+    ddim = spec.prediction_type != "epsilon" or spec.zero_terminal_snr
+    config = {
+        "_class_name": "DDIMScheduler" if ddim else "PNDMScheduler",
+        **VERSION,
+        "beta_start": spec.linear_start,
+        "beta_end": spec.linear_end,
+        "beta_schedule": schedules[spec.beta_schedule],
+        "num_train_timesteps": spec.timesteps,
+        "trained_betas": None,
+        "prediction_type": spec.prediction_type,
+        "steps_offset": spec.steps_offset,
+    }
+    spacing = spec.timestep_spacing or ("trailing" if spec.zero_terminal_snr else None)
+    optional = {"set_alpha_to_one": spec.set_alpha_to_one, "timestep_spacing": spacing}
+    config |= {key: value for key, value in optional.items() if value is not None}
+    if not ddim:
+        return config | {"skip_prk_steps": True}
+    return config | {"clip_sample": False, "rescale_betas_zero_snr": spec.zero_terminal_snr}
+
+
+def unet_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return config.json of UNet2DConditionModel from our U-Net's keywords."""
+    ours = dict(spec.unet_config)
+    groups, context = ours.get("resblock_gn_groups", 32), ours.get("context_dim")
+    if groups != 32:
+        raise BadInput(
+            f"resblock_gn_groups {groups}: diffusers has one number of norm groups, transformers here have 32"
+        )
+    if context is None:
+        raise BadInput("context_dim is not set: diffusers' UNet2DConditionModel needs cross-attention")
+    widths = [ours.get("model_channels", 320) * factor for factor in ours.get("channel_mult", [1, 2, 4, 4])]
+    attended = [2**level in ours.get("attention_resolutions", [4, 2, 1]) for level in range(len(widths))]
+    channels = ours.get("num_head_channels", -1)
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **VERSION,
+        "sample_size": spec.image_size,
+        "in_channels": ours.get("in_channels", 4),
+        "out_channels": ours.get("out_channels", 4),
+        "block_out_channels": widths,
+        "layers_per_block": _plain(ours.get("num_res_blocks", 2)),
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attended],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attended)],
+        "cross_attention_dim": context,
+        # really the number of heads
+        "attention_head_dim": ours["num_heads"] if channels in (-1, None) else [width // channels for width in widths],
+        "transformer_layers_per_block": _plain(ours.get("transformer_depth", 1)),
+        "upcast_attention": bool(ours.get("upcast_attention", False)),
+        "use_linear_projection": bool(ours.get("use_linear_in_transformer", False)),
+        "norm_num_groups": groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+    }
+
+
+def vae_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return config.json of diffusers' AutoencoderKL from our VAE's keywords."""
+    ours = spec.first_stage_config["ddconfig"]
+    widths = [ours["ch"] * factor for factor in ours["ch_mult"]]
+    resolution = ours.get("resolution", 256)
+    attended = [resolution // 2**level in ours.get("attn_resolutions", ()) for level in range(len(widths))]
+    return {
+        "_class_name": "AutoencoderKL",
+        **VERSION,
+        "act_fn": "silu",
+        "block_out_channels": widths,
+        "down_block_types": ["AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in attended],
+        "up_block_types": ["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in reversed(attended)],
+        "in_channels": ours.get("in_channels", 3),
+        "out_channels": ours.get("out_ch", 3),
+        "latent_channels": ours["z_channels"],
+        "layers_per_block": ours["num_res_blocks"],
+        "norm_num_groups": ours.get("num_groups", 32),
+        "sample_size": spec.image_size * 2 ** (len(widths) - 1),
+        "scaling_factor": spec.scale_factor,
+    }
+
+
+def text_config(tensors: Mapping[str, Tensor | LazyTensor], spec: ModelSpec) -> dict[str, Any]:
+    """Return config.json of transformers' CLIPTextModel; layers are those the tensors hold."""
+    vocabulary, width = tensors["text_model.embeddings.token_embedding.weight"].shape
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_act": "gelu" if spec.open_clip else "quick_gelu",
+        "hidden_size": width,
+        "intermediate_size": tensors["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": clip.max_length(tensors),
+        "num_attention_heads": spec.cond_stage_config.get("heads") or width // 64,
+        "num_hidden_layers": clip.depth(tensors),
+        "projection_dim": 512 if spec.open_clip else width,
+        "vocab_size": vocabulary,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int) else list(value)
