@@ -16,30 +16,38 @@ from diffusers.loaders import single_file_utils as theirs
 
 from latentsmith.checkpoints import (
     ModelSpec,
-    export_diffusers,
     export_ldm,
     export_nemo,
-    load_component,
     match,
     open_checkpoint,
     prediction_of,
     spec_of,
     unused_text,
 )
+from latentsmith.checkpoints.formats import FORMATS
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors
 
 PARTS = ("unet", "vae", "text_encoder")
 TOKENS = {chr(33 + i): i for i in range(94)} | {"<|startoftext|>": 94, "<|endoftext|>": 95}
 TOKENIZER = {"vocab.json": json.dumps(TOKENS).encode(), "merges.txt": b"#version: 0.2\n"}
-export_folder = partial(export_diffusers, tokenizer=TOKENIZER)
-EXPORTERS = {"diffusers": export_folder, "ldm": export_ldm, "nemo": export_nemo}
-NAMES = {"diffusers": "folder", "ldm": "model.safetensors", "nemo": "model.nemo"}
+WRITABLE = {name: format for name, format in FORMATS.items() if format.write}
+EXPORTERS = {
+    name: partial(format.write, tokenizer=TOKENIZER) if format.needs_tokenizer else format.write
+    for name, format in WRITABLE.items()
+}
+NAMES = {name: f"model{format.ending}" for name, format in WRITABLE.items()}
+export_folder = EXPORTERS["diffusers"]
+
+
+def read_part(path, part, shapes, *, weights="ema", from_nemo=None):
+    found = match(open_checkpoint(path, weights), part, shapes, from_nemo)
+    return {name: tensor.read() for name, tensor in found.items()}
 
 
 @pytest.fixture(scope="session")
 def canonical(reference_folder, shapes):
-    return {part: load_component(reference_folder, part, shapes[part]) for part in PARTS}
+    return {part: read_part(reference_folder, part, shapes[part]) for part in PARTS}
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +89,7 @@ def test_half_precision(tmp_path, canonical, shapes, spec, format):
     EXPORTERS[format](canonical, path, spec, dtype=torch.bfloat16)
     for part in PARTS:
         half = {name: tensor.bfloat16() for name, tensor in canonical[part].items()}
-        equal(load_component(path, part, shapes[part]), half)
+        equal(read_part(path, part, shapes[part]), half)
 
 
 def test_diffusers_opens_the_folder_without_a_warning(tmp_path, reference, canonical, spec, caplog):

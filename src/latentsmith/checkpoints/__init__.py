@@ -17,13 +17,7 @@ Loading, `inspect`, `convert --to NAME`, and training from such a checkpoint fol
 tests/checkpoints/test_export.py takes every format that has a `write` there and back.
 """
 
-from pathlib import Path
-
-from torch import Tensor
-
-from latentsmith.files.lazy import forget_maps
-
-from .base import Checkpoint, ModelSpec, Shapes
+from .base import Checkpoint, ModelSpec
 from .diffusers import export_diffusers
 from .ldm import export_ldm
 from .match import match, unused_text
@@ -36,11 +30,9 @@ __all__ = [
     "Checkpoint",
     "ModelSpec",
     "architecture",
-    "check_component",
     "export_diffusers",
     "export_ldm",
     "export_nemo",
-    "load_component",
     "match",
     "open_checkpoint",
     "padded_length",
@@ -49,26 +41,3 @@ __all__ = [
     "spec_of",
     "unused_text",
 ]
-
-
-def load_component(
-    path: str | Path, part: str, shapes: Shapes, *, from_nemo: bool | None = None, weights: str = "ema"
-) -> dict[str, Tensor]:
-    """Read one part of any supported checkpoint, strictly.
-
-    part: "unet", "vae" or "text_encoder". shapes: the module's own names and shapes. from_nemo: NeMo's
-    `from_NeMo` key; None recognises the dialect from the content. weights: "ema" or "raw".
-    Returns a tensor of exactly these shapes for each name, in the file's dtype, mapped from disk (copy-on-write).
-    Raises BadInput, one line, for unreadable files and unless every model key is filled once and every file key used.
-    """
-    found = match(open_checkpoint(path, weights), part, shapes, from_nemo)
-    tensors = {name: tensor.read() for name, tensor in found.items()}
-    forget_maps()  # the tensors alone keep their file mapped: copied into a module, they take no memory besides
-    return tensors
-
-
-def check_component(
-    path: str | Path, part: str, shapes: Shapes, *, from_nemo: bool | None = None, weights: str = "ema"
-) -> None:
-    """`load_component`'s checks from the file's header alone: names, shapes, accounting; no weights are read."""
-    match(open_checkpoint(path, weights), part, shapes, from_nemo)

@@ -118,13 +118,15 @@ class Dialect:
     """One way of naming a part's tensors.
 
     format: the Format it belongs to. title: what `inspect` calls it. table: from a network's canonical names to where
-    each tensor lies. by_level: block numbers count levels of resolution, as diffusers' do; LDM's count blocks.
+    each tensor lies. level_names: from the keys of a U-Net or VAE to diffusers' names, from which sizes are read as
+    their numbers count levels of resolution; None where names differ from LDM's only inside modules. The layers of a
+    text encoder are counted in any dialect by `layers.N.` or `resblocks.N.` in its keys.
     """
 
     format: str
     title: str
     table: Callable[[Iterable[str]], dict[str, SourceKey]]
-    by_level: bool = False
+    level_names: Callable[[Iterable[str]], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def _vae_name(name: str, levels: int, attention: Mapping[str, str]) -> str:
 
 
 def _dialect(title: str, names: Any) -> Dialect:
-    return Dialect("diffusers", title, lambda ours: renamed(names(ours)), by_level=True)
+    return Dialect("diffusers", title, lambda ours: renamed(names(ours)), lambda keys: {key: key for key in keys})
 
 
 UNET = _dialect("diffusers", unet_names)

@@ -27,8 +27,8 @@ def architecture(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 def context_width(checkpoint: Checkpoint) -> int | None:
     """Return the features of the text embeddings that the U-Net attends to: 768 in v1, 1024 in v2."""
     part = checkpoint.parts.get("unet")
-    shapes = (entry.shape for key, entry in part.entries.items() if key.endswith("attn2.to_k.weight")) if part else ()
-    return next((shape[1] for shape in shapes), None)
+    shapes = _shapes_by_level(part, checkpoint) if part else {}
+    return next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
 
 
 def version_of(checkpoint: Checkpoint) -> str | None:
@@ -46,13 +46,10 @@ def _stated(part: Part, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def _shapes_by_level(part: Part, checkpoint: Checkpoint) -> Shapes:
-    """Return a part's shapes under diffusers' names, whose numbers count levels.
-
-    Other dialects' names differ from LDM's only inside modules, and so are translated as LDM's would be.
-    """
-    rename = {"unet": diffusers.unet_names, "vae": diffusers.vae_names}[part.name]
-    names = part.entries if dialect_of(part, checkpoint.config).by_level else rename(part.entries).values()
-    return dict(zip(names, (entry.shape for entry in part.entries.values()), strict=True))
+    """Return a part's shapes under diffusers' names, whose numbers count levels."""
+    from_ldm = {"unet": diffusers.unet_names, "vae": diffusers.vae_names}[part.name]
+    names = (dialect_of(part, checkpoint.config).level_names or from_ldm)(part.entries)
+    return {name: part.entries[key].shape for key, name in names.items()}
 
 
 def _counted(shapes: Shapes, pattern: str) -> list[int]:

@@ -11,7 +11,7 @@ from latentsmith.checkpoints import (
     ModelSpec,
     architecture,
     clip,
-    load_component,
+    match,
     nemo,
     open_checkpoint,
     prediction_of,
@@ -172,7 +172,7 @@ def test_summary_names_missing_extra_and_ignored(tmp_path, make_shapes):
     assert unet.missing == ("out.0.bias",) and unet.extra == ("model.diffusion_model.label_emb.weight",)
     assert found.unknown == ("who.knows",)
     with pytest.raises(BadInput, match=r"1 keys of no known format \(who.knows\)"):
-        load_component(tmp_path / "m.ckpt", "unet", shapes["unet"])
+        match(checkpoint, "unet", shapes["unet"])
     assert found.notes == ("its moving average is m-EMA.ckpt",)
 
 
