@@ -104,7 +104,7 @@ def log_axis(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def short(value: float) -> float:
-    """Return a number to five digits; a whole one as it is, without a decimal point in JSON."""
+    """Return a number to five digits, and a whole number as an int: JSON then has no decimal point."""
     return int(value) if value == int(value) else float(f"{value:.5g}")
 
 
