@@ -15,9 +15,9 @@ import pytest
 from latentsmith.config import load_config
 from latentsmith.data import storage
 from latentsmith.data.dataset import tars_of
+from latentsmith.data.mirrors import MirrorCache, RemoteFile
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.sources import open_source
-from latentsmith.data.storage import MirrorCache, RemoteFile
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
 

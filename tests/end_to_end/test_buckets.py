@@ -66,7 +66,7 @@ def test_cache_and_pictures_give_the_same_losses(world, pictures, capsys):
     held_out = f"model.data.validation.dataset_path={pictures / 'shards'}"
     from_pictures = run(world, pictures, "buckets-pictures", *still, held_out, "trainer.val_check_interval=4")
     said = capsys.readouterr().out
-    assert "pictures of several sizes" in said and "aspect buckets (height x width: samples)" in said
+    assert "images of several sizes" in said and "aspect buckets (height x width: samples)" in said
     from_cache = cached(world, pictures, "buckets-cached", *still)
     assert world.losses(from_cache) == pytest.approx(world.losses(from_pictures), rel=2e-3)
     assert len({row["val_loss"] for row in read_rows(from_pictures / "validation.csv")}) == 1

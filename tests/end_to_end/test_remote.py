@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from latentsmith import load_config
-from latentsmith.data.storage import RemoteFile
+from latentsmith.data.mirrors import RemoteFile
 from latentsmith.training.checkpoint import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared

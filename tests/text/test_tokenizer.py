@@ -84,7 +84,7 @@ def nasty_prompts():
         "a\xa0b\u2009c",
     ]
     draw = random.Random(0)
-    # RemoteFile all of whose characters have long been assigned: newer ones depend on each library's Unicode version.
+    # Ranges all of whose characters have long been assigned: newer ones depend on each library's Unicode version.
     ranges = [range(32, 127)] * 3 + [
         range(start, end)
         for start, end in [(0, 32), (0x80, 0x250), (0x300, 0x340), (0x400, 0x500), (0x2010, 0x2060), (0x3041, 0x3090)]

@@ -25,11 +25,12 @@ from .foreign_cache import ForeignCache
 from .image_sizes import image_sizes
 from .latent_cache import CAPTION_KEY, IMAGE_KEY, JoinedCaches, LatentCache
 from .loader import Reader, Record, Shape, collate, collated
+from .mirrors import MirrorCache
 from .sample_io import blaming_sample, caption_of, image_member
 from .shards import Sample, ShardSet
 from .shuffle import CROPS, Mixture, integer_below, sample_seed, shuffled_index
 from .sources import read_wdinfo
-from .storage import MirrorCache, is_remote
+from .storage import is_remote
 from .transforms import Transforms
 
 CAPTIONS_CHECKED = 1000  # whose lengths are counted before training
@@ -326,6 +327,7 @@ def reader(samples: TrainingSet, seed: int, tokenizer: Tokenizer | None) -> Read
     shards, cache, transforms = samples.shards, samples.cache, samples.transforms
     if isinstance(shards, SyntheticSet):
         return collated(lambda index, position: shards.read(index, tokenizer))
+    is_random = transforms is not None or (cache is not None and cache.variants > 1)
     names = {}  # of the cache's members, in the batch
     if cache is not None and transforms is None:
         names[IMAGE_KEY] = "vae_latents" if cache.holds_means else "moments"
@@ -335,7 +337,7 @@ def reader(samples: TrainingSet, seed: int, tokenizer: Tokenizer | None) -> Read
     def read_sample(index: int, position: int) -> Record:
         sample = shards[index]
         record: Record = {"keys": sample.key}
-        crop_seed = sample_seed(seed, position, CROPS)
+        crop_seed = sample_seed(seed, position, CROPS) if is_random else 0
         if cache is not None:
             variant = integer_below(cache.variants, crop_seed)
             arrays = cache.encodings(sample, list(names), variant)

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+
+from latentsmith.files.errors import BadInput
 
 from .shuffle import DROPOUT, sample_seed, shuffled_index
 
@@ -22,7 +24,7 @@ Reader = Callable[[Sequence[int], Positions], Record]  # (indices, positions) ->
 
 
 @dataclass(frozen=True)
-class RunSamples(Dataset):
+class RunSamples:
     """The run as a sequence: a list of positions -> the batch of the samples there.
 
     read(indices, positions): tensors and lists of these samples of the set; crops depend on the positions. Where a set
@@ -55,7 +57,7 @@ class RunSamples(Dataset):
 
 
 @dataclass(frozen=True)
-class RunPositions(Sampler):
+class RunPositions:
     """Yield the positions of each micro batch of one process, from `start` on, without end.
 
     start: the run's consumed_samples, a multiple of global_batch; the loader needs no other state.
@@ -78,18 +80,42 @@ class RunPositions(Sampler):
             first += self.global_batch
 
 
-def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> DataLoader:
-    """Return an iterable of the batches at `positions`; the number of workers changes nothing but speed."""
-    return DataLoader(
-        samples,
-        batch_size=None,  # an item of `samples` is a whole batch already
-        sampler=positions,
+def run_loader(samples: RunSamples, positions: RunPositions, *, num_workers: int = 0) -> Iterator[Record]:
+    """Yield the batches at `positions`; the number of workers changes nothing but speed."""
+    return read_ahead(samples.__getitem__, positions, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def read_ahead(
+    read: Callable[[Any], Any], items: Iterable[Any], *, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[Any]:
+    """Yield `read(item)` for each item in order, read ahead by worker processes if there are some."""
+    loader: DataLoader = DataLoader(
+        _Reading(read),
+        batch_size=None,  # what is read is a whole batch already
+        sampler=items,
         collate_fn=_unchanged,
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         prefetch_factor=PREFETCH if num_workers else None,
     )
+    for result in loader:
+        if isinstance(result, BadInput):
+            raise result
+        yield result
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset):
+    """Call `read` in a worker. A BadInput is returned: torch would raise it with the worker's traceback as message."""
+
+    read: Callable[[Any], Any]
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.read(item)
+        except BadInput as error:
+            return BadInput(str(error))
 
 
 def to_device(batch: Record, device: torch.device) -> Record:

@@ -3,9 +3,9 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ from .latent_cache import (
     LatentCache,
     variant_name,
 )
+from .loader import no_worker_left, read_ahead
 from .resumable_output import ResumableOutput, full_disk_reported
 from .sample_io import CAPTION_EXTENSIONS, blaming_sample, caption_of, image_member, npy_bytes, to_float16
-from .shards import Sample, Shard, ShardRecord, ShardSet, ShardWriter
+from .shards import Sample, ShardRecord, ShardSet, ShardWriter
 from .shuffle import sample_seed
 from .transforms import Transforms
 
@@ -111,12 +112,14 @@ def write_cache(
     seed: int = 0,
     rank: int = 0,
     processes: int = 1,
+    num_workers: int = 0,
     progress: Progress | None = None,
 ) -> LatentCache | None:
     """Encode every sample of `source` into the folder `out`, one shard for each of the source's.
 
     Each shard is renamed into place when complete; run again after an interruption, the shards that are done stay.
-    seed: for random transforms, addressed by the sample's index in the source. Of several processes each encodes every
+    seed: for random transforms, addressed by the sample's index in the source. num_workers: processes that decode, so
+    that the encoders do not wait. Of several processes each encodes every
     `processes`-th shard, from number `rank` on, and waits for none: the one that finds all shards done finishes the
     folder; the others return None, as all do if one was lost, until they are run again. BadInput if `out` holds another
     cache, a source sample can no longer be decoded (shard and key named), or an encoding is not finite in float16.
@@ -138,14 +141,14 @@ def write_cache(
     if not work.is_finished:
         with full_disk_reported(out):
             writer = _CacheWriter(source, work, transforms, encoders, options, batch_size, seed)
-            writer.fill(rank, processes, progress)
+            writer.fill(rank, processes, num_workers, progress)
             if not writer.finish():
                 return None
     return LatentCache(out)
 
 
 class _CacheWriter:
-    """A cache being written."""
+    """A cache being written: images are read and decoded by workers, encoded here, and written shard by shard."""
 
     def __init__(
         self,
@@ -160,131 +163,131 @@ class _CacheWriter:
         self.source, self.work, self.encoders, self.options = source, work, encoders, options
         self.transforms = transforms.unflipped() if options.flipped else transforms
         self.batch_size, self.seed = batch_size, seed
-        self.embedded: dict[str, np.ndarray] = {}  # by caption, of the shard at hand, where equal ones are shared
+        self.buckets = transforms.buckets if encoders.images else None
+        self.embedded: dict[str, np.ndarray] = {}  # by caption, of the shard in hand, where equal ones are shared
 
-    def fill(self, rank: int, processes: int, progress: Progress | None) -> None:
-        """Encode the shards of one process that are not done yet. Progress is told over all processes, as far as their
-        shards are done."""
+    def fill(self, rank: int, processes: int, num_workers: int, progress: Progress | None) -> None:
+        """Encode the shards of one process that are not done yet. Progress counts the finished shards of all."""
         if self.encoders.captions and rank == 0:
             self._write_empty_prompt(self.encoders.captions)
-        counts = self.source.counts
-        firsts = [0, *accumulate(counts)]
-        mine = range(rank, len(counts), processes)
-        for number in mine:
-            if self.work.is_whole:  # another process has just finished it
-                return
-            done = self.work.done_numbers()
-            told = sum(counts[other] for other in done - {number})
-            if number not in done:
-                self._write_shard(number, firsts[number], told, progress)
-            if progress:
-                progress(told + counts[number], len(self.source))
+        done = self.work.done_numbers()
+        todo = [number for number in range(rank, len(self.source.counts), processes) if number not in done]
+        with no_worker_left():
+            batches = read_ahead(self._read, self._batches(todo), num_workers=num_workers)
+            for number, batches_of_shard in groupby(batches, key=lambda batch: batch.shard):
+                self._write_shard(number, batches_of_shard, progress)
+        if progress and not todo:
+            progress(self._samples_in(done), len(self.source))
 
     def finish(self) -> bool:
         """Make the folder a cache, if all shards are done and no other process does so; returns whether it did."""
-        every = [self.work.done(number) for number in range(len(self.source.counts))]
-        if not all(every) or not self.work.claim_finish():
+        every = [done for number in range(len(self.source.counts)) if (done := self.work.done(number))]
+        if len(every) < len(self.source.counts) or not self.work.claim_finish():
             return False
         if self.encoders.captions:
             self._write_empty_prompt(self.encoders.captions)
         shapes: dict[str, list[int | None]] = {}
         for done in every:
-            shapes = merged_shapes(shapes, done["shapes"])  # type: ignore[index]
-        if self._buckets:
-            numbers = [number for done in every for number in done["buckets"]]  # type: ignore[index]
+            shapes = merged_shapes(shapes, done["shapes"])
+        if self.buckets:
             with atomic_open(self.work.folder / BUCKETS_FILE) as file:
-                np.save(file, np.array(numbers, np.uint8))
-        self._write_info(shapes, len(self.source))
-        self.work.finish([ShardRecord(**done["shard"]) for done in every])  # type: ignore[index]
+                np.save(file, np.array([number for done in every for number in done["buckets"]], np.uint8))
+        self._write_info(shapes)
+        self.work.finish([ShardRecord(**done["shard"]) for done in every])
         return True
 
-    @property
-    def _buckets(self):
-        return self.transforms.buckets if self.encoders.images else None
+    def _batches(self, shards: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield (shard, numbers of samples in it), each batch from one bucket; stop if another process has finished."""
+        for shard in shards:
+            if self.work.is_whole:
+                return
+            buckets = self._bucket_numbers(shard) or [0] * self.source.counts[shard]
+            for start in range(0, len(buckets), WINDOW):
+                window = range(start, min(start + WINDOW, len(buckets)))
+                for _, alike in groupby(sorted(window, key=buckets.__getitem__), key=buckets.__getitem__):
+                    yield from ((shard, batch) for batch in batched(alike, self.batch_size))
 
-    def _write_shard(self, number: int, first: int, told: int, progress: Progress | None) -> None:
-        """Encode one shard, whose first sample is number `first` of the set; `told`: samples done before, of all."""
-        shapes: dict[str, list[int | None]] = {}
-        shard, known = self.source.shard(number), self.source.records[number] is not None
-        buckets = self._bucket_numbers(shard, known)
-        shared = (f"{CAPTION_KEY}.npy",) if self.options.share_captions else ()
-        window = WINDOW if buckets else self.batch_size
-        self.embedded = {}
-        with ShardWriter(self.work.folder, len(shard) + 1, start=number, shared=shared) as writer:
-            for start in range(0, len(shard), window):
-                numbers = range(start, min(start + window, len(shard)))
-                made: dict[int, Arrays] = {}
-                for batch in self._batches(numbers, buckets):
-                    made |= self._encoded(shard, batch, first)
-                    if progress:
-                        progress(told + start + len(made), len(self.source))
-                for one in numbers:
-                    sample = shard[one]
-                    writer.write(sample.key.replace(".", "_"), self._members(sample, made[one]))
-                    shapes = merged_shapes(shapes, {name: list(array.shape) for name, array in made[one].items()})
-        self.work.record(number, writer.finished[0], shapes=shapes, buckets=buckets)
-
-    def _bucket_numbers(self, shard: Shard, known: bool) -> list[int] | None:
-        buckets = self._buckets
-        if buckets is None:
+    def _bucket_numbers(self, shard: int) -> list[int] | None:
+        if self.buckets is None:
             return None
-        return [buckets.number_of(int(height), int(width)) for height, width in sizes_of(shard, known)]
+        sizes = sizes_of(self.source.shard(shard), self.source.records[shard] is not None)
+        return self.buckets.numbers_of(sizes).tolist()
 
-    def _batches(self, numbers: range, buckets: list[int] | None) -> Iterator[list[int]]:
-        """The numbers of a window in batches, each of one bucket."""
-        ordered = sorted(numbers, key=buckets.__getitem__) if buckets else numbers
-        for _, some in groupby(ordered, key=buckets.__getitem__ if buckets else lambda number: 0):
-            alike = list(some)
-            for at in range(0, len(alike), self.batch_size):
-                yield alike[at : at + self.batch_size]
+    def _read(self, batch: tuple[int, list[int]]) -> "_Decoded":
+        """Read and decode a batch of samples; runs in the workers."""
+        shard, numbers = self.source.shard(batch[0]), batch[1]
+        first = sum(self.source.counts[: batch[0]])
+        images, captions = [], []
+        for number in numbers:
+            sample = shard[number]
+            if self.encoders.images:
+                images += self._variants(sample, first + number)
+            if self.encoders.captions:
+                captions.append(caption_of(sample))
+        return _Decoded(batch[0], numbers, images, captions)
 
-    def _encoded(self, shard: Shard, batch: Sequence[int], first: int) -> dict[int, Arrays]:
-        """The arrays of each sample of a batch, by the sample's number."""
-        made: dict[int, Arrays] = {number: {} for number in batch}
-        if self.encoders.images:
-            pictures = [picture for number in batch for picture in self._pictures(shard, number, first + number)]
-            rows = iter(self._images_encoded(self.encoders.images, pictures))
-            for number in batch:
-                made[number] |= {variant_name(i): next(rows) for i in range(self.options.variants)}
-        if self.encoders.captions:
-            captions = [caption_of(shard[number]) for number in batch]
-            embeddings = self._captions_encoded(self.encoders.captions, captions)
-            for number, embedding in zip(batch, embeddings, strict=True):
-                made[number][CAPTION_KEY] = embedding
-        return {
-            number: {name: to_float16(row, f"{shard.path}: {shard.key(number)}") for name, row in arrays.items()}
-            for number, arrays in made.items()
-        }
-
-    def _pictures(self, shard: Shard, number: int, index: int) -> Iterator[np.ndarray]:
-        """The variants of a sample's picture, transformed."""
-        sample = shard[number]
+    def _variants(self, sample: Sample, index: int) -> Iterator[torch.Tensor]:
+        """Yield the variants of a sample's image, transformed, each (3, height, width)."""
         with blaming_sample(sample):
             image = decode_image(image_member(sample)[1], smallest_side=self.transforms.smallest_side)
             for crop in range(self.options.crops):
-                picture = self.transforms(image, sample_seed(self.seed, index, crop))
-                yield picture
+                pixels = torch.from_numpy(self.transforms(image, sample_seed(self.seed, index, crop)))
+                yield pixels
                 if self.options.flipped:
-                    yield picture[:, :, ::-1]
+                    yield pixels.flip(2)
 
-    def _images_encoded(self, encode: EncodeImages, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Moments of each picture, or their means; a batch holds pictures of one size."""
+    def _write_shard(self, number: int, batches: Iterable["_Decoded"], progress: Progress | None) -> None:
+        """Encode the batches of one shard, and write its samples in their order."""
+        shard, before = self.source.shard(number), self._samples_in(self.work.done_numbers() - {number})
+        shared = (f"{CAPTION_KEY}.npy",) if self.options.share_captions else ()
+        shapes: dict[str, list[int | None]] = {}
+        self.embedded = {}
+        encoded: dict[int, Arrays] = {}  # those that wait for samples before them
+        written = 0
+        with ShardWriter(self.work.folder, len(shard) + 1, start=number, shared=shared) as writer:
+            for batch in batches:
+                for inside, arrays in zip(batch.numbers, self._encode(batch), strict=True):
+                    sample = f"{shard.path}: {shard.key(inside)}"
+                    encoded[inside] = {name: to_float16(array, sample) for name, array in arrays.items()}
+                while arrays := encoded.pop(written, {}):
+                    sample = shard[written]
+                    writer.write(sample.key.replace(".", "_"), self._members(sample, arrays))
+                    shapes = merged_shapes(shapes, {name: list(array.shape) for name, array in arrays.items()})
+                    written += 1
+                if progress:
+                    progress(before + written + len(encoded), len(self.source))
+        self.work.record(number, writer.finished[0], shapes=shapes, buckets=self._bucket_numbers(number))
+
+    def _encode(self, batch: "_Decoded") -> list[Arrays]:
+        """Return the encoded arrays of each sample of a batch."""
+        made: list[Arrays] = [{} for _ in batch.numbers]
+        if self.encoders.images:
+            variants = self._encode_images(self.encoders.images, batch.images)
+            for number, row in enumerate(variants):
+                sample, variant = divmod(number, self.options.variants)
+                made[sample][variant_name(variant)] = row
+        if self.encoders.captions:
+            for arrays, embedding in zip(made, self._encode_captions(batch.captions), strict=True):
+                arrays[CAPTION_KEY] = embedding
+        return made
+
+    def _encode_images(self, encode: EncodeImages, images: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        """Return moments of each image, or their means; the images of one call have one size."""
         made: dict[int, np.ndarray] = {}
-        places = sorted(range(len(pictures)), key=lambda place: pictures[place].shape)
-        for _, some in groupby(places, key=lambda place: pictures[place].shape):
-            alike = list(some)
-            for at in range(0, len(alike), self.batch_size):
-                batch = alike[at : at + self.batch_size]
-                rows = encode(np.stack([pictures[place] for place in batch]))
-                made |= dict(zip(batch, rows, strict=True))
-        half = self.options.latents == "mean"
-        return [row[: len(row) // 2] if half else row for row in (made[place] for place in range(len(pictures)))]
+        by_shape = sorted(range(len(images)), key=lambda number: images[number].shape)
+        for _, alike in groupby(by_shape, key=lambda number: images[number].shape):
+            for numbers in batched(alike, self.batch_size):
+                rows = encode(torch.stack([images[number] for number in numbers]).numpy())
+                made |= dict(zip(numbers, rows, strict=True))
+        kept = slice(None, len(made[0]) // 2 if self.options.latents == "mean" else None)
+        return [made[number][kept] for number in range(len(images))]
 
-    def _captions_encoded(self, encode: EncodeCaptions, captions: list[str]) -> list[np.ndarray]:
+    def _encode_captions(self, captions: list[str]) -> list[np.ndarray]:
+        assert self.encoders.captions is not None
         if not self.options.share_captions:
-            return list(encode(captions))
+            return list(self.encoders.captions(captions))
         if new := [caption for caption in dict.fromkeys(captions) if caption not in self.embedded]:
-            self.embedded |= dict(zip(new, encode(new), strict=True))
+            self.embedded |= dict(zip(new, self.encoders.captions(new), strict=True))
         return [self.embedded[caption] for caption in captions]
 
     def _members(self, sample: Sample, arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -295,26 +298,45 @@ class _CacheWriter:
         kept = (name for name in (*CAPTION_EXTENSIONS, "json") if name in sample.members)
         return members | {name: bytes(sample.members[name]) for name in kept}
 
+    def _samples_in(self, shards: Iterable[int]) -> int:
+        return sum(self.source.counts[number] for number in shards)
+
     def _write_empty_prompt(self, encode: EncodeCaptions) -> None:
         with atomic_open(self.work.folder / EMPTY_PROMPT_FILE) as file:
             file.write(npy_bytes(to_float16(encode([""])[0], "the empty prompt")))
 
-    def _write_info(self, shapes: Mapping[str, list[int | None]], samples: int) -> None:
+    def _write_info(self, shapes: Mapping[str, list[int | None]]) -> None:
         extra = {variant_name(i) for i in range(1, self.options.variants)}
+        members = {name: {"shape": shape, "dtype": "float16"} for name, shape in shapes.items() if name not in extra}
         info = {
             "format": "latentsmith-cache-1",
-            "samples": samples,
+            "samples": len(self.source),
             "latents": "unscaled means" if self.options.latents == "mean" else "unscaled moments: mean, log variance",
-            "members": {
-                name: {"shape": shape, "dtype": "float16"} for name, shape in shapes.items() if name not in extra
-            },
+            "members": members,
             **({"variants": self.options.variants} if self.encoders.images else {}),
-            **({"buckets": self._buckets.sizes} if self._buckets else {}),
+            **({"buckets": self.buckets.sizes} if self.buckets else {}),
             "fingerprints": self.work.recipe["fingerprints"],
             "seed": self.work.recipe["seed"],
             "versions": {**self.encoders.versions, "numpy": np.__version__},
         }
         write_text(self.work.folder / CACHE_FILE, json.dumps(info, indent=1) + "\n")
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A batch of samples of one shard, ready to be encoded. images: all variants of each sample, one after the other."""
+
+    shard: int
+    numbers: list[int]
+    images: list[torch.Tensor]
+    captions: list[str]
+
+
+def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Yield the items in lists of `size`, the last of which may be shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def merged_shapes(
@@ -367,6 +389,7 @@ def precache(config: Config, out: Path | str) -> Path:
             seed=config.model.seed,
             rank=rank,
             processes=processes,
+            num_workers=config.model.data.num_workers,
             progress=bar,
         )
     if cut.total():

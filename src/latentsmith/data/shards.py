@@ -25,7 +25,8 @@ from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import DIGEST_BYTES, fingerprint_text
 
-from .storage import Mirror, MirrorCache, RemoteFile, is_remote
+from .mirrors import Mirror, MirrorCache, RemoteFile
+from .storage import is_remote
 from .tar_index import SAMPLE_NAME, Row, build_index, index_array, index_path, load_index, padded, save_index
 
 SET_FILE = "set.json"

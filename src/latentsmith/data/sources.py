@@ -32,11 +32,10 @@ from .storage import (
     LocalStorage,
     RemoteStorage,
     Storage,
-    file_system,
+    errors_reported,
     is_remote,
     link_refused,
-    reported,
-    with_retries,
+    storage_at,
 )
 from .tar_index import index_path
 
@@ -81,10 +80,10 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
         if not is_remote(path):
             _check_pattern(name, access)
         return TarSource(path)
-    if suffix in (".jsonl", ".csv", ".parquet") and not is_folder(path):
+    if suffix in (".jsonl", ".csv", ".parquet") and not _is_folder(path):
         folder, name = os.path.split(path)
-        storage = storage_at(folder, access, given=name)
-        if not storage.has(name):
+        storage = storage_at(folder, access, named=name)
+        if not storage.exists(name):
             raise BadInput(f"{path}: no such folder or file")
         return ParquetSource(storage, [name]) if suffix == ".parquet" else TableSource(storage, name)
     if is_remote(path) or Path(path).is_dir():
@@ -101,19 +100,8 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     )
 
 
-def is_folder(path: str | os.PathLike) -> bool:
-    """Whether there is a folder at a path or an address."""
-    if not is_remote(path):
-        return Path(path).is_dir()
-    with reported(str(path)):
-        system, inside = file_system(str(path))
-        with suppress(FileNotFoundError):
-            return with_retries(lambda: system.info(inside))["type"] == "directory"
-    return False
-
-
-def storage_at(path: str | os.PathLike, access: Access = INSIDE, given: str | None = None) -> Storage:
-    return RemoteStorage(str(path), access) if is_remote(path) else LocalStorage(Path(path), access, given)
+def _is_folder(path: str | os.PathLike) -> bool:
+    return RemoteStorage(str(path)).is_folder() if is_remote(path) else Path(path).is_dir()
 
 
 def _without_file_protocol(path: str | os.PathLike) -> str | os.PathLike:
@@ -129,14 +117,14 @@ def _check_tars(storage: LocalStorage, names: Iterable[str]) -> None:
     for tar in names:
         for name in (tar, str(index_path(Path(tar)))):
             with suppress(FileNotFoundError):  # ShardSet reports a tar that is missing
-                check_regular(storage.resolved(name), storage.folder / name)
+                check_regular(storage.resolve(name), storage.folder / name)
 
 
 def _check_pattern(pattern: str, access: Access) -> None:
     """`_check_tars` for a tar that the user named, or those that a pattern names."""
     for path in map(Path, expand_braces(pattern)):
         if "*" not in path.name:
-            _check_tars(LocalStorage(path.parent, access, given=path.name), [path.name])
+            _check_tars(LocalStorage(path.parent, access, named=path.name), [path.name])
         else:
             _check_tars(LocalStorage(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
 
@@ -144,12 +132,12 @@ def _check_pattern(pattern: str, access: Access) -> None:
 def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
     """What a folder is a source of, by the files in it."""
     storage = storage_at(path, access)
-    if storage.has(SET_FILE) or storage.has(UNFINISHED_FILE):
-        if isinstance(storage, LocalStorage) and storage.has(SET_FILE):
-            open_regular(storage.resolved(SET_FILE), JSON, storage.folder / SET_FILE).close()
+    if storage.exists(SET_FILE) or storage.exists(UNFINISHED_FILE):
+        if isinstance(storage, LocalStorage) and storage.exists(SET_FILE):
+            open_regular(storage.resolve(SET_FILE), JSON, storage.folder / SET_FILE).close()
             _check_tars(storage, [record.file for record in read_set_file(storage.folder)])
         return TarSource(path)
-    if tables := [name for name in TABLES if storage.has(name)]:
+    if tables := [name for name in TABLES if storage.exists(name)]:
         return TableSource(storage, tables[0])
     sizes = storage.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
@@ -267,12 +255,12 @@ class TableSource:
                     yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
 
     def fingerprint(self) -> str:
-        with reported(self.table), self.storage.open(self.name) as file:
+        with errors_reported(self.table), self.storage.open(self.name) as file:
             return hash_stream(file)
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
-        with reported(self.table), self.storage.open(self.name) as file:
+        with errors_reported(self.table), self.storage.open(self.name) as file:
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
             yield from rows(_lines(text, self.table), self.table)
 
