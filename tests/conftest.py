@@ -1,3 +1,7 @@
+import resource
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,3 +22,17 @@ def randomise():
         return module
 
     return randomise
+
+
+@pytest.fixture
+def limited():
+    """Fail a test that blocks, or takes 2 GiB, instead of letting it go on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked for a minute"))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, hard))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

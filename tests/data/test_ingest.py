@@ -2,11 +2,9 @@ import errno
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,20 +243,6 @@ def test_full_disk_is_one_line_and_can_go_on(tmp_path, png, monkeypatch):
         with pytest.raises(BadInput, match="out: the disk is full; free some space and run the command again"):
             import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2)
     assert import_dataset(tmp_path / "in", tmp_path / "out", samples_per_shard=2).good == 5
-
-
-@pytest.fixture
-def limited():
-    """Fail a test that blocks, or takes 2 GiB, instead of letting it go on."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked for a minute"))
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, hard))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----"

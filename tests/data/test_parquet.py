@@ -52,7 +52,7 @@ def test_bytes_or_paths(tmp_path, png, column):
         assert next(open_source(path).items()).image() == png()
     for value, reason in (
         ("gone.png", "gone.png"),
-        (None, "holds no picture"),
+        (None, "holds no image"),
         ({"bytes": b"", "path": ""}, "holds no"),
     ):
         path = write(tmp_path / "in" / "t.parquet", [{column: value, "caption": "c"}])
@@ -73,7 +73,7 @@ def test_the_command(tmp_path, rows, capsys):
     [
         (
             {"url": "http://x/y.jpg", "text": "t"},
-            "holds addresses of pictures, not pictures; fetch them",
+            "holds addresses of images, not images; fetch them",
         ),
         ({"pixels": b"x", "text": "t"}, "no column for the image"),
         ({"image": b"x", "words": "t"}, "no column for the caption among image, words"),

@@ -11,8 +11,9 @@ import pytest
 
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
-from latentsmith.data.sources import FolderSource, ParquetSource, TableSource, open_source
+from latentsmith.data.sources import FolderSource, TableSource, open_source
 from latentsmith.data.storage import OUTSIDE, PREFETCH, Access, LocalStorage, RemoteStorage
+from latentsmith.data.tables import ParquetTable
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import CAPTION
 
@@ -137,13 +138,14 @@ def test_files_come_many_at_once(tmp_path, png, addresses, monkeypatch):
 
 def test_parquet(tmp_path, png, addresses):
     parquets(tmp_path / "source", png)
-    here = ParquetSource(LocalStorage(tmp_path / "source"), ["a.parquet", "b.parquet"])
+    local = LocalStorage(tmp_path / "source")
+    here = TableSource(local, ParquetTable(local, ["a.parquet", "b.parquet"]))
     far = open_source(addresses()["memory"] + "/a.parquet")
     assert content(far) == content(here)[:2] and content(far)[1][2] == "missing image"
     (tmp_path / "source" / "beside.png").unlink()
     fsspec.filesystem("memory").store.clear()
     everything = open_source(addresses()["memory"])
-    assert isinstance(everything, ParquetSource)
+    assert isinstance(everything, TableSource)
     assert [row[3] for row in content(everything)] == ["first", "second", "last"]
     assert everything.fingerprint() == open_source(tmp_path / "source").fingerprint()
 
@@ -309,7 +311,7 @@ def test_a_folder_named_as_a_file(tmp_path, png, addresses):
     (tmp_path / "whole.parquet").rename(tmp_path / "source" / "whole.parquet")
     (tmp_path / "source" / "whole.parquet" / "beside.png").unlink()
     source = open_source(addresses()["memory"] + "/whole.parquet")
-    assert isinstance(source, ParquetSource) and len(source) == 3
+    assert isinstance(source, TableSource) and len(source) == 3
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.csv", "nowhere.parquet", ""])

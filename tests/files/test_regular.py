@@ -2,11 +2,8 @@
 
 import json
 import os
-import resource
-import signal
 import socket
 import tarfile
-from pathlib import Path
 
 import pytest
 
@@ -17,20 +14,6 @@ from latentsmith.files.tensors import open_tensors
 from latentsmith.inference.coco_captions import read_captions
 
 LIMIT = SizeLimit("a test", 1000)
-
-
-@pytest.fixture
-def limited():
-    """Fail a test that blocks, or takes 2 GiB, instead of letting it go on."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("blocked for a minute"))
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 * 2**30, hard))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @pytest.fixture

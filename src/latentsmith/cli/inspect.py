@@ -35,7 +35,8 @@ def inspect(
       latentsmith inspect cache --verify
       latentsmith inspect runs/sd1
     """
-    from latentsmith.data.storage import MirrorCache, is_remote
+    from latentsmith.data.mirrors import MirrorCache
+    from latentsmith.data.storage import is_remote
 
     if is_remote(path):
         if verify:

@@ -11,9 +11,9 @@ from latentsmith.progress import progress
 
 from .ingest import REPORT_FILE, read_report
 from .latent_cache import CACHE_FILE, LatentCache
+from .mirrors import MirrorCache
 from .sample_io import caption_of
 from .shards import SET_FILE, UNFINISHED_FILE, ShardSet, read_set_file
-from .storage import MirrorCache
 
 CAPTIONS_SHOWN = 3
 

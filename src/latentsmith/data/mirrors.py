@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from latentsmith.files.atomic import write_bytes, write_text
 from latentsmith.files.cache_folder import user_cache
@@ -207,6 +208,10 @@ def _tars_at(pattern: str) -> dict[str, tuple[int, str]]:
         paths = sorted(with_retries(lambda: system.glob(root))) if "*" in root else [root]
         found = {}
         for path in paths:
-            size, state = with_retries(lambda path=path: (system.size(path), system.ukey(path)))
+            size, state = with_retries(partial(_size_and_state, system, path))
             found[PurePosixPath(path).name] = (int(size), str(state))
         return found
+
+
+def _size_and_state(system: Any, path: str) -> tuple[int, str]:
+    return system.size(path), system.ukey(path)

@@ -217,7 +217,8 @@ class _CacheWriter:
         """Read and decode a batch of samples; runs in the workers."""
         shard, numbers = self.source.shard(batch[0]), batch[1]
         first = sum(self.source.counts[: batch[0]])
-        images, captions = [], []
+        images: list[torch.Tensor] = []
+        captions: list[str] = []
         for number in numbers:
             sample = shard[number]
             if self.encoders.images:
@@ -247,8 +248,8 @@ class _CacheWriter:
         with ShardWriter(self.work.folder, len(shard) + 1, start=number, shared=shared) as writer:
             for batch in batches:
                 for inside, arrays in zip(batch.numbers, self._encode(batch), strict=True):
-                    sample = f"{shard.path}: {shard.key(inside)}"
-                    encoded[inside] = {name: to_float16(array, sample) for name, array in arrays.items()}
+                    name = f"{shard.path}: {shard.key(inside)}"
+                    encoded[inside] = {key: to_float16(array, name) for key, array in arrays.items()}
                 while arrays := encoded.pop(written, {}):
                     sample = shard[written]
                     writer.write(sample.key.replace(".", "_"), self._members(sample, arrays))
@@ -324,7 +325,7 @@ class _CacheWriter:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A batch of samples of one shard, ready to be encoded. images: all variants of each sample, one after the other."""
+    """A batch of samples of one shard, ready to be encoded. images: the variants of each sample one after the other."""
 
     shard: int
     numbers: list[int]

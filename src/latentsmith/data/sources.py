@@ -4,25 +4,22 @@ Errors are of two kinds. BadInput: the source itself is wrong (no pictures, a ga
 BadSample, raised when an item is read: this one sample is wrong.
 """
 
-import csv
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from latentsmith.files.errors import BadInput
-from latentsmith.files.hashing import fingerprint_text, hash_stream
+from latentsmith.files.hashing import fingerprint_text
 from latentsmith.files.pickles import load_plain
-from latentsmith.files.regular import CAPTION, JSON, TABLE_LINE, check_regular, open_regular
+from latentsmith.files.regular import CAPTION, JSON, check_regular, open_regular
 
 from .errors import BadSample
-from .parquet import URL_COLUMNS, ParquetTable, image_of
 from .sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from .shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
 from .storage import (
@@ -32,17 +29,17 @@ from .storage import (
     LocalStorage,
     RemoteStorage,
     Storage,
-    errors_reported,
     is_remote,
     link_refused,
     storage_at,
 )
+from .tables import ParquetTable, Table, TextTable, image_bytes
 from .tar_index import index_path
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
-IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
+IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "image_bytes", "jpg", "png", "bytes")
+URL_COLUMNS = {"url", "image_url", "URL"}
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-PICTURE_COLUMNS = (*IMAGE_COLUMNS, "image_bytes", "jpg", "png", "bytes")
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
         storage = storage_at(folder, access, named=name)
         if not storage.exists(name):
             raise BadInput(f"{path}: no such folder or file")
-        return ParquetSource(storage, [name]) if suffix == ".parquet" else TableSource(storage, name)
+        table = ParquetTable(storage, [name]) if suffix == ".parquet" else TextTable(storage, name)
+        return TableSource(storage, table)
     if is_remote(path) or Path(path).is_dir():
         return folder_source(path, access)
     if not Path(path).exists():
@@ -138,7 +136,7 @@ def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
             _check_tars(storage, [record.file for record in read_set_file(storage.folder)])
         return TarSource(path)
     if tables := [name for name in TABLES if storage.exists(name)]:
-        return TableSource(storage, tables[0])
+        return TableSource(storage, TextTable(storage, tables[0]))
     sizes = storage.sizes()
     if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
         return _with_refused(FolderSource(storage, sizes), storage)
@@ -148,7 +146,7 @@ def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
             _check_tars(storage, tars)
         return TarSource(path)
     if parquets := [name for name in sorted(sizes, key=PurePosixPath) if _extension(name) == "parquet"]:
-        return _with_refused(ParquetSource(storage, parquets), storage)
+        return _with_refused(TableSource(storage, ParquetTable(storage, parquets)), storage)
     if storage.refused:
         raise link_refused(f"{storage.address}/{storage.refused[0]}")
     raise BadInput(f"{storage.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
@@ -222,92 +220,46 @@ class FolderSource:
 
 
 class TableSource:
-    """A .jsonl or .csv file: one row per sample, with a column for the image's path, relative to the table, and one for
-    the caption; every other column is kept as JSON. BadInput, with the line's number, for a table that cannot be read.
+    """A table with a column for the image (a path beside the table, or bytes) and one for the caption; others are kept.
+
+    Raises BadInput for a table without these columns.
     """
 
-    def __init__(self, storage: Storage, name: str):
-        self.storage, self.name = storage, name
-        self.table = f"{storage.address}/{name}"
-        rows = self._rows()
-        first = next(rows, None)
-        if first is None:
-            raise BadInput(f"{self.table}: an empty table; it needs rows with file_name and text")
-        self.image_column = self._column(first[1], IMAGE_COLUMNS, "the image's path")
-        self.caption_column = self._column(first[1], CAPTION_COLUMNS, "the caption")
-        self._length = 1 + sum(1 for _ in rows)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def items(self, start: int = 0) -> Iterator[SourceItem]:
-        rows = islice(self._rows(), start, None)
-        while some := list(islice(rows, PREFETCH)):
-            names = [row.get(self.image_column) for _, row in some]
-            self.storage.prefetch([name for name in names if isinstance(name, str) and name])
-            for (line, row), name in zip(some, names, strict=True):
-                caption = row.get(self.caption_column)
-                extra = {key: v for key, v in row.items() if key not in (self.image_column, self.caption_column)}
-                if isinstance(name, str) and name:
-                    yield SourceItem(name, partial(self.storage.read, name), _text_reader(caption), extra)
-                else:
-                    where = f"line {line:,} of {self.name}"
-                    yield SourceItem(where, _raiser("missing image", f"{where}: no {self.image_column}"), lambda: "")
-
-    def fingerprint(self) -> str:
-        with errors_reported(self.table), self.storage.open(self.name) as file:
-            return hash_stream(file)
-
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = _jsonl_rows if _extension(self.name) == "jsonl" else _csv_rows
-        with errors_reported(self.table), self.storage.open(self.name) as file:
-            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            yield from rows(_lines(text, self.table), self.table)
-
-    def _column(self, row: Mapping[str, Any], known: Iterable[str], what: str) -> str:
-        for column in known:
-            if column in row:
-                return column
-        names = ", ".join(map(str, list(row)[:8])) or "(none)"
-        raise BadInput(f"{self.table}: no column for {what} among {names}; name it one of {', '.join(known)}")
-
-
-class ParquetSource:
-    """Parquet files: a column with the image (bytes, a path beside the table, or both as Hugging Face has them), one
-    with the caption; other columns that JSON can hold are kept."""
-
-    def __init__(self, storage: Storage, names: Sequence[str]):
-        self.storage, self.table = storage, ParquetTable(storage, names)
-        if not len(self.table):
-            raise BadInput(f"{self.table.address}: the table has no rows")
-        self.image_column = self._column(PICTURE_COLUMNS, "the image (bytes or a path)")
+    def __init__(self, storage: Storage, table: Table):
+        self.storage, self.table = storage, table
+        if not any(name in IMAGE_COLUMNS for name in table.columns) and URL_COLUMNS & set(table.columns):
+            raise BadInput(f"{table.address}: holds addresses of images, not images; fetch them with img2dataset")
+        self.image_column = self._column(IMAGE_COLUMNS, "the image (bytes or a path)")
         self.caption_column = self._column(CAPTION_COLUMNS, "the caption")
 
     def __len__(self) -> int:
         return len(self.table)
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        for where, row in self.table.rows(start):
-            extra = {
-                key: value
-                for key, value in row.items()
-                if key not in (self.image_column, self.caption_column) and isinstance(value, str | int | float | bool)
-            }
-            picture = partial(image_of, row[self.image_column], self.storage, where)
-            yield SourceItem(where, picture, _text_reader(row[self.caption_column]), extra)
+        rows = self.table.rows(start)
+        while some := list(islice(rows, PREFETCH)):
+            images = [row.get(self.image_column) for _, row in some]
+            self.storage.prefetch([image for image in images if isinstance(image, str) and image])
+            for (where, row), image in zip(some, images, strict=True):
+                extra = {
+                    key: value
+                    for key, value in row.items()
+                    if key not in (self.image_column, self.caption_column) and self.table.keeps(value)
+                }
+                name = image if isinstance(image, str) and image else where
+                caption = _text_reader(row.get(self.caption_column))
+                yield SourceItem(name, partial(image_bytes, image, self.storage, where), caption, extra)
 
     def fingerprint(self) -> str:
         return self.table.fingerprint()
 
-    def _column(self, known: Iterable[str], what: str) -> str:
-        by_name = {name.lower(): name for name in self.table.columns}
-        if (found := next((by_name[name] for name in known if name in by_name), None)) is not None:
-            return found
-        table = self.table.address
-        if any(name in self.table.columns for name in URL_COLUMNS) and known is PICTURE_COLUMNS:
-            raise BadInput(f"{table}: holds addresses of pictures, not pictures; fetch them with img2dataset")
-        names = ", ".join(self.table.columns[:8]) or "(none)"
-        raise BadInput(f"{table}: no column for {what} among {names}; name it one of {', '.join(known)}")
+    def _column(self, names: Iterable[str], what: str) -> str:
+        by_name = {column.lower(): column for column in self.table.columns}
+        for name in names:
+            if name in by_name:
+                return by_name[name]
+        columns = ", ".join(self.table.columns[:8]) or "(none)"
+        raise BadInput(f"{self.table.address}: no column for {what} among {columns}; name it one of {', '.join(names)}")
 
 
 class TarSource:
@@ -350,44 +302,6 @@ def _json_member(sample: Sample) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _lines(file: io.TextIOWrapper, table: str) -> Iterator[str]:
-    """The lines of a table. Raises BadInput for one that is longer than TABLE_LINE."""
-    for number in count(1):
-        line = file.readline(TABLE_LINE.size + 1)
-        if len(line) > TABLE_LINE.size:
-            raise BadInput(f"{table}: line {number:,} has more than {TABLE_LINE.size:,} characters; mend or remove it")
-        if not line:
-            return
-        yield line
-
-
-def _jsonl_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{table}: line {number:,} is not JSON ({error}); mend or remove it") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{table}: line {number:,} is {type(row).__name__}, not a JSON object; mend or remove it")
-        yield number, row
-
-
-def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                wanted = len(reader.fieldnames or ())
-                raise BadInput(
-                    f"{table}: line {reader.line_num:,} has not the header's {wanted} fields; mend its quotes"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise BadInput(f"{table}: line {reader.line_num:,} is not CSV ({error}); mend or remove it") from None
 
 
 def _extension(name: str) -> str:

@@ -1,0 +1,181 @@
+"""Tables of images and captions: .jsonl and .csv, and parquet as Hugging Face's data sets have it."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import PurePosixPath
+from typing import Any, Protocol
+
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_text, hash_stream
+from latentsmith.files.regular import TABLE_LINE
+
+from .errors import BadSample
+from .storage import Storage, errors_reported
+
+PARQUET_ROWS = 256  # read at a time
+
+
+class Table(Protocol):
+    """Rows in order. address: what to call the table in errors. columns: their names."""
+
+    address: str
+    columns: list[str]
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield (where, row) from row number `start` on."""
+
+    def keeps(self, value: Any) -> bool:
+        """Return whether a value of another column than image and caption is kept, as JSON."""
+
+    def fingerprint(self) -> str: ...
+
+
+class TextTable:
+    """A .jsonl or .csv file. Raises BadInput, with the line's number, for one that cannot be read."""
+
+    def __init__(self, storage: Storage, name: str):
+        self.storage, self.name = storage, name
+        self.address = f"{storage.address}/{name}"
+        rows = self.rows()
+        first = next(rows, None)
+        if first is None:
+            raise BadInput(f"{self.address}: an empty table; it needs rows with file_name and text")
+        self.columns = list(first[1])
+        self._length = 1 + sum(1 for _ in rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        parse = _jsonl_rows if self.name.lower().endswith(".jsonl") else _csv_rows
+        with errors_reported(self.address), self.storage.open(self.name) as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            for line, row in islice(parse(_lines(text, self.address), self.address), start, None):
+                yield f"line {line:,} of {self.name}", row
+
+    def keeps(self, value: Any) -> bool:
+        return True
+
+    def fingerprint(self) -> str:
+        with errors_reported(self.address), self.storage.open(self.name) as file:
+            return hash_stream(file)
+
+
+class ParquetTable:
+    """One or more .parquet files, one after the other, read in small batches.
+
+    Raises BadInput for files that are none, and where pyarrow is not installed.
+    """
+
+    def __init__(self, storage: Storage, names: Sequence[str]):
+        self.names = names
+        self.address = f"{storage.address}/{names[0]}" if len(names) == 1 else storage.address
+        try:
+            import pyarrow.parquet as parquet
+        except ModuleNotFoundError:
+            raise BadInput(f"{self.address}: parquet needs pyarrow; pip install 'latentsmith[parquet]'") from None
+        with self._errors_reported():
+            opened = [storage.open(name) for name in names]
+            self.sizes = [file.seek(0, os.SEEK_END) for file in opened]
+            self.files = [parquet.ParquetFile(file) for file in opened]
+        self.columns = list(self.files[0].schema_arrow.names)
+        if not len(self):
+            raise BadInput(f"{self.address}: the table has no rows")
+
+    def __len__(self) -> int:
+        return sum(file.metadata.num_rows for file in self.files)
+
+    def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield (where, row) from row number `start` on; row groups before it are not read."""
+        for name, file in zip(self.names, self.files, strict=True):
+            number, groups = 0, list(range(file.num_row_groups))
+            while groups and number + (rows := file.metadata.row_group(groups[0]).num_rows) <= start:
+                number += rows
+                groups.pop(0)
+            batches = file.iter_batches(PARQUET_ROWS, row_groups=groups)
+            while (batch := self._next(batches)) is not None:
+                skipped = min(max(0, start - number), batch.num_rows)
+                for offset, row in enumerate(batch.slice(skipped).to_pylist(), skipped):
+                    yield f"row {number + offset:,} of {PurePosixPath(name).name}", row
+                number += batch.num_rows
+            start = max(0, start - file.metadata.num_rows)
+
+    def keeps(self, value: Any) -> bool:
+        return isinstance(value, str | int | float | bool)
+
+    def fingerprint(self) -> str:
+        names = (PurePosixPath(name).name for name in self.names)
+        return fingerprint_text("\n".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True)))
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        with self._errors_reported():
+            return next(batches, None)
+
+    @contextmanager
+    def _errors_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except (BadInput, MemoryError):
+            raise
+        except Exception as error:  # of pyarrow, the file system, or the protocol behind it
+            what = " ".join(str(error).split())[:160] or type(error).__name__
+            raise BadInput(f"{self.address}: not readable as parquet ({what})") from None
+
+
+def image_bytes(value: Any, storage: Storage, where: str) -> bytes:
+    """Return the image in a cell: bytes, a path beside the table, or Hugging Face's {bytes, path}."""
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise BadSample("missing image", f"{where}: holds no image")
+    try:
+        return storage.read(value)
+    except BadSample as error:
+        raise BadSample(error.reason, f"{where}: {error}") from None
+
+
+def _lines(file: io.TextIOWrapper, table: str) -> Iterator[str]:
+    """Yield the lines of a table. Raises BadInput for one that is longer than TABLE_LINE."""
+    for number in count(1):
+        line = file.readline(TABLE_LINE.size + 1)
+        if len(line) > TABLE_LINE.size:
+            raise BadInput(f"{table}: line {number:,} has more than {TABLE_LINE.size:,} characters; mend or remove it")
+        if not line:
+            return
+        yield line
+
+
+def _jsonl_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{table}: line {number:,} is not JSON ({error}); mend or remove it") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{table}: line {number:,} is {type(row).__name__}, not a JSON object; mend or remove it")
+        yield number, row
+
+
+def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(file)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = len(reader.fieldnames or ())
+                raise BadInput(
+                    f"{table}: line {reader.line_num:,} has not the header's {wanted} fields; mend its quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BadInput(f"{table}: line {reader.line_num:,} is not CSV ({error}); mend or remove it") from None
