@@ -17,7 +17,7 @@ from latentsmith.data.resumable_output import CLAIM_FILE, ResumableOutput
 from latentsmith.data.sample_io import caption_of, npy_array, npy_bytes
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.shuffle import CROPS, integer_below, sample_seed
-from latentsmith.data.tar_index import index_path, load_index
+from latentsmith.data.tar_index import load_index
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 
@@ -224,7 +224,7 @@ def test_equal_captions_are_stored_once(tmp_path, png):
     assert all(same(cache[i], apart[i]) for i in range(6))
     sizes = [sum(record.bytes for record in one.shards.records) for one in (cache, apart)]
     assert sizes[0] < 0.8 * sizes[1]
-    assert all(load_index(index_path(path), path.read_bytes()) is not None for path in cache.shards.paths)
+    assert all(load_index(path, path.read_bytes()) is not None for path in cache.shards.paths)
 
 
 def test_random_transforms_follow_seed_and_index(tmp_path, source):

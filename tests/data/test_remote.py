@@ -287,10 +287,11 @@ def test_a_set_json_names_files_beside_it_alone(folder, name):
         ShardSet(folder)
 
 
-def test_a_wdinfo_names_no_address(tmp_path):
-    (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": ["a.tar", "file:///etc/b.tar"]}))
+@pytest.mark.parametrize("name", ["file:///etc/b.tar", "/etc/b.tar", "sub/../../b.tar"])
+def test_a_wdinfo_names_tars_in_its_folder_alone(tmp_path, name):
+    (tmp_path / "wdinfo.pkl").write_bytes(pickle.dumps({"tar_files": ["a.tar", name]}))
     config = load_config("demo")
-    with pytest.raises(BadInput, match=r"lists file:///etc/b\.tar, and only the config may name an address"):
+    with pytest.raises(BadInput, match=rf"lists '{re.escape(name)}', which is not in its folder"):
         tars_of(config, str(tmp_path / "wdinfo.pkl"))
 
 

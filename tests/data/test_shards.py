@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from latentsmith.data.image_sizes import image_sizes
 from latentsmith.data.shards import (
     UNFINISHED_FILE,
     Shard,
@@ -233,3 +234,16 @@ def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
     first = shards[0].members["txt"]
     assert [bytes(sample.members["txt"]) for sample in shards] == [b"%d" % number for number in range(10)]
     assert len(shards._open) == 3 and bytes(first) == b"0"  # a view outlives its shard's place among the open ones
+
+
+def test_a_file_of_somebody_else_beside_a_tar_is_not_replaced(tmp_path, png):
+    """Neither where an index belongs nor where sizes do: an array of another form, or no array at all."""
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write("a", {"png": png(), "txt": b"one"})
+    tar = tmp_path / "set" / "shard-000000.tar"
+    np.save(tar.with_suffix(".index.npy"), np.arange(4))
+    tar.with_suffix(".sizes.npy").write_text("my notes")
+    before = {path.name: path.read_bytes() for path in tar.parent.iterdir()}
+    shards = ShardSet(tar)
+    assert shards[0].text("txt") == "one" and image_sizes(shards).tolist() == [[30, 40]]
+    assert {path.name: path.read_bytes() for path in tar.parent.iterdir()} == before

@@ -47,6 +47,7 @@ def import_(
       latentsmith data import metadata.jsonl shards --max-bad 100 --no-duplicates
       latentsmith data import laion shards --min-size 512 --max-aspect 2 --where language=en --where "aesthetic>=5"
     """
+    from latentsmith.data.filters import Filters
     from latentsmith.data.ingest import import_data
 
     import_data(
@@ -54,15 +55,10 @@ def import_(
         out,
         samples_per_shard=samples_per_shard,
         max_bad=max_bad,
-        no_duplicates=no_duplicates,
+        filters=Filters(min_size, max_size, max_aspect, min_caption, max_caption, tuple(where or ())),
+        keep_duplicates=not no_duplicates,
         follow_links=follow_links,
         allow_outside=allow_outside,
-        min_size=min_size,
-        max_size=max_size,
-        max_aspect=max_aspect,
-        min_caption=min_caption,
-        max_caption=max_caption,
-        where=tuple(where or ()),
     )
 
 

@@ -30,7 +30,7 @@ from .sample_io import blaming_sample, caption_of, image_member
 from .shards import Sample, ShardSet
 from .shuffle import CROPS, Mixture, integer_below, sample_seed, shuffled_index
 from .sources import read_wdinfo
-from .storage import is_remote
+from .storage import is_remote, leads_out
 from .transforms import Transforms
 
 CAPTIONS_CHECKED = 1000  # whose lengths are counted before training
@@ -146,8 +146,8 @@ def tars_of(config: Config, path: str) -> list[str]:
     if not path.endswith(".pkl"):
         return [path if is_remote(path) else os.path.join(root, path)]
     tars = read_wdinfo(Path(path))
-    if remote := [tar for tar in tars if is_remote(tar)]:
-        raise BadInput(f"{path}: lists {remote[0]}, and only the config may name an address: give it in dataset_path")
+    if outside := [tar for tar in tars if is_remote(tar) or leads_out(tar)]:
+        raise BadInput(f"{path}: lists {outside[0]!r}, which is not in its folder; give it in dataset_path")
     return [os.path.join(root, tar) for tar in tars]
 
 

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
 
 from .images import UPRIGHT, orientation_of
 from .sample_io import image_member
 from .shards import Shard, ShardSet
+from .tar_index import load_beside, write_beside
 
 SIDEWAYS = {value for value in UPRIGHT if value >= 5}  # orientations that swap height and width
+
+
+SIZE = np.dtype([("height", "<u4"), ("width", "<u4")])
 
 
 def image_sizes(shards: ShardSet, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
@@ -37,16 +40,24 @@ def sizes_path(tar: Path) -> Path:
 
 
 def sizes_of(shard: Shard, imported: bool) -> np.ndarray:
-    """The sizes of one shard. The file's first row is a digest of the tar's index, by which a stale one is known."""
-    mark = np.frombuffer(hashlib.blake2b(shard.index.tobytes(), digest_size=8).digest(), np.uint32)[None]
-    with suppress(OSError, ValueError, EOFError):
-        stored = np.load(sizes_path(shard.path), allow_pickle=False)
-        if stored.shape == (len(shard) + 1, 2) and (stored[:1] == mark).all():
-            return stored[1:]
+    """Return (samples, 2) uint32, the sizes of one shard. imported: whether our import wrote the set.
+
+    The file beside the tar has a first row that is a digest of the tar's index, by which a stale one is found out.
+    """
+    digest = hashlib.blake2b(shard.index.tobytes(), digest_size=8).digest()
+    stored = load_beside(sizes_path(shard.path), is_sizes)
+    if stored is not None and len(stored) == len(shard) + 1 and stored[0].tobytes() == digest:
+        return stored[1:].view(np.uint32).reshape(-1, 2)
     sizes = np.array([_size(shard, number, imported) for number in range(len(shard))], np.uint32)
-    with suppress(OSError), atomic_open(sizes_path(shard.path)) as file:  # a read-only folder: read again next time
-        np.save(file, np.concatenate([mark, sizes]))
+    rows = np.concatenate([np.frombuffer(digest, SIZE), sizes.reshape(-1).view(SIZE)])
+    with suppress(OSError):  # in a read-only folder they are read again next time
+        write_beside(sizes_path(shard.path), rows, is_sizes)
     return sizes
+
+
+def is_sizes(array: np.ndarray) -> bool:
+    """Return whether an array beside a tar is ours."""
+    return array.dtype == SIZE and array.ndim == 1
 
 
 def _size(shard: Shard, number: int, imported: bool) -> tuple[int, int]:

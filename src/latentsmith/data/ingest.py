@@ -32,8 +32,6 @@ FIRST_CAUSES = 3  # in the error of an import without a good sample
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 PHOTO_FORMATS = ("JPEG", "MPO", "AVIF", "JPEG2000")  # lossy already: as PNG they would only grow
 
-EVERYTHING = Filters()
-
 Progress = Callable[[int, int, int], None]  # samples seen, samples in the source, bad ones among them
 
 
@@ -54,7 +52,7 @@ def import_dataset(
     *,
     samples_per_shard: int = 1000,
     max_bad: int | None = None,
-    filters: Filters | None = None,
+    filters: Filters = Filters(),  # noqa: B008, frozen
     keep_duplicates: bool = True,
     follow_links: bool = False,
     allow_outside: bool = False,
@@ -74,7 +72,6 @@ def import_dataset(
     """
     access = Access(follow_links, allow_outside)
     listing = open_source(source, access)
-    filters = filters or Filters()
     options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
     # Only those in use: imports made before there were these options have neither.
     options |= {name: True for name, used in asdict(access).items() if used}
@@ -197,7 +194,7 @@ class _Import:
         yield from self.bad
 
 
-def prepare(item: SourceItem, filters: Filters = EVERYTHING) -> dict[str, bytes]:
+def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
     """The members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
     data = item.image()
     caption = checked_caption(item.caption())
@@ -238,33 +235,14 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def import_data(
-    source: str | Path,
-    out: Path,
-    *,
-    samples_per_shard: int = 1000,
-    max_bad: int | None = None,
-    no_duplicates: bool = False,
-    follow_links: bool = False,
-    allow_outside: bool = False,
-    **filters: Any,
-) -> ImportReport:
-    """Pictures and captions to indexed shards; prints what came in and what was set aside, by reason.
-
-    filters: the fields of `Filters`.
-    """
+def import_data(source: str | os.PathLike, out: str | os.PathLike, **options: Any) -> ImportReport:
+    """Run `import_dataset` with a progress bar, and print what came in and what was set aside, by reason."""
     with progress("importing", "samples") as bar:
-        report = import_dataset(
-            source,
-            out,
-            samples_per_shard=samples_per_shard,
-            max_bad=max_bad,
-            filters=Filters(**filters),
-            keep_duplicates=not no_duplicates,
-            follow_links=follow_links,
-            allow_outside=allow_outside,
-            progress=lambda done, total, bad: bar(done, total, note=f"{bad:,} set aside" if bad else ""),
-        )
+
+        def show(done: int, total: int, bad: int) -> None:
+            bar(done, total, note=f"{bad:,} set aside" if bad else "")
+
+        report = import_dataset(source, out, progress=show, **options)
     print(f"{out}: {report.good:,} samples in {report.shards} shards, {report.bad:,} set aside")
     for reason, count in sorted(report.reasons.items()):
         print(f"  {count:,} {reason}")

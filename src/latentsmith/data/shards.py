@@ -14,24 +14,25 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
-from latentsmith.files.hashing import DIGEST_BYTES, fingerprint_text
+from latentsmith.files.hashing import fingerprint_text, hash_file
 
 from .mirrors import Mirror, MirrorCache, RemoteFile
 from .storage import is_remote
-from .tar_index import SAMPLE_NAME, Row, build_index, index_array, index_path, load_index, padded, save_index
+from .tar_index import SAMPLE_NAME, Row, build_index, index_array, load_index, padded, write_index
 
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"
-AT_ONCE = 4 << 20  # bytes written together: the system caches them in larger pages, read a third faster from then on
 OPEN_SHARDS = 200  # each holds three file descriptors, and 1,024 is the usual limit of a process
 
 
@@ -70,22 +71,17 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike, remote: Mirror | None = None):
         self.path = Path(path)
-        self.file: IO[bytes] | None = None
-        self.bytes: mmap.mmap | RemoteFile
-        if ranges := remote.fetch(self.path.name) if remote else None:
-            self.bytes = ranges
-        else:
-            self.file, self.bytes = _map_file(self.path)
+        not_fetched = remote.fetch(self.path.name) if remote else None
+        self.bytes: mmap.mmap | RemoteFile = not_fetched or _map_file(self.path)
         self.index = self._open_index()
         self.extensions = tuple(name[1:] for name in (self.index.dtype.names or ())[1:])
 
-    def _open_index(self):
-        stored = index_path(self.path)
-        index = load_index(stored, self.bytes)  # type: ignore[arg-type]
+    def _open_index(self) -> np.ndarray:
+        index = load_index(self.path, self.bytes)
         if index is None:
             index = build_index(self.path, self.bytes.opened() if isinstance(self.bytes, RemoteFile) else None)
             with suppress(OSError):  # in a read-only folder the index lives in memory, and is built again next time
-                save_index(stored, index)
+                write_index(self.path, index)
         return index
 
     def __len__(self) -> int:
@@ -176,7 +172,7 @@ class ShardSet(Sequence):
 
 
 class ShardWriter:
-    """Writes samples into `folder/shard-000000.tar`, ..., each renamed into place, with its index, once it is full.
+    """Write samples into `folder/shard-000000.tar`, ..., each renamed into place, with its index, once it is full.
 
     start: number of the first shard. shared: extensions whose equal members of a shard are written once; the index
     points all samples to the first. Use as a context manager: an error discards the shard in hand, a clean end
@@ -186,29 +182,48 @@ class ShardWriter:
     def __init__(
         self, folder: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0, shared: Sequence[str] = ()
     ):
-        self.shared = frozenset(shared)
-        self.folder = Path(folder)
-        self.samples_per_shard = samples_per_shard
+        self.folder, self.samples_per_shard, self.shared = Path(folder), samples_per_shard, frozenset(shared)
         self.number = start
         self.finished: list[ShardRecord] = []
-        self._tar: _OpenTar | None = None
+        self._open: tuple[AbstractContextManager[IO[bytes]], tarfile.TarFile] | None = None
+        self._rows: list[Row] = []
+        self._written: dict[bytes, tuple[int, int]] = {}  # offset and size of shared members, by their digest
 
     def write(self, key: str, members: Mapping[str, bytes]) -> bool:
         """Append one sample, its key without a dot; returns whether that completed a shard."""
         assert members and "." not in key and SAMPLE_NAME.fullmatch(f"{key}.x"), key
-        if self._tar is None:
-            self._tar = _OpenTar(self.folder / shard_name(self.number), self.shared)
-        self._tar.add(key, members)
-        if full := len(self._tar.rows) >= self.samples_per_shard:
+        if self._open is None:
+            aside = atomic_open(self.folder / shard_name(self.number))
+            self._open = aside, tarfile.TarFile(fileobj=aside.__enter__(), mode="w")
+        spans = {}
+        for extension, data in members.items():
+            digest = hashlib.blake2b(data).digest() if extension in self.shared else b""
+            spans[extension] = self._written.get(digest) or self._append(f"{key}.{extension}", data)
+            if digest:
+                self._written[digest] = spans[extension]
+        self._rows.append((key, spans))
+        if is_full := len(self._rows) >= self.samples_per_shard:
             self.finish_shard()
-        return full
+        return is_full
+
+    def _append(self, name: str, data: bytes) -> tuple[int, int]:
+        assert self._open is not None
+        tar = self._open[1]
+        header = tarfile.TarInfo(name)  # no times, no owner: equal samples, equal shards
+        header.size = len(data)
+        tar.addfile(header, BytesIO(data))
+        return tar.offset - padded(len(data)), len(data)
 
     def finish_shard(self) -> bool:
         """Complete the shard in hand; returns whether there was one."""
-        if self._tar is None:
+        if self._open is None:
             return False
-        self.finished.append(self._tar.finish())
-        self._tar = None
+        (aside, tar), path = self._open, self.folder / shard_name(self.number)
+        tar.close()
+        aside.__exit__(None, None, None)
+        write_index(path, index_array(path, self._rows))
+        self.finished.append(ShardRecord(path.name, len(self._rows), path.stat().st_size, hash_file(path)))
+        self._open, self._rows, self._written = None, [], {}
         self.number += 1
         return True
 
@@ -218,62 +233,9 @@ class ShardWriter:
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type is None:
             self.finish_shard()
-        elif self._tar is not None:
-            self._tar.discard(error)
-
-
-class _OpenTar:
-    """A tar being written aside, and the rows of its index."""
-
-    def __init__(self, path: Path, shared: frozenset[str]):
-        self.path, self.shared = path, shared
-        self.rows: list[Row] = []
-        self._written: dict[bytes, tuple[int, int]] = {}  # shared members by their digest
-        self._context = atomic_open(path, buffering=AT_ONCE)
-        self._file = _HashedFile(self._context.__enter__())
-        self._tar = tarfile.TarFile(fileobj=self._file, mode="w")  # type: ignore[arg-type]
-
-    def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        spans = {}
-        for extension, data in members.items():
-            digest = hashlib.blake2b(data).digest() if extension in self.shared else None
-            if digest in self._written:
-                spans[extension] = self._written[digest]
-                continue
-            header = tarfile.TarInfo(f"{key}.{extension}")  # no times, no owner: equal samples, equal shards
-            header.size = len(data)
-            self._tar.addfile(header, BytesIO(data))
-            spans[extension] = (self._tar.offset - padded(len(data)), len(data))
-            if digest is not None:
-                self._written[digest] = spans[extension]
-        self.rows.append((key, spans))
-
-    def finish(self) -> ShardRecord:
-        self._tar.close()
-        self._context.__exit__(None, None, None)
-        save_index(index_path(self.path), index_array(self.path, self.rows))
-        return ShardRecord(self.path.name, len(self.rows), self._file.size, self._file.digest.hexdigest())
-
-    def discard(self, error: BaseException) -> None:
-        with suppress(type(error)):  # atomic_open removes the file and passes the caller's own error on
-            self._context.__exit__(type(error), error, None)
-
-
-class _HashedFile:
-    """A file written front to back, hashed on the way."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self.size = 0
-        self.digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
+        elif self._open is not None:
+            with suppress(error_type):  # atomic_open removes the file and raises the caller's own error again
+                self._open[0].__exit__(error_type, error, None)
 
 
 def shard_name(number: int) -> str:
@@ -319,11 +281,10 @@ def _checked(shard: Shard, record: ShardRecord | None) -> Shard:
     return shard
 
 
-def _map_file(path: Path) -> tuple[IO[bytes], mmap.mmap]:
-    """A tar as an open file and as mapped bytes."""
+def _map_file(path: Path) -> mmap.mmap:
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115, closed when its shard goes
-        return file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
         raise BadInput(f"{path}: an empty file (0 bytes), not a tar; make it again") from None
     except OSError as error:

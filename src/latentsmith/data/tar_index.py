@@ -7,10 +7,10 @@ bytes, offset 0 where a sample has no such member. It lies beside the tar as `.i
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -61,18 +61,37 @@ def index_array(path: Path, rows: Sequence[Row]) -> np.ndarray:
     return index
 
 
-def load_index(path: Path, tar: bytes) -> np.ndarray | None:
-    """The stored index at `path`, memory-mapped; None if there is none, or it is damaged or not of the mapped `tar`."""
+def load_index(tar: Path, data: Any) -> np.ndarray | None:
+    """Return the index beside a tar, memory-mapped; None if there is none, or it is not of the tar's `data`."""
+    index = load_beside(index_path(tar), is_index)
+    return index if index is not None and _fits(index, data) else None
+
+
+def write_index(tar: Path, index: np.ndarray) -> None:
+    """Write the index beside a tar, unless a file of that name is no index."""
+    write_beside(index_path(tar), index, is_index)
+
+
+def is_index(array: np.ndarray) -> bool:
+    """Return whether an array is an index by its fields."""
+    names = array.dtype.names or ()
+    return names[:1] == ("key",) and all(n.startswith(".") and array.dtype[n].shape == (2,) for n in names[1:])
+
+
+def load_beside(path: Path, is_ours: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+    """Return the array that we wrote beside a tar, memory-mapped; None if there is none."""
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except (ValueError, OSError, EOFError):
         return None
-    return index if _fits(index, tar) else None
+    return array if is_ours(array) else None
 
 
-def save_index(path: Path, index: np.ndarray) -> None:
-    with atomic_open(path) as file:
-        np.save(file, index, allow_pickle=False)
+def write_beside(path: Path, array: np.ndarray, is_ours: Callable[[np.ndarray], bool]) -> None:
+    """Write an array beside a tar. A file of that name that we did not write stays, and nothing is written."""
+    if not path.exists() or load_beside(path, is_ours) is not None:
+        with atomic_open(path) as file:
+            np.save(file, array, allow_pickle=False)
 
 
 def padded(size: int) -> int:
@@ -101,11 +120,10 @@ def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> li
     return members
 
 
-def _fits(index: np.ndarray, tar: bytes) -> bool:
-    """Whether the index is one of ours and ends exactly where the tar does: at the zero block after the last member."""
-    names = index.dtype.names or ()
-    if not len(index) or names[:1] != ("key",) or any(index.dtype[name].shape != (2,) for name in names[1:]):
+def _fits(index: np.ndarray, data: Any) -> bool:
+    """Return whether an index ends exactly where the tar does: at the zero block after the last member."""
+    if not len(index):
         return False
-    last = max((index[name][-1].tolist() for name in names[1:]), default=[0, 0])
+    last = max((index[name][-1].tolist() for name in (index.dtype.names or ())[1:]), default=[0, 0])
     end = last[0] + padded(last[1])
-    return tar[end : end + BLOCK] == bytes(BLOCK)
+    return data[end : end + BLOCK] == bytes(BLOCK)
