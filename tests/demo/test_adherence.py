@@ -15,7 +15,6 @@ from latentsmith.demo.scenes import (
     draw,
     sample_scenes,
     to_bytes,
-    vocabulary,
 )
 
 VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS}
@@ -23,7 +22,7 @@ VALUES = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "position": POSITIO
 
 @pytest.fixture(scope="module")
 def reader():
-    return SceneReader(**vocabulary())
+    return SceneReader()
 
 
 @pytest.fixture(scope="module")

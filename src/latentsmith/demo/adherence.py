@@ -7,9 +7,10 @@ which is never right, so a smudge scores nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
 
 import numpy as np
+
+from .scenes import BACKGROUNDS, COLOURS, OFFSET, POSITIONS, SIZES, Scene, shape_masks
 
 UNREADABLE = "unreadable"
 
@@ -34,21 +35,6 @@ class Reading:
 ATTRIBUTES = tuple(field.name for field in fields(Reading))
 
 
-class HasAttributes(Protocol):
-    """Any object with the five attributes, such as the scene that a prompt was made from."""
-
-    @property
-    def colour(self) -> str: ...
-    @property
-    def shape(self) -> str: ...
-    @property
-    def size(self) -> str: ...
-    @property
-    def position(self) -> str: ...
-    @property
-    def background(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Adherence:
     """Shares of `count` images, in [0, 1], whose reading equals their prompt; all_right: in all five attributes."""
@@ -67,25 +53,14 @@ class Adherence:
 
 
 class SceneReader:
-    """Reads scenes whose colours, shapes, sizes and positions are among those given.
+    """Reads scenes: the names of their colours, shapes, sizes, positions and backgrounds."""
 
-    palette, backgrounds: sRGB of each name, 0..255. shape_masks: each shape filling a square image, (n, n) in [0, 1].
-    sizes: half the width of an object, positions: (x, y) of its middle from the image's, in fractions of the side.
-    """
-
-    def __init__(
-        self,
-        palette: Mapping[str, Sequence[int]],
-        backgrounds: Mapping[str, Sequence[int]],
-        shape_masks: Mapping[str, np.ndarray],
-        sizes: Mapping[str, float],
-        positions: Mapping[str, tuple[float, float]],
-    ) -> None:
-        self.palette = {name: to_lab(np.array(colour)) for name, colour in palette.items()}
-        self.backgrounds = {name: to_lab(np.array(colour)) for name, colour in backgrounds.items()}
-        self.shapes = {name: ShapeTemplate(mask) for name, mask in shape_masks.items()}
-        self.sizes = {name: np.array([np.log(half_width)]) for name, half_width in sizes.items()}
-        self.positions = {name: np.array(position) for name, position in positions.items()}
+    def __init__(self) -> None:
+        self.palette = {name: to_lab(np.array(colour)) for name, colour in COLOURS.items()}
+        self.backgrounds = {name: to_lab(np.array(colour)) for name, colour in BACKGROUNDS.items()}
+        self.shapes = {name: ShapeTemplate(mask) for name, mask in shape_masks().items()}
+        self.sizes = {name: np.array([np.log(half_width)]) for name, half_width in SIZES.items()}
+        self.positions = {name: OFFSET * np.array(corner) for name, corner in POSITIONS.items()}
 
     def read_scene(self, image: np.ndarray) -> Reading:
         """image: uint8 (height, width, 3), square or nearly so."""
@@ -116,7 +91,7 @@ class SceneReader:
         pure = np.linalg.norm(to_lab(pixels) - to_lab(colour), axis=-1) < max(reach, 20)
         return nearest(to_lab(colour), known, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
 
-    def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[HasAttributes]) -> Adherence:
+    def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> Adherence:
         """Return how often images[i] shows scenes[i]; at least one of each, equally many."""
         assert len(images) == len(scenes) > 0, f"{len(images)} images for {len(scenes)} scenes"
         pairs = [(self.read_scene(image), scene) for image, scene in zip(images, scenes, strict=True)]

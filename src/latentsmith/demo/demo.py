@@ -160,7 +160,7 @@ class Result:
 
     @cached_property
     def score(self) -> Adherence:
-        return SceneReader(**scenes.vocabulary()).adherence(self.images, self.scenes)
+        return SceneReader().adherence(self.images, self.scenes)
 
 
 def generate(pipeline: Pipeline, results: Sequence[Result]) -> None:

@@ -170,18 +170,6 @@ def shape_masks(size: int = 64) -> dict[str, np.ndarray]:
     return {name: coverage(distance(x, y) * size / 2) for name, distance in SHAPES.items()}
 
 
-def vocabulary() -> dict[str, dict]:
-    """Return the arguments of a SceneReader: the colour, mask, half width or position (fractions) of every name."""
-    positions = {name: (column * OFFSET, row * OFFSET) for name, (column, row) in POSITIONS.items()}
-    return {
-        "palette": COLOURS,
-        "backgrounds": BACKGROUNDS,
-        "shape_masks": shape_masks(),
-        "sizes": SIZES,
-        "positions": positions,
-    }
-
-
 def pixel_grid(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return x and y of the pixels' middles, each (size, size), in fractions of the side from the image's middle."""
     axis = (np.arange(size) + 0.5) / size - 0.5
