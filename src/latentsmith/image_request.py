@@ -205,7 +205,7 @@ AXES = {flag.lstrip("-").replace("-", "_"): name for name, each in OPTIONS.items
 
 def options_from_nemo(infer: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of ImageRequest and SamplingOptions that a section `infer` of NeMo's gives."""
-    return {name: infer[each.nemo] for name, each in OPTIONS.items() if each.nemo and each.nemo in infer}
+    return {name: infer[each.nemo] for name, each in OPTIONS.items() if each.nemo and infer.get(each.nemo) is not None}
 
 
 def unknown_keyword(name: str, known: Mapping[str, Any]) -> str:

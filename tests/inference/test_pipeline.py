@@ -165,6 +165,7 @@ def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
         (dict(eta=0.5, sampler="heun"), "heun has no share of noise to choose"),
         (dict(timestep_spacing="wide"), "wide"),
         (dict(strength=0.1, image=Image.new("RGB", (24, 16))), "strength 0.1 of 4 steps leaves none"),
+        (dict(image="cat.png"), "image is a str; give a PIL image"),
         (dict(seed=[1, 2]), "seed holds 2 for 1 prompts"),
         (dict(seed=-1), "seed is -1; it must be between 0 and"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
@@ -231,19 +232,23 @@ def test_threads_sample_side_by_side(pipeline):
     assert all(apart(left, right) <= 1 for left, right in zip(found, expected, strict=True))
 
 
-def test_stages_used_alone_make_the_same_image(pipeline):
-    for keywords in (dict(), dict(prompt_syntax="webui")):
-        text, null = pipeline.encode_prompt(["a (red:1.4) circle", LONG], "grey", **keywords)
-        assert text.shape == null.shape == (2, 24, 16)
-        latents = pipeline.sample(text, null, seed=[3, 4], **OPTIONS)
-        decoded = pipeline.decode(latents)
-        assert latents.shape == (2, 4, 8, 12) and decoded.shape == (2, 3, 16, 24)
-        whole = images(pipeline, LONG, "grey", seed=4)
-        assert apart([to_image(decoded[1])], whole) <= 1
-    unguided = pipeline.sample(text, seed=[3, 4], **OPTIONS | dict(guidance_scale=1.0))
-    assert torch.equal(unguided, pipeline.sample(text, seed=[3, 4], height=16, width=24, num_inference_steps=4))
+@pytest.mark.parametrize("syntax", ["plain", "webui"])
+def test_stages_used_alone_make_the_same_image(pipeline, syntax):
+    prompts = ["a (red:1.4) circle" if syntax == "webui" else "a red circle", LONG]
+    text, null = pipeline.encode_prompt(prompts, "grey", prompt_syntax=syntax)
+    assert text.shape == null.shape == (2, 24, 16)
+    latents = pipeline.sample(text, null, seed=[3, 4], **OPTIONS)
+    decoded = pipeline.decode(latents)
+    assert latents.shape == (2, 4, 8, 12) and decoded.shape == (2, 3, 16, 24)
+    assert apart([to_image(decoded[1])], images(pipeline, LONG, "grey", seed=4)) <= 1
+
+
+def test_sampling_without_null_text_is_unguided(pipeline):
+    text, null = pipeline.encode_prompt("a red circle")
+    size = dict(height=16, width=24, num_inference_steps=4)
+    assert torch.equal(pipeline.sample(text, **size), pipeline.sample(text, null, guidance_scale=1.0, **size))
     with pytest.raises(BadInput, match="needs null_text_embeddings"):
-        pipeline.sample(text, **OPTIONS)
+        pipeline.sample(text, guidance_scale=3.0, **size)
 
 
 def test_image_i_of_a_prompt_has_seed_plus_i(pipeline):
@@ -302,6 +307,6 @@ def test_to_moves_the_networks(pipeline):
 def test_options_of_nemos_infer_section():
     """The keys of NeMo's sd_infer.yaml as keywords of the pipeline."""
     infer = {"unconditional_guidance_scale": 5, "inference_steps": 30, "sampler_type": "PLMS", "eta": 0, "height": 512}
-    found = options_from_nemo(infer | {"num_images_per_prompt": 4, "down_factor": 8})
+    found = options_from_nemo(infer | {"num_images_per_prompt": 4, "down_factor": 8, "width": None})
     expected = {"guidance_scale": 5, "num_inference_steps": 30, "sampler": "PLMS", "eta": 0, "height": 512}
     assert found == expected

@@ -20,7 +20,6 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, sha256_files
 from latentsmith.files.images import read_image
 from latentsmith.image_request import AXES, OPTIONS, ImageRequest, SamplingOptions
-from latentsmith.precision import dtype_of
 from latentsmith.processes import own_device, process_of
 from latentsmith.progress import progress
 
@@ -52,7 +51,7 @@ class GenerationModel:
         self.pipeline = Pipeline.from_pretrained(
             checkpoint,
             device=own_device(device),
-            dtype=dtype_of(dtype),
+            dtype=dtype,
             prediction_type=prediction_type,
             tokenizer=tokenizer,
         )

@@ -101,6 +101,9 @@ def prepare_init_images(
 def prepare_init_image(
     image: Image.Image, mask: Image.Image | None, height: int | None, width: int | None, factor: int
 ) -> InitImage:
+    for name, each in {"image": image, "mask_image": mask}.items():
+        if each is not None and not isinstance(each, Image.Image):
+            raise BadInput(f"{name} is a {type(each).__name__}; give a PIL image")
     upright = ImageOps.exif_transpose(image)
     if mask is not None and mask.size != upright.size:
         raise BadInput(

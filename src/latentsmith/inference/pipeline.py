@@ -28,6 +28,7 @@ from latentsmith.diffusion import (
 from latentsmith.files.errors import BadInput
 from latentsmith.image_request import ImageRequest, SamplingOptions
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.precision import dtype_of
 from latentsmith.processes import pick_device
 from latentsmith.text.prompts import EncodedPrompt, embed_prompt, encode_prompt
 from latentsmith.text.tokenizer import Tokenizer
@@ -92,7 +93,7 @@ class Pipeline:
         prediction_type: overrides what the checkpoint says. weights: "ema" or "raw". tokenizer: a folder or file to
         use in place of the checkpoint's own. pad_to: length up to which text embeddings are filled with zeros, as NeMo
         trains v1 with 80; 0: not at all; None: as the checkpoint was trained. device: "auto" (cuda, mps, cpu) by
-        default. dtype: "auto" is float32.
+        default. dtype: "auto" is float32; or a torch.dtype, or a name that --dtype has.
         Raises BadInput for a file that cannot be read or is not a whole model.
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, weights)
@@ -119,7 +120,8 @@ class Pipeline:
         for network in networks.values():
             network.eval().requires_grad_(False)
         pipeline = cls(tokenizer=found, spec=spec, **networks)  # type: ignore[arg-type]
-        return pipeline.to(pick_device(device), torch.float32 if isinstance(dtype, str) else dtype)
+        named = dtype_of("fp32" if dtype == "auto" else dtype) if isinstance(dtype, str) else dtype
+        return pipeline.to(pick_device(device), named)
 
     def to(
         self, device: "str | torch.device | torch.dtype | None" = None, dtype: torch.dtype | None = None
@@ -284,7 +286,7 @@ class Pipeline:
             Denoiser(self.unet, self.schedule, self.spec.prediction_type, timestep_at=schedule.timestep_at),
             {"context": text_embeddings},
             None if null_text_embeddings is None else {"context": null_text_embeddings},
-            common_or_each([each.request.guidance_scale for each in batch]),
+            torch.tensor([each.request.guidance_scale for each in batch]),
             rescale=options.guidance_rescale,
             one_batch=not options.split_guidance,
         )
@@ -369,11 +371,6 @@ class Pipeline:
     def encode(self, images: Tensor, *, tiling: bool = False) -> Tensor:
         """Return scaled latents of images (batch, 3, height, width) in [-1, 1]: the means, float32."""
         return self.vae.to_latents(encode(self.vae, images, tiling=tiling))
-
-
-def common_or_each(scales: Sequence[float]) -> Tensor | float:
-    """Return one number where all are the same, else a tensor."""
-    return scales[0] if len(set(scales)) == 1 else torch.tensor(scales)
 
 
 for _method in (Pipeline.__call__, Pipeline.stream):
