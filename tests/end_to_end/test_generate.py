@@ -140,7 +140,7 @@ def test_a_grid_has_labelled_axes(run_generate, tmp_path):
         (("--grid", "colour=1,2", "a"), "--grid colour=1,2: give NAME=VALUE,VALUE,..., NAME one of "),
         (("--grid", "steps=1.5", "a"), "steps takes whole numbers"),
         (("--grid", "steps=1", "guidance=1", "eta=0", "a"), "a grid has one or two axes, not 3"),
-        (("--mask", "ROOT/tiny.yaml", "a"), "tiny.yaml: cannot be read as a picture"),
+        (("--mask", "ROOT/tiny.yaml", "a"), "tiny.yaml: cannot be read as an image"),
         (("--guidance-scale", "nan", "a"), "guidance_scale is nan"),
         ((), "no prompt"),
         (("--dtype", "int8", "a"), "int8"),
