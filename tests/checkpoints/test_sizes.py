@@ -1,4 +1,4 @@
-"""What `inspect` says, and full-size key accounting on the meta device: section 0's figures of the published models."""
+"""Sizes and prediction types are found in headers; full-size key counts of the published models, on the meta device."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,6 @@ from latentsmith.checkpoints import (
     ModelSpec,
     architecture,
     clip,
-    match,
     nemo,
     open_checkpoint,
     prediction_of,
@@ -21,7 +20,6 @@ from latentsmith.checkpoints import (
     diffusers as folders,
 )
 from latentsmith.checkpoints.base import Checkpoint, Part
-from latentsmith.checkpoints.inspect import summary
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.models.autoencoder import AutoencoderKL
@@ -144,36 +142,6 @@ def test_odd_sizes_need_their_config(tmp_path, make_shapes):
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m.ckpt")
     with pytest.raises(BadInput, match="head counts are not in the weights of a U-Net of this size"):
         architecture(open_checkpoint(tmp_path / "m.ckpt"))
-
-
-def test_summary_of_a_diffusers_folder(reference, reference_folder, shapes):
-    checkpoint = open_checkpoint(reference_folder)
-    found = summary(checkpoint, shapes)
-    assert (checkpoint.format, found.version) == ("diffusers", "")
-    prediction = "epsilon" if reference.version == 1 else "v_prediction"
-    assert found.prediction == (prediction, "scheduler_config.json")
-    unet = found.parts["unet"]
-    assert (unet.dialect, unet.tensors, unet.missing, unet.extra) == ("diffusers", len(shapes["unet"]), (), ())
-    assert unet.parameters == parameters(shapes["unet"]) and unet.dtypes == {"float32": len(shapes["unet"])}
-
-
-def test_summary_names_missing_extra_and_ignored(tmp_path, make_shapes):
-    shapes = make_shapes(1)
-    state = {f"model.diffusion_model.{name}": torch.zeros(shape).half() for name, shape in shapes["unet"].items()}
-    del state["model.diffusion_model.out.0.bias"]
-    state |= {"model.diffusion_model.label_emb.weight": torch.ones(1), "betas": torch.ones(3)}
-    state["who.knows"] = torch.ones(1)
-    torch.save({"state_dict": state, "global_step": 5}, tmp_path / "m.ckpt")
-    torch.save({}, tmp_path / "m-EMA.ckpt")
-    checkpoint = open_checkpoint(tmp_path / "m.ckpt")
-    found = summary(checkpoint, shapes)
-    assert checkpoint.format == "ldm" and found.ignored == {"schedule and scalars": 1} and not checkpoint.has_ema
-    unet = found.parts["unet"]
-    assert unet.missing == ("out.0.bias",) and unet.extra == ("model.diffusion_model.label_emb.weight",)
-    assert found.unknown == ("who.knows",)
-    with pytest.raises(BadInput, match=r"1 keys of no known format \(who.knows\)"):
-        match(checkpoint, "unet", shapes["unet"])
-    assert found.notes == ("its moving average is m-EMA.ckpt",)
 
 
 def test_spec_survives_json():

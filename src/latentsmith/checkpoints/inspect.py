@@ -1,8 +1,7 @@
 """What a checkpoint is and holds, in a few lines, from its headers; and whether its numbers are sound."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from latentsmith.architectures import CLIP_SIZES, COMPONENTS
@@ -10,7 +9,7 @@ from latentsmith.files.errors import BadInput
 from latentsmith.progress import progress
 
 from . import clip
-from .base import Checkpoint, Part, Shapes
+from .base import Checkpoint, Shapes, some
 from .formats import FORMATS, dialect_of
 from .load import network_shapes
 from .match import audit
@@ -18,33 +17,7 @@ from .open import open_checkpoint
 from .sizes import architecture, version_of
 from .spec import prediction_of, stated_spec
 
-
-@dataclass(frozen=True)
-class PartSummary:
-    """dialect: whose names it uses. dtypes: how many tensors of each. missing, extra: keys against the given shapes."""
-
-    dialect: str
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    mismatched: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a checkpoint holds. version: "v1", "v2" or "". prediction: type, or "unknown", and where it was read.
-
-    ignored: how many keys of each sort nothing uses. unknown: keys that belong to no part.
-    """
-
-    version: str
-    prediction: tuple[str, str]
-    parts: dict[str, PartSummary]
-    ignored: dict[str, int]
-    unknown: tuple[str, ...]
-    notes: tuple[str, ...]
+FAULTS = ("missing", "unknown", "of another shape")  # in the order of `audit`
 
 
 def inspect_checkpoint(path: str | Path, weights: str = "ema") -> Iterator[str]:
@@ -58,28 +31,32 @@ def inspect_checkpoint(path: str | Path, weights: str = "ema") -> Iterator[str]:
 
 def inspect_parts(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield lines on each part, on what is left unread, and on keys that do not fit the sizes the checkpoint states."""
+    if "unet" in checkpoint.parts:
+        prediction, source = prediction_of(checkpoint)
+        if stated := stated_spec(checkpoint).get("prediction_type"):
+            prediction, source = stated, "its own metadata"
+        version = version_of(checkpoint) or "sizes of its own"
+        yield f"  model     {version}, prediction {prediction or 'unknown'} ({source})"
+    for name, part in checkpoint.parts.items():
+        entries, title = part.entries.values(), dialect_of(part, checkpoint.config).title
+        dtypes = ", ".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in entries}))
+        parameters = sum(entry.numel for entry in entries if entry.dtype.is_floating_point)
+        yield f"  {name:12} {len(entries):,} tensors, {parameters:,} parameters, {dtypes}, {title} names"
     shapes, unchecked = expected_shapes(checkpoint)
-    found = summary(checkpoint, shapes)
-    if "unet" in found.parts:
-        prediction, source = found.prediction
-        yield f"  model     {found.version or 'sizes of its own'}, prediction {prediction} ({source})"
-    for name, part in found.parts.items():
-        dtypes = ", ".join(sorted(part.dtypes))
-        yield f"  {name:12} {part.tensors:,} tensors, {part.parameters:,} parameters, {dtypes}, {part.dialect} names"
-    for name, part in found.parts.items():
-        for fault, keys in (("missing", part.missing), ("unknown", part.extra), ("of another shape", part.mismatched)):
+    for name in shapes:
+        for fault, keys in zip(FAULTS, audit(checkpoint, name, shapes[name]), strict=True):
             if keys:
-                yield f"  {name}: {len(keys)} keys {fault} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-    if found.unknown:
-        yield f"  {len(found.unknown)} keys of no part ({', '.join(found.unknown[:3])}): nothing loads it as it is"
+                yield f"  {name}: {len(keys)} keys {fault} ({some(keys)})"
+    if checkpoint.unknown:
+        yield f"  {len(checkpoint.unknown)} keys of no part ({some(checkpoint.unknown)}): nothing loads it as it is"
     if unchecked:
         yield f"  keys not checked: {unchecked}"
     if checkpoint.has_ema:
         yield "  holds a moving average of the U-Net beside its raw weights"
-    if found.ignored:
-        yield f"  not used  {', '.join(f'{count:,} {name}' for name, count in found.ignored.items())}"
-    for note in found.notes:
-        yield f"  note      {note}"
+    if checkpoint.ignored:
+        names = Counter(key.split(".")[0] if "." in key else "schedule and scalars" for key in checkpoint.ignored)
+        yield f"  not used  {', '.join(f'{count:,} {name}' for name, count in names.items())}"
+    yield from _notes(checkpoint)
     for key, value in checkpoint.metadata.items():
         if key.startswith("modelspec.") or key == "latentsmith.omitted":
             yield f"  {key} {value[:100]}"
@@ -111,39 +88,12 @@ def expected_shapes(checkpoint: Checkpoint) -> tuple[dict[str, Shapes], str]:
         return {}, str(error)
 
 
-def summary(checkpoint: Checkpoint, shapes: Mapping[str, Shapes] | None = None) -> Summary:
-    """Summarise what was read of a checkpoint's headers. shapes: part -> names and shapes to check it with."""
-    expected = shapes or {}
-    parts = {
-        name: _summary_of(part, checkpoint, audit(checkpoint, name, expected[name]) if name in expected else ())
-        for name, part in checkpoint.parts.items()
-    }
-    prediction, source = prediction_of(checkpoint)
-    if own := stated_spec(checkpoint).get("prediction_type"):
-        prediction, source = own, "its own metadata"
-    ignored = Counter(key.split(".")[0] if "." in key else "schedule and scalars" for key in checkpoint.ignored)
-    return Summary(
-        version_of(checkpoint) or "", (prediction or "unknown", source), parts, dict(ignored), checkpoint.unknown,
-        _notes(checkpoint),
-    )  # fmt: skip
-
-
-def _summary_of(part: Part, checkpoint: Checkpoint, faults: tuple[list[str], ...]) -> PartSummary:
-    entries = part.entries.values()
-    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in entries)
-    parameters = sum(entry.numel for entry in entries if entry.dtype.is_floating_point)
-    title = dialect_of(part, checkpoint.config).title
-    return PartSummary(title, len(entries), parameters, dict(dtypes), *map(tuple, faults))
-
-
-def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    notes = []
+def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     text, path = checkpoint.parts.get("text_encoder"), checkpoint.path
     if text and dialect_of(text, checkpoint.config) is clip.OPEN_CLIP_DIALECT:
         layers = CLIP_SIZES["ViT-H-14"].layers
         if clip.depth(text.entries) == layers - 1:
-            notes.append(f"the text encoder lacks the unused {layers}th layer and projection (14 tensors)")
+            yield f"  note      the text encoder lacks the unused {layers}th layer and projection (14 tensors)"
     sibling = path.with_name(f"{path.stem}-EMA{path.suffix}")
     if path.suffix == ".ckpt" and sibling.is_file():
-        notes.append(f"its moving average is {sibling.name}")
-    return tuple(notes)
+        yield f"  note      its moving average is {sibling.name}"

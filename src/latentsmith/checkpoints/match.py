@@ -17,6 +17,21 @@ from .formats import dialect_of
 Found = Mapping[str, LazyTensor | None]  # canonical name -> what the file has under it
 UNIT_DIMS = re.compile(r"\.(proj_in|proj_out)\.weight$|\.(attn_1|attn\.\d+)\.(q|k|v)\.weight$")  # 1x1 conv or Linear
 TITLES = {part: component.title.removeprefix("the ") for part, component in COMPONENTS.items()}
+SIZES = {  # (ending of a name, axis, what to say if the file has {0} there and the config {1})
+    "unet": [
+        ("input_blocks.0.0.weight", 0, "its first convolution has {} channels, the config says model_channels {}"),
+        ("attn2.to_k.weight", 1, "{version}its context width is {}, the config says context_dim {}"),
+        ("input_blocks.0.0.weight", 1, "{purpose}it takes {} input channels, the config says in_channels {}"),
+    ],
+    "vae": [
+        ("encoder.conv_in.weight", 0, "its first convolution has {} channels, the config says ddconfig.ch {}"),
+        ("decoder.conv_in.weight", 1, "its latents have {} channels, the config says z_channels {}"),
+    ],
+    "text_encoder": [
+        ("final_layer_norm.weight", 0, "a text encoder of width {}, the config says {}"),
+        ("token_embedding.weight", 0, "a vocabulary of {:,} tokens, the config says {:,}"),
+    ],
+}
 BLOCKS = {  # keys of a config that decide how many blocks there are
     "unet": "channel_mult, num_res_blocks, attention_resolutions and transformer_depth",
     "vae": "ddconfig's ch_mult, num_res_blocks and attn_resolutions",
@@ -155,49 +170,27 @@ def _complaint(
         facts.append(
             f"{len(mismatched)} of another shape ({name} is {theirs}, the config makes it {tuple(shapes[name])})"
         )
-    explain = {"unet": _unet_reason, "vae": _vae_reason, "text_encoder": _text_reason}[part.name]
-    reason = explain(part, shapes, found)
+    reason = _likely_reason(part, shapes, found)
     if not reason and part.name in BLOCKS and (missing or unread):
         reason = f"its blocks differ: compare {BLOCKS[part.name]}"
     return f"{part.path}: {'; '.join([reason, *facts] if reason else facts)}"
 
 
-def _sizes(shapes: Shapes, found: Found, ending: str, axis: int) -> tuple[int, int] | None:
-    """Return the file's and the network's extent along `axis` of the first tensor with that ending, if they differ."""
-    for name, shape in shapes.items():
-        entry = found.get(name)
-        if name.endswith(ending) and entry is not None and len(entry.shape) > axis and entry.shape[axis] != shape[axis]:
-            return entry.shape[axis], shape[axis]
-    return None
-
-
-def _unet_reason(part: Part, shapes: Shapes, found: Found) -> str:
-    if sizes := _sizes(shapes, found, "input_blocks.0.0.weight", 0):
-        return f"its first convolution has {sizes[0]} channels, the config says model_channels {sizes[1]}"
-    if sizes := _sizes(shapes, found, "attn2.to_k.weight", 1):
-        version = f"a {SD_VERSIONS[sizes[0]]} checkpoint: " if sizes[0] in SD_VERSIONS else ""
-        return f"{version}its context width is {sizes[0]}, the config says context_dim {sizes[1]}"
-    if sizes := _sizes(shapes, found, "input_blocks.0.0.weight", 1):
-        purpose = f"{UNET_INPUTS[sizes[0]]}: " if sizes[0] in UNET_INPUTS else ""
-        return f"{purpose}it takes {sizes[0]} input channels, the config says in_channels {sizes[1]}"
-    return ""
-
-
-def _vae_reason(part: Part, shapes: Shapes, found: Found) -> str:
-    if sizes := _sizes(shapes, found, "encoder.conv_in.weight", 0):
-        return f"its first convolution has {sizes[0]} channels, the config says ddconfig.ch {sizes[1]}"
-    if sizes := _sizes(shapes, found, "decoder.conv_in.weight", 1):
-        return f"its latents have {sizes[0]} channels, the config says z_channels {sizes[1]}"
-    return ""
-
-
-def _text_reason(part: Part, shapes: Shapes, found: Found) -> str:
-    if sizes := _sizes(shapes, found, "final_layer_norm.weight", 0):
-        return f"a text encoder of width {sizes[0]}, the config says {sizes[1]}"
-    if sizes := _sizes(shapes, found, "token_embedding.weight", 0):
-        return f"a vocabulary of {sizes[0]:,} tokens, the config says {sizes[1]:,}"
-    layers, wanted = clip.depth(part.entries), clip.depth(shapes)
-    full = CLIP_SIZES["ViT-H-14"].layers
+def _likely_reason(part: Part, shapes: Shapes, found: Found) -> str:
+    """Return what explains most faults at once, from the first size in SIZES that differs; "" if there is none."""
+    for ending, axis, sentence in SIZES[part.name]:
+        for name, shape in shapes.items():
+            entry = found.get(name)
+            if not name.endswith(ending) or entry is None or len(entry.shape) <= axis:
+                continue
+            theirs, ours = entry.shape[axis], shape[axis]
+            if theirs != ours:
+                version = f"a {SD_VERSIONS[theirs]} checkpoint: " if theirs in SD_VERSIONS else ""
+                purpose = f"{UNET_INPUTS[theirs]}: " if theirs in UNET_INPUTS else ""
+                return sentence.format(theirs, ours, version=version, purpose=purpose)
+    if part.name != "text_encoder":
+        return ""
+    layers, wanted, full = clip.depth(part.entries), clip.depth(shapes), CLIP_SIZES["ViT-H-14"].layers
     if (layers, wanted) == (full - 1, full):
-        return "a 23-layer SD2 text encoder already stops at the penultimate layer: set layer to penultimate"
+        return f"a {layers}-layer SD2 text encoder already stops at the penultimate layer: set layer to penultimate"
     return f"a text encoder of {layers} layers, the config asks for {wanted}" if layers != wanted else ""
