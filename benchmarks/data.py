@@ -2,7 +2,7 @@
 
     python benchmarks/data.py WORK_FOLDER [--samples 2048] [--rounds 5] [--rows cache,decode,open] [--json FILE]
 
-cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache by `read_batch`, and
+cache: batches of 64 in random order as tensors, shapes of Stable Diffusion v1, from (a) our cache by its reader, and
 by the loader of training, with and without the noise it draws, (b) webdataset over tars
 of pickles as NeMo precaches them, (c) torch's loader over two .npy files a sample; and the machine's own reading of the
 same bytes. decode: real JPEGs (scikit-image's and scikit-learn's) to 512 x 512, resized and cropped, by our transforms
@@ -127,10 +127,11 @@ def cache_rows(work: Path, samples: int, rounds: int) -> None:
     buffer = bytearray(max(record.bytes for record in cache.shards.records))  # to memory, as the others do
 
     def ours() -> int:
-        order = shuffled_index(next(turn), np.arange(samples), samples)
+        seed = next(turn)
         for at in range(0, samples - BATCH + 1, BATCH):
-            batch = cache.read_batch(order[at : at + BATCH])
-            _ = {name: torch.from_numpy(rows) for name, rows in batch.items()}
+            _ = read(
+                [shuffled_index(seed, position, samples) for position in range(at, at + BATCH)], range(at, at + BATCH)
+            )
         return samples // BATCH * BATCH
 
     samples_of = TrainingSet(cache.shards, cache, None, (4, *MOMENTS[1:]))

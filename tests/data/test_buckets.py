@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentsmith.data.buckets import BLOCK, LEFT_OUT, BucketOrder, Buckets, MixedBuckets, listing
+from latentsmith.data.buckets import LEFT_OUT, BucketOrder, Buckets, MixedBuckets, listing
 from latentsmith.data.image_sizes import image_sizes, sizes_path
 from latentsmith.data.shards import ShardSet, ShardWriter
 from latentsmith.data.shuffle import INTERLEAVE_BLOCK
@@ -101,15 +101,6 @@ def test_samples_left_out_never_come(numbers):
         BucketOrder(np.full(10, LEFT_OUT, np.uint8), 5, 8)
 
 
-def test_a_set_of_several_blocks():
-    numbers = np.random.default_rng(3).integers(0, 4, 3 * BLOCK + 11, dtype=np.uint8)
-    order = BucketOrder(numbers, 1, 4)
-    for bucket in range(4):
-        members = np.flatnonzero(numbers == bucket)
-        for number in (0, 1, len(members) // 2, len(members) - 1):
-            assert order.member(bucket, number) == members[number]
-
-
 @pytest.mark.parametrize("weights", [(1, 1), (3, 1), (0.1, 0.7)])
 def test_sets_mixed_by_weight_within_buckets(numbers, weights):
     lengths, batch, steps = (700, 300), 8, 6000
@@ -137,7 +128,7 @@ def test_every_sample_of_a_mixture_comes_in_its_turn(numbers):
     for bucket in range(5):
         members = np.flatnonzero(numbers == bucket)
         for among in (members[members < 700], members[members >= 700]):
-            own = [order.member(bucket, order._within(bucket, at)) for at in range(12 * len(members))]
+            own = [order.samples[bucket][order._within(bucket, at)] for at in range(12 * len(members))]
             counts = Counter(index for index in own if index in set(among.tolist()))
             assert len(counts) == len(among)
 

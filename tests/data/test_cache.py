@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -110,10 +111,32 @@ def test_reading_keeps_no_more_shards_open_than_allowed(tmp_path, png, monkeypat
         assert len(os.listdir("/proc/self/fd")) <= before + 3 * (3 + 1)  # tar, its map, its index
 
 
-def test_batch_size_changes_nothing(tmp_path, source):
-    write_cache(source, tmp_path / "1", TRANSFORMS, encoders(), batch_size=1)
-    write_cache(source, tmp_path / "7", TRANSFORMS, encoders(), batch_size=7)
-    assert everything(tmp_path / "1") == everything(tmp_path / "7")
+@pytest.mark.parametrize(
+    "transforms", [TRANSFORMS, Transforms(aspect_buckets={"resolution": 16, "step": 4}, horizontal_flip=True)]
+)
+def test_batch_size_and_workers_change_nothing(tmp_path, png, transforms):
+    """And no worker is left behind."""
+    with ShardWriter(tmp_path / "set", samples_per_shard=7) as writer:
+        for number in range(10):
+            size = (16, 16 + 8 * (number % 3))
+            writer.write(f"{number:03}", {"png": png(size, number), "txt": f"caption {number}".encode()})
+    source, encode = ShardSet(tmp_path / "set"), encoders(images=lambda images: images[:, :, ::4, ::4])
+    for batch_size, num_workers in ((1, 0), (3, 2), (7, 1)):
+        out = tmp_path / str(batch_size)
+        write_cache(source, out, transforms, encode, batch_size=batch_size, num_workers=num_workers, seed=3)
+    assert everything(tmp_path / "1") == everything(tmp_path / "3") == everything(tmp_path / "7")
+    assert not multiprocessing.active_children()
+
+
+def test_an_image_gone_bad_is_named_by_workers_too(tmp_path, png):
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write("0", {"png": png(), "txt": b"x"})
+        writer.write("1", {"png": png()[:300], "txt": b"x"})
+    with pytest.raises(
+        BadInput, match=r"^\S+shard-000000\.tar: sample '1': truncated PNG image .* import the set again$"
+    ):
+        write_cache(ShardSet(tmp_path / "set"), tmp_path / "c", TRANSFORMS, encoders(), num_workers=2)
+    assert not multiprocessing.active_children()
 
 
 def test_real_webdataset_reads_a_cache(tmp_path, source):
@@ -196,7 +219,7 @@ def test_variants_that_would_be_alike_are_refused(tmp_path, source, options, mes
     ("options", "part", "message"),
     [
         (CacheOptions("mean"), "images", "only captions are encoded"),
-        (CacheOptions(share_captions=True), "captions", "only pictures are encoded"),
+        (CacheOptions(share_captions=True), "captions", "only images are encoded"),
     ],
 )
 def test_options_of_what_is_not_encoded_are_refused(tmp_path, source, options, part, message):

@@ -1,4 +1,4 @@
-"""`latentsmith data ...`: sets of pictures and captions."""
+"""`latentsmith data ...`: sets of images and captions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make sets of captioned pictures.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Make sets of captioned images.", no_args_is_help=True, rich_markup_mode=None)
 
 Source = Annotated[
     str,
-    typer.Argument(
-        help="Folder of pictures with captions, a CSV, JSONL or parquet table, or tars; here or at s3://..."
-    ),
+    typer.Argument(help="Folder of images with captions, a CSV, JSONL or parquet table, or tars; here or at s3://..."),
 ]
 Out = Annotated[Path, typer.Argument(help="Folder to write.")]
 Count = Annotated[int, typer.Option("--count", "-n", min=1, help="How many.")]
@@ -26,7 +24,7 @@ def import_(
     out: Out,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar.")] = 1000,
     max_bad: Annotated[int | None, typer.Option(min=0, help="Stop once more than this many are set aside.")] = None,
-    no_duplicates: Annotated[bool, typer.Option("--no-duplicates", help="Keep the first of equal pictures.")] = False,
+    no_duplicates: Annotated[bool, typer.Option("--no-duplicates", help="Keep the first of equal images.")] = False,
     follow_links: Annotated[bool, typer.Option("--follow-links", help="Read links out of the source folder.")] = False,
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Read table entries that are absolute paths or use `..`.")
@@ -38,7 +36,7 @@ def import_(
     max_caption: Annotated[int | None, typer.Option(min=1, help="Characters of a caption, at most.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="On JSON or columns: language=en, aesthetic>=5.")] = None,
 ) -> None:
-    """Turn pictures and captions into indexed shards; what cannot be read is set aside with its reason.
+    """Turn images and captions into indexed shards; what cannot be read is set aside with its reason.
 
     \b
     Examples:
@@ -74,7 +72,7 @@ def scenes(
     \b
     Examples:
       latentsmith data scenes scenes --count 5000
-      latentsmith data scenes pictures --count 20000 --seed 1 --doodles 0.5
+      latentsmith data scenes images --count 20000 --seed 1 --doodles 0.5
     """
     from latentsmith.demo.scenes import write_scenes
 

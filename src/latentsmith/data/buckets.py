@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: pictures keep their shape, nearly, and each optimizer step is of one size.
+"""Aspect-ratio buckets: images keep their shape, nearly, and each optimizer step is of one size.
 
-Which samples a step has is a pure function of (seed, step), like `order`: nothing is stored but one byte a sample.
+Which samples a step has is a pure function of (seed, step), like the order of `shuffle.py`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ from latentsmith.files.errors import BadInput
 from .shuffle import WeightedInterleave, shuffled_index
 
 LEFT_OUT = 255  # the bucket of samples that a run passes over
-BLOCK = 4096  # samples whose buckets are looked through for one of them
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Buckets:
         return _sizes(self.resolution, self.step, self.max_aspect)
 
     def number_of(self, height: int, width: int) -> int:
-        """The bucket whose aspect is nearest to that of a picture, in proportion."""
+        """Return the bucket whose aspect is nearest to that of an image, in proportion."""
         return int(self.numbers_of(np.array([[height, width]]))[0])
 
     def numbers_of(self, sizes: np.ndarray) -> np.ndarray:
@@ -66,15 +65,15 @@ class BucketOrder:
 
     numbers: (samples,) uint8, the bucket of each sample, LEFT_OUT for none. Within its own positions each bucket is a
     keyed bijection, epoch by epoch, as if it were alone. Over an epoch of the run each has as many steps as its samples
-    fill; what they do not fill is owed to its next epoch, so that none is dropped and none is drawn more often. Nothing
-    per sample but its number is held. BadInput if every sample is left out.
+    fill; the rest is carried over to its next epoch, so that none is dropped and none comes more often. Four bytes
+    per sample are held. Raises BadInput if every sample is left out.
     """
 
     def __init__(self, numbers: np.ndarray, seed: int, batch: int):
-        self.numbers, self.seed, self.batch = numbers, seed, batch
-        buckets = int(numbers[numbers != LEFT_OUT].max(initial=0)) + 1
-        self.tallies = _tallies(numbers, buckets)  # (buckets, blocks + 1), samples of each bucket before each block
-        self.counts = self.tallies[:, -1].tolist()
+        self.seed, self.batch = seed, batch
+        self.counts = _counts(numbers, int(numbers[numbers != LEFT_OUT].max(initial=0)) + 1)
+        by_bucket = np.argsort(numbers, kind="stable").astype(np.uint32)  # those left out come last
+        self.samples = np.split(by_bucket, np.cumsum(self.counts))[:-1]  # of each bucket, in order
         self._latest = (-1, 0, 0)  # a step, its bucket and number: the positions of one step come together
         if not sum(self.counts):
             raise BadInput("no sample is left: model.data.train.filterings leaves all of them out")
@@ -83,30 +82,23 @@ class BucketOrder:
         return sum(self.counts)
 
     def __call__(self, position: int) -> int:
-        step, place = divmod(position, self.batch)
+        step, offset = divmod(position, self.batch)
         if self._latest[0] != step:
             self._latest = (step, *self.step_of(step))
         _, bucket, number = self._latest
-        return self.member(bucket, self._within(bucket, number * self.batch + place))
+        return int(self.samples[bucket][self._within(bucket, number * self.batch + offset)])
 
     def step_of(self, step: int) -> tuple[int, int]:
-        """The bucket of an optimizer step of the run, and which of the bucket's own steps it is."""
+        """Return the bucket of an optimizer step of the run, and which of the bucket's own steps it is."""
         epoch = self._epoch_of(step)
         before, after = self._steps_by(epoch), self._steps_by(epoch + 1)
         length, first = sum(after) - sum(before), sum(before)
-        place = shuffled_index(self.seed ^ 0xB0C4, epoch * length + step - first, length)
+        slot = shuffled_index(self.seed ^ 0xB0C4, epoch * length + step - first, length)
         for bucket, (done, until) in enumerate(zip(before, after, strict=True)):
-            if place < until - done:
-                return bucket, done + place
-            place -= until - done
+            if slot < until - done:
+                return bucket, done + slot
+            slot -= until - done
         raise AssertionError(step)
-
-    def member(self, bucket: int, number: int) -> int:
-        """The index of the `number`-th sample of a bucket."""
-        tally = self.tallies[bucket]
-        block = int(np.searchsorted(tally, number, side="right")) - 1
-        inside = np.flatnonzero(self.numbers[block * BLOCK : (block + 1) * BLOCK] == bucket)
-        return block * BLOCK + int(inside[number - int(tally[block])])
 
     def _within(self, bucket: int, own: int) -> int:
         """Which sample of a bucket comes at the bucket's own position."""
@@ -117,7 +109,7 @@ class BucketOrder:
         return [epoch * count // self.batch for count in self.counts]
 
     def _epoch_of(self, step: int) -> int:
-        """The epoch that step lies in: the last before which no more than `step` steps are done."""
+        """Return the epoch that step lies in: the last before which no more than `step` steps are done."""
         low = step * self.batch // len(self)
         high = (step + len(self.counts) + 1) * self.batch // len(self) + 1
         while high - low > 1:
@@ -137,7 +129,7 @@ class MixedBuckets(BucketOrder):
     def __init__(self, numbers: np.ndarray, seed: int, batch: int, lengths: Sequence[int], weights: Sequence[float]):
         super().__init__(numbers, seed, batch)
         parts = np.split(numbers, np.cumsum(lengths)[:-1])
-        held = np.array([_tallies(part, len(self.counts))[:, -1] for part in parts])
+        held = np.array([_counts(part, len(self.counts)) for part in parts])
         if not (kept := held.sum(axis=1)).all():
             raise BadInput(f"nothing is left of set {int(kept.argmin()) + 1} by filterings; take it off the list")
         self.held, self.before = held.tolist(), (np.cumsum(held, axis=0) - held).tolist()  # by set and bucket
@@ -156,15 +148,13 @@ class MixedBuckets(BucketOrder):
         return self.before[number][bucket] + shuffled_index(key, own, self.held[number][bucket])
 
 
-def _tallies(numbers: np.ndarray, kept: int) -> np.ndarray:
-    blocks = [numbers[at : at + BLOCK] for at in range(0, len(numbers), BLOCK)]
-    rows = [np.bincount(block, minlength=LEFT_OUT + 1)[:kept] for block in blocks]
-    tallies = np.cumsum([np.zeros(kept, np.int64), *rows], axis=0)
-    return np.ascontiguousarray(tallies.T)
+def _counts(numbers: np.ndarray, buckets: int) -> list[int]:
+    """Return the samples of each bucket."""
+    return np.bincount(numbers, minlength=LEFT_OUT + 1)[:buckets].tolist()
 
 
 def listing(sizes: Sequence[tuple[int, int]], counts: Sequence[int], batch: int) -> list[str]:
-    """A line on the buckets that have samples, and one on those too small for a step of `batch`."""
+    """Return a line on the buckets that have samples, and one on those too small for a step of `batch`."""
     filled = [(size, count) for size, count in zip(sizes, counts, strict=False) if count]
     named = ", ".join(f"{height}x{width}: {count:,}" for (height, width), count in filled)
     lines = [f"{len(filled)} aspect buckets (height x width: samples): {named}"]

@@ -61,7 +61,7 @@ class TrainingSet:
 
     @property
     def count(self) -> int:
-        """Samples that training draws from."""
+        """Return samples that training draws from."""
         return len(self.order) if isinstance(self.order, BucketOrder) else len(self.shards)
 
 

@@ -1,4 +1,4 @@
-"""What an import leaves out on purpose: by the size of a picture, the length of a caption, what else is known."""
+"""What an import leaves out on purpose, by the size of an image, the length of a caption, other columns."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ class Filters:
         for condition in self.where:
             parsed(condition)
 
-    def check(self, size: tuple[int, int], caption: str, known: Mapping[str, Any]) -> None:
+    def check(self, size: tuple[int, int], caption: str, columns: Mapping[str, Any]) -> None:
         """Raise BadSample, its reason the first filter that leaves the sample out. size: (width, height)."""
         short, long = min(size), max(size)
         if short < self.min_size:
@@ -55,8 +55,8 @@ class Filters:
             raise BadSample("caption too long", f"{len(caption):,} characters, over {self.max_caption:,}")
         for condition in self.where:
             key, sign, value = parsed(condition)
-            if not _meets(known.get(key), sign, value):
-                raise BadSample(f"not {condition}", f"{key} is {known.get(key, 'not there')!r}")
+            if not _meets(columns.get(key), sign, value):
+                raise BadSample(f"not {condition}", f"{key} is {columns.get(key, 'not there')!r}")
 
 
 def parsed(condition: str) -> tuple[str, str, str]:

@@ -36,7 +36,7 @@ class ForeignCache(LatentCache):
 
     @staticmethod
     def reads(shards: ShardSet) -> bool:
-        """Whether the first sample of a set is one of these."""
+        """Return whether the first sample of a set is one of these."""
         members = shards[0].members
         return bool(members.keys() & {"pickle", "pyd"}) or ("npy" in members and "txt" in members)
 
@@ -55,7 +55,7 @@ def _described(array: np.ndarray) -> dict[str, Any]:
 
 
 def _encodings(sample: Sample) -> dict[str, np.ndarray]:
-    """The arrays of one sample under our names, moments as (2 * z, height, width), text as (length, width)."""
+    """Return the arrays of one sample under our names, moments as (2 * z, height, width), text as (length, width)."""
     extension = next((name for name in ("pickle", "pyd", "npy") if name in sample.members), None)
     if extension is None:
         raise BadInput(f"{sample}: has members {', '.join(sample.members)}, none of them encodings")

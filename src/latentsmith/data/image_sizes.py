@@ -1,4 +1,4 @@
-"""The size of every picture of a set, read from the headers of its files once and kept beside each tar."""
+"""The size of every image of a set, read from the headers of its files once and kept beside each tar."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ SIZE = np.dtype([("height", "<u4"), ("width", "<u4")])
 
 
 def image_sizes(shards: ShardSet, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """(samples, 2) uint32, height and width of each upright picture. BadInput, naming tar and key, if one has none."""
+    """(samples, 2) uint32, height and width of each upright image. BadInput, naming tar and key, if one has none."""
     sizes = np.empty((len(shards), 2), np.uint32)
     done = 0
     for number, count in enumerate(shards.counts):
@@ -35,7 +35,7 @@ def image_sizes(shards: ShardSet, progress: Callable[[int, int], None] | None = 
 
 
 def sizes_path(tar: Path) -> Path:
-    """Where the sizes of the pictures in `shard-000000.tar` lie: `shard-000000.sizes.npy`."""
+    """Return where the sizes of the images in `shard-000000.tar` lie: `shard-000000.sizes.npy`."""
     return tar.with_suffix(".sizes.npy")
 
 
@@ -63,9 +63,9 @@ def is_sizes(array: np.ndarray) -> bool:
 def _size(shard: Shard, number: int, imported: bool) -> tuple[int, int]:
     sample = shard[number]
     if imported and "json" in sample.members:  # which our own import wrote
-        known = json.loads(bytes(sample.members["json"]))
-        if "height" in known:
-            return known["height"], known["width"]
+        info = json.loads(bytes(sample.members["json"]))
+        if "height" in info:
+            return info["height"], info["width"]
     try:
         with open_image(image_member(sample)[1]) as image:
             width, height = image.size

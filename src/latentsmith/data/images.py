@@ -1,4 +1,4 @@
-"""From the bytes of any picture to RGB."""
+"""From the bytes of any image to RGB."""
 
 import io
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ UPRIGHT = {
 def decode_image(
     data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
 ) -> Image.Image:
-    """The picture in `data` as an upright 8-bit sRGB image: first frame, alpha over white, colour profile applied.
+    """Return the image in `data` as an upright 8-bit sRGB image: first frame, alpha over white, colour profile applied.
 
     smallest_side: pixels that will be wanted of the shorter side; lets a much larger JPEG be decoded at 1/2, 1/4 or 1/8
     of its size, never below this. Raises BadSample, which says what is wrong; its reason: "zero bytes", "not an image",
@@ -40,7 +40,7 @@ def decode_image(
 def load_image(
     data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS, smallest_side: int | None = None
 ) -> Image.Image:
-    """The first frame as the file has it, in its own mode, decoded. Arguments and errors as `decode_image`."""
+    """Return the first frame as the file has it, in its own mode, decoded. Arguments and errors as `decode_image`."""
     try:
         image = open_image(data, max_pixels=max_pixels)
     except BadImage as error:
@@ -65,7 +65,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.mode == "F":
         raise BadSample(
-            "unsupported pixels", "32-bit float pixels have no agreed range; save the picture as 8 or 16 bits"
+            "unsupported pixels", "32-bit float pixels have no agreed range; save the image as 8 or 16 bits"
         )
     if image.mode.startswith("I"):  # 16 bits a pixel, whatever integer type holds them
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
@@ -79,7 +79,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_plain(image: Image.Image) -> bool:
-    """Whether any decoder shows a loaded image as `to_rgb` does: upright RGB or grey, one frame, opaque, sRGB."""
+    """Return whether any decoder shows an image as `to_rgb` does: upright RGB or grey, one frame, opaque, sRGB."""
     profile = image.info.get("icc_profile")
     return (
         image.mode in ("RGB", "L")
@@ -102,7 +102,7 @@ def _damage_reported(image: Image.Image, data: bytes | memoryview) -> Iterator[N
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8."""
+    """Return the EXIF orientation, 1 (upright) to 8."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # a garbled EXIF block says nothing about the pixels
@@ -129,7 +129,7 @@ def _is_srgb(profile: bytes) -> bool:
 
 @lru_cache(maxsize=32)
 def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The colour transform to sRGB, or None where the profile is of another kind of pixels than the image."""
+    """Return the colour transform to sRGB, or None where the profile is for other pixels than the image's."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")

@@ -1,4 +1,4 @@
-"""Import: a source of pictures and captions becomes indexed shards; what is unfit is set aside with its reason."""
+"""Import: a source of images and captions becomes indexed shards; what is unfit is set aside with its reason."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def import_dataset(
 
 
 def read_report(folder: Path) -> ImportReport:
-    """The report of a finished import; BadInput if there is none."""
+    """Return the report of a finished import; BadInput if there is none."""
     path = folder / REPORT_FILE
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -195,7 +195,7 @@ class _Import:
 
 
 def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
-    """The members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
+    """Return the members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
     data = item.image()
     caption = checked_caption(item.caption())
     image = load_image(data, max_pixels=MAX_PIXELS)
@@ -209,7 +209,7 @@ def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
 
 
 def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int]]:
-    """A loaded image as the bytes of a plain RGB file, its extension, and its (width, height) upright."""
+    """Return a loaded image as the bytes of a plain RGB file, its extension, and its (width, height) upright."""
     rgb, buffer = rgb_of(image, data), io.BytesIO()
     if image.format in PHOTO_FORMATS:
         rgb.save(buffer, "JPEG", quality=95, subsampling=0)
@@ -219,7 +219,7 @@ def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int
 
 
 def checked_caption(text: str) -> str:
-    """The caption without white space at its ends. Raises BadSample if it is empty, binary or far too long."""
+    """Return the caption without white space at its ends. Raises BadSample if it is empty, binary or far too long."""
     text = text.strip()
     if not text:
         raise BadSample("empty caption", "the caption is empty")

@@ -44,7 +44,7 @@ class LatentCache:
 
     @property
     def encoded(self) -> list[str]:
-        """The names of the encoded members: "image_encoded", "captions_encoded" or both."""
+        """Return the names of the encoded members: "image_encoded", "captions_encoded" or both."""
         return list(self.info["members"])
 
     def __len__(self) -> int:
@@ -60,27 +60,28 @@ class LatentCache:
 
     @property
     def variants(self) -> int:
-        """Encodings of each picture: of other crops, or mirrored."""
+        """Return encodings of each image: of other crops, or mirrored."""
         return self.info.get("variants", 1)
 
     @property
     def holds_means(self) -> bool:
-        """Whether image_encoded is the mean alone, not mean and log variance."""
+        """Return whether image_encoded is the mean alone, not mean and log variance."""
         return self.info.get("latents", "").endswith("means")
 
     def common(self, names: Sequence[str]) -> dict[str, Any]:
-        """What caches whose members `names` train together agree on: all but the sizes that buckets leave open."""
+        """Return what caches have to agree on to be trained on together: all but the sizes that buckets leave open."""
         members = {name: dict(self.info["members"].get(name, {})) for name in names}
         if "buckets" in self.info and members.get(IMAGE_KEY):
             members[IMAGE_KEY]["shape"] = members[IMAGE_KEY]["shape"][:1]
         made_by = {name: value for key in names for name, value in self.info["fingerprints"].items()
                    if name in MADE_BY[key]}  # fmt: skip
         kept = (self.variants, self.holds_means, self.info.get("buckets")) if IMAGE_KEY in names else ()
-        return {"members": members, "fingerprints": made_by, "kinds": list(kept)}
+        return {"members": members, "fingerprints": made_by, "variants": list(kept)}
 
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
-        """The bucket of each sample, (samples,) uint8, mapped, and the buckets' sizes in pixels (height, width); None
-        where all pictures have one size."""
+        """Return the bucket of each sample, (samples,) uint8, and the buckets' sizes in pixels (height, width).
+
+        None where all images have one size."""
         if "buckets" not in self.info:
             return None
         path = self.folder / BUCKETS_FILE
@@ -143,12 +144,12 @@ class JoinedCaches(LatentCache):
 
 
 def variant_name(number: int) -> str:
-    """The member of a sample that holds encoding `number` of its picture: image_encoded, image_encoded.v1, ..."""
+    """Return the member of a sample that holds encoding `number` of its image: image_encoded, image_encoded.v1, ..."""
     return f"{IMAGE_KEY}.v{number}" if number else IMAGE_KEY
 
 
 def _member(name: str, variant: int) -> str:
-    """The extension of an encoded member."""
+    """Return the extension of an encoded member."""
     return f"{variant_name(variant) if variant and name == IMAGE_KEY else name}.npy"
 
 

@@ -139,7 +139,7 @@ class Mirror:
 
     @property
     def tars(self) -> list[Path]:
-        """The paths of its tars, fetched or not, sorted by name."""
+        """Return the paths of its tars, fetched or not, sorted by name."""
         return [self.folder / name for name in sorted(self.sizes)]
 
     def fetch(self, name: str) -> "RemoteFile | None":

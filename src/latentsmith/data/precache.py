@@ -59,7 +59,7 @@ class Encoders:
     """The frozen networks as plain functions, and what names them.
 
     images: (batch, 3, height, width), float32 in [-1, 1] -> moments (batch, 2 * z, height / f, width / f); None leaves
-    the pictures as they are. captions: a list of texts -> (batch, length, width); None leaves the texts.
+    the images as they are. captions: a list of texts -> (batch, length, width); None leaves the texts.
     fingerprints: recorded and compared, e.g. "vae", "text_encoder", "layer", "tokenizer". versions: recorded only.
     """
 
@@ -74,7 +74,7 @@ class CacheOptions:
     """What is kept of each sample.
 
     latents: "moments", from which training draws a fresh latent each time, or "mean", half as large. crops: random
-    crops of each picture, of which training takes one each time. flipped: each of them mirrored as well.
+    crops of each image, of which training takes one each time. flipped: each of them mirrored as well.
     share_captions: equal captions of a shard are encoded and stored once; another WebDataset reader then finds the
     embedding with the first of them only. BadInput for what the transforms cannot give.
     """
@@ -86,9 +86,9 @@ class CacheOptions:
 
     def check(self, transforms: Transforms, encoders: Encoders) -> None:
         if not encoders.images and (self.latents == "mean" or self.variants > 1):
-            raise BadInput("model.data.cache.latents, crops and flipped are of pictures, and only captions are encoded")
+            raise BadInput("model.data.cache.latents, crops and flipped are of images, and only captions are encoded")
         if not encoders.captions and self.share_captions:
-            raise BadInput("model.data.cache.share_captions is of embeddings, and only pictures are encoded")
+            raise BadInput("model.data.cache.share_captions is of embeddings, and only images are encoded")
         keys = [key for key, *_ in transforms.describe()]
         if self.crops > 1 and "random_crop_h_w" not in keys:
             raise BadInput(f"model.data.cache.crops={self.crops}: all alike without augmentations.random_crop_h_w")
@@ -97,7 +97,7 @@ class CacheOptions:
 
     @property
     def variants(self) -> int:
-        """Encodings of each picture: those of every crop, each followed by its mirror image's."""
+        """Return encodings of each image: those of every crop, each followed by its mirror image's."""
         return self.crops * (2 if self.flipped else 1)
 
 
@@ -341,20 +341,20 @@ def batched(items: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def merged_shapes(
-    known: Mapping[str, Sequence[int | None]], new: Mapping[str, Sequence[int | None]]
+    before: Mapping[str, Sequence[int | None]], new: Mapping[str, Sequence[int | None]]
 ) -> dict[str, list[int | None]]:
-    """The shape of each member over all samples, None at an axis where they differ."""
-    merged = {name: list(shape) for name, shape in known.items()}
+    """Return the shape of each member over all samples, None at an axis where they differ."""
+    merged = {name: list(shape) for name, shape in before.items()}
     for name, shape in new.items():
-        before = merged.get(name, shape)
-        merged[name] = [old if old == now else None for old, now in zip(before, shape, strict=True)]
+        old_shape = merged.get(name, shape)
+        merged[name] = [old if old == now else None for old, now in zip(old_shape, shape, strict=True)]
     return merged
 
 
 def precache(config: Config, out: Path | str) -> Path:
-    """Encode the pictures and captions of model.data.train into the folder `out`; returns it.
+    """Encode the images and captions of model.data.train into the folder `out`; returns it.
 
-    What the stage keys name as encoded is encoded: with image_encoded and raw captions, pictures only; where neither
+    What the stage keys name as encoded is encoded: with image_encoded and raw captions, images only; where neither
     is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again. Under torchrun or
     srun the processes share the shards.
     """
@@ -374,7 +374,7 @@ def precache(config: Config, out: Path | str) -> Path:
     for size in transforms.buckets.sizes if transforms.buckets else [image_size(transforms)]:
         latent_shape(config, size)
     if min_or_max_size(config) is not None:
-        print("model.data.train.filterings leave pictures out when training; all of them are cached")
+        print("model.data.train.filterings leave images out when training; all of them are cached")
     kept = config.model.data.cache
     options = CacheOptions(kept.latents, kept.crops, kept.flipped, kept.share_captions)
     rank, processes = process_of()
@@ -405,13 +405,13 @@ def precache(config: Config, out: Path | str) -> Path:
 
 
 def wanted_encodings(config: Config) -> set[str]:
-    """The frozen networks to run: "vae", "text_encoder" or both."""
+    """Return the frozen networks to run: "vae", "text_encoder" or both."""
     keys = {"vae": config.model.first_stage_key, "text_encoder": config.model.cond_stage_key}
     return {part for part, key in keys.items() if is_encoded(key)} or set(keys)
 
 
 def encoders(config: Config, wanted: set[str], cut: Counter[str]) -> Encoders:
-    """The frozen networks as functions of arrays, on the run's device, with fingerprints of all that shapes them.
+    """Return the frozen networks as functions of arrays, on the run's device, with fingerprints of what shapes them.
 
     cut: counts the captions that are longer than the text encoder reads.
     """
@@ -445,7 +445,7 @@ def reduced_dtype(precision: str) -> torch.dtype | None:
 def image_encoder(
     vae: AutoencoderKL, device: str, half: torch.dtype | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Pictures (batch, 3, height, width) in [-1, 1] to moments (batch, 2 * z, height / f, width / f), arrays."""
+    """Images (batch, 3, height, width) in [-1, 1] to moments (batch, 2 * z, height / f, width / f), arrays."""
 
     @torch.no_grad()
     def encode(images: np.ndarray) -> np.ndarray:
@@ -471,11 +471,11 @@ def caption_encoder(
 
 
 def autocast(device: str, half: torch.dtype | None) -> torch.autocast:
-    """The frozen networks' arithmetic in half precision, where a GPU is asked for it; float32 on a CPU."""
+    """Return the frozen networks' arithmetic in half precision, where a GPU is asked for it; float32 on a CPU."""
     return torch.autocast(device.partition(":")[0], half, enabled=half is not None)
 
 
 def print_summary(cache: LatentCache) -> None:
     shapes = ", ".join(f"{name} {tuple(member['shape'])}" for name, member in cache.info["members"].items())
-    several = f", {cache.variants} encodings of each picture" if cache.variants > 1 else ""
+    several = f", {cache.variants} encodings of each image" if cache.variants > 1 else ""
     print(f"{cache.folder}: {len(cache):,} samples, {shapes}{several}")

@@ -63,19 +63,19 @@ class ResumableOutput:
             raise BadInput(f"{self.folder}: {what}; name a new folder, or delete this one to start again")
 
     def done(self, number: int) -> dict[str, Any] | None:
-        """What was recorded of shard `number`, None if it is yet to be made."""
+        """Return what was recorded of shard `number`, None if it is yet to be made."""
         try:
             return _read_json(self._done_path(number))
         except FileNotFoundError:
             return None
 
     def done_numbers(self) -> set[int]:
-        """The numbers of all shards that are done, by whichever process."""
+        """Return the numbers of all shards that are done, by whichever process."""
         return {int(path.name[6:].partition(".")[0]) for path in self.folder.glob("shard-*.done.json")}
 
     @property
     def is_whole(self) -> bool:
-        """Whether another process has finished the folder meanwhile."""
+        """Return whether another process has finished the folder."""
         return self.shared and (self.folder / SET_FILE).exists()
 
     def record(self, number: int, shard: ShardRecord, **more: Any) -> None:
@@ -83,7 +83,7 @@ class ResumableOutput:
         write_text(self._done_path(number), json.dumps({"shard": asdict(shard), **more}))
 
     def claim_finish(self) -> bool:
-        """Whether it falls to this process to finish the folder: to one of those that fill it, where they are several.
+        """Return whether this process is the one, of several that fill the folder, that has to finish it.
 
         The claim of a process that was killed in the act lapses after CLAIM_SECONDS.
         """
@@ -113,7 +113,7 @@ class ResumableOutput:
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first entry in which two JSON values differ, as (dotted name, before, now); None if they are equal."""
+    """Return the first entry in which two JSON values differ, as (dotted name, before, now); None if they are equal."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*now, *(key for key in before if key not in now)]:
             found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)

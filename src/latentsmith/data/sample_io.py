@@ -1,4 +1,4 @@
-"""The members of a sample: its picture, its caption, its arrays."""
+"""The members of a sample: its image, its caption, its arrays."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ NPY_HEADERS = {  # by version: bytes of the header's length, and NumPy's reader
 
 
 def image_member(sample: Sample) -> tuple[str, memoryview]:
-    """Extension and bytes of a sample's picture. Raises BadSample if it has none."""
+    """Return extension and bytes of a sample's image. Raises BadSample if it has none."""
     for extension in IMAGE_EXTENSIONS:
         if extension in sample.members:
             return extension, sample.members[extension]
@@ -78,7 +78,7 @@ def _parsed_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """An array as the bytes of a .npy file."""
+    """Return an array as the bytes of a .npy file."""
     buffer = BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()

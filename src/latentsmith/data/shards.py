@@ -48,7 +48,7 @@ class Sample:
         return f"{self.path}: sample {self.key!r}"
 
     def text(self, extension: str) -> str:
-        """A member as UTF-8 text."""
+        """Return a member as UTF-8 text."""
         return bytes(self.members[extension]).decode("utf-8")
 
 
@@ -105,8 +105,8 @@ class ShardSet(Sequence):
     """A random-access sequence of samples over tar shards.
 
     source: a finished folder, a folder of WebDataset tars, one tar, a pattern such as `shard-{000..010}.tar` or
-    `shard-*.tar`, or a list of these, here or at any address that fsspec opens; mirrors: where what comes from afar is
-    kept. BadInput if there is none, the folder is unfinished, or a tar is damaged.
+    `shard-*.tar`, or a list of these, here or at any address that fsspec opens; mirrors: the cache of
+    remote sets. BadInput if there is none, the folder is unfinished, or a tar is damaged.
     Nothing per sample is held in memory; at most OPEN_SHARDS shards are mapped at once. Can be pickled to workers.
     """
 
@@ -126,7 +126,7 @@ class ShardSet(Sequence):
 
     @property
     def bytes(self) -> int:
-        """The size of all tars."""
+        """Return the size of all tars."""
         return sum(record.bytes if record else len(self.shard(i).bytes) for i, record in enumerate(self.records))
 
     def __len__(self) -> int:
@@ -249,7 +249,7 @@ def write_set_file(folder: Path, shards: Sequence[ShardRecord], **more) -> None:
 
 
 def read_set_file(folder: Path) -> list[ShardRecord]:
-    """The shards of a finished folder; BadInput if its set.json is not what we write."""
+    """Return the shards of a finished folder; BadInput if its set.json is not what we write."""
     path = folder / SET_FILE
     try:
         shards = [ShardRecord(**shard) for shard in json.loads(path.read_text("utf-8"))["shards"]]
@@ -292,7 +292,7 @@ def _map_file(path: Path) -> mmap.mmap:
 
 
 def _read_parts(source: RemoteFile, held: Mapping[str, Sequence[int]]) -> dict[str, memoryview]:
-    """The members of a sample from afar: in one request if they lie together, as they do unless some are shared."""
+    """Read the members of a remote sample: in one request if they lie together, as all but shared members do."""
     first = min(offset for offset, _ in held.values())
     last = max(offset + size for offset, size in held.values())
     if last - first > 2 * sum(size for _, size in held.values()) + 64 * 1024:
@@ -302,7 +302,7 @@ def _read_parts(source: RemoteFile, held: Mapping[str, Sequence[int]]) -> dict[s
 
 
 def _find_shards(source, mirrors: MirrorCache) -> list[tuple[Path, ShardRecord | None]]:
-    """The shards that `source` means, each with its record where a set.json has one."""
+    """Return the shards that `source` means, each with its record where a set.json has one."""
     if not isinstance(source, str | os.PathLike):
         return [shard for part in source for shard in _find_shards(part, mirrors)]
     if is_remote(source):

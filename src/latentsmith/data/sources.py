@@ -1,6 +1,6 @@
-"""Where pictures and captions come from: folders, tables, tars. A source lists items in a fixed order, undecoded.
+"""Where images and captions come from: folders, tables, tars. A source lists items in a fixed order, undecoded.
 
-Errors are of two kinds. BadInput: the source itself is wrong (no pictures, a garbled line of a table, a damaged tar).
+There are two errors. BadInput: the source itself is wrong (no images, a garbled line of a table, a damaged tar).
 BadSample, raised when an item is read: this one sample is wrong.
 """
 
@@ -44,7 +44,7 @@ CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 
 @dataclass(frozen=True)
 class SourceItem:
-    """One picture and its caption, unread. `image()` and `caption()` raise BadSample; a caption may be empty."""
+    """One image and its caption, unread. `image()` and `caption()` raise BadSample; a caption may be empty."""
 
     name: str
     image: Callable[[], bytes]
@@ -58,16 +58,18 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def items(self, start: int = 0) -> Iterator[SourceItem]:
-        """The items from number `start` on."""
+        """Return the items from number `start` on."""
 
     def fingerprint(self) -> str:
         """Names the listing: another order, number or size of items gives another fingerprint."""
 
 
 def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
-    """The source at `path`, here or at an address that fsspec opens: a folder (with `metadata.jsonl` or `.csv`, or
-    captions beside the images, or tars), a .jsonl or .csv file, a .parquet or a folder of them, a tar, a pattern of
-    tars, or, here, NeMo's wdinfo.pkl beside them. BadInput if it is none of these or has nothing in it.
+    """Return the source at `path`, here or at an address that fsspec opens.
+
+    It may be a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a .jsonl or .csv file,
+    a .parquet or a folder of them, a tar, a pattern of tars, or, here, NeMo's wdinfo.pkl beside them. Raises BadInput
+    if it is none of these or has nothing in it.
 
     access: which files out of the source's folder may be read; the others are samples that raise BadSample.
     """
@@ -128,7 +130,7 @@ def _check_pattern(pattern: str, access: Access) -> None:
 
 
 def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
-    """What a folder is a source of, by the files in it."""
+    """Return the source that a folder is, by the files in it."""
     storage = storage_at(path, access)
     if storage.exists(SET_FILE) or storage.exists(UNFINISHED_FILE):
         if isinstance(storage, LocalStorage) and storage.exists(SET_FILE):
@@ -296,7 +298,7 @@ def _tar_item(sample: Sample) -> SourceItem:
 
 
 def _json_member(sample: Sample) -> dict[str, Any]:
-    """The sample's .json as an object; empty if there is none, or none that can be read."""
+    """Return the sample's .json as an object; empty if there is none, or none that can be read."""
     try:
         content = json.loads(bytes(sample.members.get("json", b"{}")))
     except ValueError:
@@ -309,7 +311,7 @@ def _extension(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    """A name without its extension."""
+    """Return a name without its extension."""
     return str(PurePosixPath(name).with_suffix(""))
 
 
@@ -336,7 +338,7 @@ def _raiser(reason: str, detail: str) -> Callable[[], bytes]:
 
 
 def read_wdinfo(path: Path) -> list[str]:
-    """The tars that a `wdinfo.pkl` lists, as it names them. Raises BadInput for a file that is none."""
+    """Return the tars that a `wdinfo.pkl` lists, as it names them. Raises BadInput for a file that is none."""
     try:
         info = load_plain(path.read_bytes(), str(path))
     except OSError as error:

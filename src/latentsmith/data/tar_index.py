@@ -26,13 +26,15 @@ SAMPLE_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 
 
 def index_path(tar: Path) -> Path:
-    """Where the index of `shard-000000.tar` lies: `shard-000000.index.npy`."""
+    """Return where the index of `shard-000000.tar` lies: `shard-000000.index.npy`."""
     return tar.with_suffix(".index.npy")
 
 
 def build_index(path: Path, opened: AbstractContextManager[IO[bytes]] | None = None) -> np.ndarray:
-    """The index of the tar at `path`, or `opened` in its place, a row per run of members with one key; BadInput, naming
-    the byte, if the tar is damaged."""
+    """Return the index of a tar: a row for each run of members with one key. opened: its bytes, if not at `path`.
+
+    Raises BadInput, naming the byte, if the tar is damaged.
+    """
     rows: list[Row] = []
     for name, offset, size in _members(path, opened):
         match = SAMPLE_NAME.fullmatch(name)
@@ -51,7 +53,7 @@ def index_array(path: Path, rows: Sequence[Row]) -> np.ndarray:
     """Rows as the structured array; `path` is for the message of BadInput, when members have too many extensions."""
     extensions = sorted({extension for _, spans in rows for extension in spans})
     if len(extensions) > MAX_EXTENSIONS:
-        raise BadInput(f"{path}: {len(extensions)} kinds of members; a tar of samples has a few (jpg, txt, json)")
+        raise BadInput(f"{path}: {len(extensions)} extensions of members; a tar of samples has a few (jpg, txt, json)")
     keys = [key.encode("utf-8", "surrogateescape") for key, _ in rows]
     width = max(map(len, keys), default=1)
     index = np.zeros(len(rows), dtype=[("key", f"S{width}")] + [(f".{name}", "<u8", (2,)) for name in extensions])

@@ -1,4 +1,4 @@
-"""From an RGB picture to what a network is fed: the steps of NeMo's `augmentations`."""
+"""From an RGB image to what a network is fed: the steps of NeMo's `augmentations`."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -18,11 +18,11 @@ from .shuffle import integer_below
 
 
 class Transforms:
-    """From a picture to `(3, height, width)`, float32 in [-1, 1]; the keys of NeMo's `augmentations`, in their order.
+    """From an image to `(3, height, width)`, float32 in [-1, 1]; the keys of NeMo's `augmentations`, in their order.
 
     resize_smallest_side: pixels of the shorter side afterwards (bicubic with antialias), the longer side in proportion.
     center_crop_h_w, random_crop_h_w: "height, width" or a pair. horizontal_flip: mirror half of the samples.
-    aspect_buckets, in place of those: the middle of the picture in the nearest of several sizes (`buckets.Buckets`, a
+    aspect_buckets, in place of those: the middle of the image in the nearest of several sizes (`buckets.Buckets`, a
     mapping of its resolution, step and max_aspect).
     An unknown key or a wrong value raises BadInput.
     """
@@ -38,25 +38,25 @@ class Transforms:
 
     @property
     def smallest_side(self) -> int | None:
-        """The shorter side that decoding has to keep: that of a resize which comes first."""
-        if self.buckets:  # a picture's own bucket asks for no more than this
+        """Return the shorter side that decoding has to keep: that of a resize which comes first."""
+        if self.buckets:  # an image's own bucket asks for no more than this
             return self.buckets.resolution + self.buckets.step
         return self._steps[0][1] if self._steps and self._steps[0][0] == "resize_smallest_side" else None
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) of every result, None if pictures keep their own."""
+        """(height, width) of every result, None if images keep their own."""
         crops = [value for key, value in self._steps if key.endswith("crop_h_w")]
         return crops[-1] if crops and not self._resizes_last() else None
 
     @property
     def buckets(self) -> Buckets | None:
-        """The sizes of the results, where they have several."""
+        """Return the sizes of the results, where they have several."""
         return next((value for key, value in self._steps if key == "aspect_buckets"), None)
 
     @property
     def is_random(self) -> bool:
-        """Whether two seeds can give two results."""
+        """Return whether two seeds can give two results."""
         return any(key == "random_crop_h_w" or (key == "horizontal_flip" and value) for key, value in self._steps)
 
     def __call__(self, image: Image.Image, rng_seed: int = 0) -> np.ndarray:
@@ -70,15 +70,15 @@ class Transforms:
         return made
 
     def decode(self, data: bytes | memoryview, rng_seed: int = 0) -> np.ndarray:
-        """The same from a file's bytes, decoding no more of a large JPEG than is needed. Raises BadSample."""
+        """Return the same from a file's bytes, decoding no more of a large JPEG than is needed. Raises BadSample."""
         return self(decode_image(data, smallest_side=self.smallest_side), rng_seed)
 
     def describe(self) -> list[list[Any]]:
-        """The steps in order, for a fingerprint: `[["resize_smallest_side", 512], ["center_crop_h_w", [512, 512]]]`."""
+        """Return the steps in order, for a fingerprint, such as `[["resize_smallest_side", 512]]`."""
         return [[key, _plain(value)] for key, value in self._steps if value]
 
     def unflipped(self) -> "Transforms":
-        """The same without mirroring."""
+        """Return the same without mirroring."""
         return Transforms(**{key: _plain(value) for key, value in self._steps if key != "horizontal_flip"})
 
     def _resizes_last(self) -> bool:
@@ -107,8 +107,8 @@ def _center_crop(pixels: np.ndarray, size: tuple[int, int], draw: Draw) -> np.nd
 
 def _random_crop(pixels: np.ndarray, size: tuple[int, int], draw: Draw) -> np.ndarray:
     spare_h, spare_w = _spare(pixels, size)
-    place = draw((spare_h + 1) * (spare_w + 1))
-    return _crop(pixels, place // (spare_w + 1), place % (spare_w + 1), size)
+    top, left = divmod(draw((spare_h + 1) * (spare_w + 1)), spare_w + 1)
+    return _crop(pixels, top, left, size)
 
 
 def _flip(pixels: np.ndarray, enabled: bool, draw: Draw) -> np.ndarray:
@@ -148,7 +148,7 @@ def _spare(pixels: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
     height, width = pixels.shape[:2]
     spare_h, spare_w = height - size[0], width - size[1]
     if spare_h < 0 or spare_w < 0:
-        detail = f"a picture of {height}x{width} (height x width) is too small for a crop of {size[0]}x{size[1]}"
+        detail = f"an image of {height}x{width} (height x width) is too small for a crop of {size[0]}x{size[1]}"
         raise BadSample("too small", f"{detail}; put resize_smallest_side before the crop")
     return spare_h, spare_w
 
@@ -158,7 +158,7 @@ def _crop(pixels: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.
 
 
 def _checked(key: str, value: Any) -> Any:
-    """The value of one augmentation in its canonical type; BadInput if key or value is wrong."""
+    """Return the value of one augmentation in its canonical type; BadInput if key or value is wrong."""
     if key not in APPLY:
         near = difflib.get_close_matches(key, APPLY, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(APPLY)}"
