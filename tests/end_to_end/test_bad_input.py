@@ -158,7 +158,7 @@ def test_a_truncated_tar(world, capsys, tmp_path, kind):
         (["--from", "ROOT/nowhere"], "nowhere: "),
         (["--from", "ROOT/runs/vae"], "vae"),
         (["--from", "ROOT/runs/cached", "--sampler", "eular"], "eular"),
-        (["--from", "ROOT/runs/cached", "--height", "17"], "pictures of 17x16 do not divide by 2"),
+        (["--from", "ROOT/runs/cached", "--height", "17"], "images of 17x16 do not divide by 2"),
         (["--from", "ROOT/runs/cached", "--steps", "0"], "--steps"),
     ],
     ids=["no checkpoint", "nothing", "no whole model", "sampler", "height", "steps"],
