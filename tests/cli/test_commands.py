@@ -81,6 +81,29 @@ def test_train_dry_run(tiny, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_first_word_can_be_the_config(tiny, capsys):
+    assert main(["train", tiny, "model.micro_batch_size=4", "--dry-run"]) == 0
+    assert "2 steps of 4" in capsys.readouterr().out
+    assert main(["train", "sd1", "trainer.precision=fp16", "trainer.max_steps=", "--dry-run"]) == 2
+    assert main(["train", "model.seed=1"]) == 2
+    assert "--config is missing" in capsys.readouterr().err
+
+
+def test_resume_continues_a_run_folder_that_has_moved(tiny, tmp_path, capsys):
+    assert main(["train", tiny, "trainer.enable_progress_bar=false"]) == 0
+    moved = (tmp_path / "runs" / "tiny").rename(tmp_path / "moved")
+    keys = ["trainer.enable_progress_bar=false", "trainer.max_steps=3"]
+    assert main(["train", "--resume", str(moved), *keys]) == 0
+    assert sorted(path.name for path in (moved / "checkpoints").iterdir())[-1] == "step-00000003"
+    assert load_config(moved / "config.yaml").trainer.max_steps == 3 and not (tmp_path / "runs" / "tiny").exists()
+    for command, line in (
+        (["--resume", str(tmp_path / "runs")], "is not a run folder; it has no config.yaml"),
+        (["--resume", str(moved), "sd1"], "takes the run's own config; leave out sd1"),
+    ):
+        assert main(["train", *command]) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_init_is_the_checkpoint_to_start_from(tiny, capsys):
     assert main(["train", "--config", tiny, "--init", "nowhere.ckpt", "--dry-run"]) == 2
     assert "nowhere.ckpt: no such file" in capsys.readouterr().err
@@ -159,7 +182,12 @@ def test_debug_shows_the_traceback(capsys, place):
     [
         ("train", "--config is missing"),
         ("trian", "No such command 'trian'"),
-        ("train --config sd1 --lrate 3", "No such option"),
+        ("train --config sd1 --zzz 3", "No such option"),
+        ("train --config sd1 --learning_rate 1e-5", "--learning_rate: use model.optim.lr=1e-5"),
+        ("train --config sd1 --batch-size=4", "--batch-size: use model.micro_batch_size=4"),
+        ("train --config sd1 --gradient-checkpointing", "use model.unet_config.use_checkpoint=VALUE"),
+        ("train-vae --config sd1 --max_train_steps 10", "--max_train_steps: use trainer.max_steps=10"),
+        ("inspect x --lr 3", "No such option"),
         ("train --config nothing", "nothing: neither a config file nor a preset"),
         ("train --config sd1 model.optim.learing_rate=1", "did you mean model.optim.lr?"),
         ("convert a b --to onnx", "'onnx' is not one of diffusers, ldm, nemo"),

@@ -81,7 +81,15 @@ def test_null_means_not_set_unless_it_is_a_value(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "used"),
-    [("16", "16-mixed"), ("bf16", "bf16-mixed"), ("32", "32-true"), ("'32'", "32-true"), ("bf16-mixed", "bf16-mixed")],
+    [
+        ("16", "16-mixed"),
+        ("bf16", "bf16-mixed"),
+        ("32", "32-true"),
+        ("'32'", "32-true"),
+        ("bf16-mixed", "bf16-mixed"),
+        ("fp16", "16-mixed"),
+        ("fp32", "32-true"),
+    ],
 )
 def test_precision_takes_lightnings_name(tmp_path, given, used):
     assert load_config(write(tmp_path, f"trainer: {{precision: {given}}}")).trainer.precision == used

@@ -93,6 +93,7 @@ def test_later_overrides_win():
             "model.optim.lr=1,2 is a sweep: write lists as [1,2], or ask for one run each (--multirun)",
         ),
         ("trainer.max_steps=range(1,3)", "is a sweep"),
+        (f"model.seed={'9' * 5000}", "command line: model.seed is a number of more than 20 digits"),
         ("trainer.max_steps=(", "trainer.max_steps=( is outside Hydra's grammar"),
         ("model={optim: {lrr: 1}}", "command line: model.optim.lrr is not an option"),
         ("model.optim=3", "command line: model.optim must be a mapping of options, not 3"),

@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-CONFIG = "A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file."
-Config = Annotated[str, typer.Option("--config", "-c", help=CONFIG)]
+from latentsmith.files.errors import BadInput
+
+if TYPE_CHECKING:
+    from latentsmith.config import Config as RunConfig
+
+CONFIG = "A preset (sd1, sd2_base, sd2_v, demo, ...) or a YAML file; also without --config, as the first word."
+Config = Annotated[str | None, typer.Option("--config", "-c", help=CONFIG)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the config, in Hydra's grammar.")
+    list[str] | None, typer.Argument(metavar="[CONFIG] KEY=VALUE", help="Options of the config, in Hydra's grammar.")
 ]
 OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 
 
-def load(config: str, overrides: list[str] | None) -> Any:
-    """The composed config; options that have no effect here are named on stderr, in one line."""
-    from latentsmith.config import compose
-    from latentsmith.config.compose import print_notes, training_config
+def config_and_overrides(
+    config: str | None, words: list[str] | None, resume: Path | None = None
+) -> tuple[str, list[str]]:
+    """The config's name and the overrides of a command.
 
-    composed = compose(config, overrides or [])
-    loaded = training_config(config, composed)
-    print_notes(config, composed)
+    Without --config, the first word that is no override names the config. resume: a run folder, wherever it has been
+    moved to; its own config and its newest checkpoint are taken. Raises BadInput where no config is named, or two.
+    """
+    words = list(words or [])
+    if config is None and words and "=" not in words[0] and not words[0].startswith("~"):
+        config = words.pop(0)
+    if resume is not None and config is not None:
+        raise BadInput(f"--resume {resume} takes the run's own config; leave out {config}")
+    if resume is not None:
+        folder = resume.resolve()
+        config = str(folder / "config.yaml")
+        if not Path(config).is_file():
+            raise BadInput(f"--resume {resume}: is not a run folder; it has no config.yaml")
+        place = [f"exp_manager.exp_dir={folder.parent}", f"exp_manager.name={folder.name}"]
+        words = [*place, "exp_manager.resume_if_exists=true", "exp_manager.resume_ignore_no_checkpoint=false", *words]
+    if config is None:
+        raise BadInput("--config is missing: a preset (sd1, sd2_base, demo, ...) or a YAML file")
+    return config, words
+
+
+def load(config: str | None, words: list[str] | None) -> RunConfig:
+    """The config of a run; options that have no effect are named on stderr, in one line."""
+    from latentsmith.config.compose import compose, print_notes, training_config
+
+    name, overrides = config_and_overrides(config, words)
+    composed = compose(name, overrides)
+    loaded = training_config(name, composed)
+    print_notes(name, composed)
     return loaded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .options import Config, OutFolder, Overrides, load
 
 
-def precache(config: Config, out: OutFolder, overrides: Overrides = None) -> None:
+def precache(out: OutFolder, config: Config = None, overrides: Overrides = None) -> None:
     """Encode the images and captions of a set once: training on the result needs neither VAE nor text encoder.
 
     \b

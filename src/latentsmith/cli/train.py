@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from latentsmith.files.errors import BadInput
-
-from .options import CONFIG, Config, Overrides, load
+from .options import Config, Overrides, config_and_overrides, load
 
 Init = Annotated[str | None, typer.Option("--init", help="Checkpoint to start from; the same as model.ckpt_path=FILE.")]
+Resume = Annotated[
+    Path | None, typer.Option("--resume", metavar="RUN", help="Continue a run folder from its newest checkpoint.")
+]
 MultiRun = Annotated[bool, typer.Option("--multirun", "-m", help="A run for each of key=a,b, one after the other.")]
 Replay = Annotated[
     Path | None, typer.Option("--replay", help="Run the samples of a skipped step again: a file of nonfinite/.")
@@ -20,11 +21,12 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 
 def train(
-    config: Annotated[str | None, typer.Option("--config", "-c", help=CONFIG)] = None,
+    config: Config = None,
     overrides: Overrides = None,
     init: Init = None,
     multirun: MultiRun = False,
     dry_run: DryRun = False,
+    resume: Resume = None,
     again: Replay = None,
 ) -> int:
     """Train or fine-tune a latent diffusion model.
@@ -37,6 +39,7 @@ def train(
       latentsmith train --config my.yaml trainer.precision=bf16 model.unet_config.use_checkpoint=True
       latentsmith train --config sd1 --init v1-5-pruned.safetensors model.optim.lr=1e-5
       latentsmith train --config sd2_v --init sd2-base.safetensors model.data.train.dataset_path=shards --dry-run
+      latentsmith train --resume runs/sd1 trainer.max_steps=600000
       latentsmith train --config demo --multirun model.optim.lr=1e-3,3e-4 model.seed=0,1
       latentsmith train --replay runs/sd1/nonfinite/step-00001234.json
     """
@@ -44,10 +47,9 @@ def train(
         from latentsmith.training.replay import config_of, replay
 
         return 0 if replay(again, load(config, overrides) if config else config_of(again)) else 1
-    if config is None:
-        raise BadInput("--config is missing: a preset (sd1, sd2_base, demo, ...) or a YAML file")
-    given = _with_init(overrides, init)
-    configs = [load(config, changes) for changes in (_sweep(config, given) if multirun else [given])]
+    name, given = config_and_overrides(config, overrides, resume)
+    given = _with_init(given, init)
+    configs = [load(name, changes) for changes in (_sweep(name, given) if multirun else [given])]
     from latentsmith.training.train import train as run
 
     for loaded in configs:
@@ -72,7 +74,7 @@ def _sweep(config: str, given: list[str]) -> list[list[str]]:
     return named
 
 
-def train_vae(config: Config, overrides: Overrides = None, init: Init = None, dry_run: DryRun = False) -> None:
+def train_vae(config: Config = None, overrides: Overrides = None, init: Init = None, dry_run: DryRun = False) -> None:
     """Train the VAE (model.first_stage_config) on images.
 
     \b

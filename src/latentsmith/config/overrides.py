@@ -9,6 +9,7 @@ from latentsmith.files.errors import BadInput
 
 from . import schema
 from .foreign_keys import canonical_key
+from .read_yaml import LONG_NUMBER, MAX_DIGITS
 
 SOURCE = "command line"
 SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<text>.*))?", re.DOTALL)
@@ -47,6 +48,8 @@ def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if not literal and LONG_NUMBER.fullmatch(text):
+        raise BadInput(f"{SOURCE}: {key} is a number of more than {MAX_DIGITS} digits")
     try:
         parsed = OverridesParser.create().parse_override(f"key={text}")
     except HydraException:

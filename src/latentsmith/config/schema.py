@@ -148,12 +148,11 @@ def nearest(key: str) -> str | None:
 
 
 def named(word: str) -> Option | None:
-    """The option that people call `word`: by its own name or an alias; None where it is none or several."""
+    """The option that `word` names by an alias or by the last part of its key; None where it is none or several."""
     used = [option for option in table().values() if option.status == "used"]
-    for names in (lambda option: (option.leaf,), lambda option: option.aliases):
-        if len(found := [option for option in used if word in names(option)]) == 1:
-            return found[0]
-    return None
+    by_alias = [option for option in used if word in option.aliases]
+    found = by_alias or [option for option in used if word == option.leaf]
+    return found[0] if len(found) == 1 else None
 
 
 def _likeness(first: str, second: str) -> float:
