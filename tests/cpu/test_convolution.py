@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentsmith.cpu import convolution, products
-from latentsmith.cpu.convolution import CpuConv2d, ProductConvolution, WinogradConvolution
+from latentsmith.cpu.convolution import CpuConv2d, KernelThresholds, WinogradConvolution, product_convolution
 
 LIBRARIES = ["mkl", pytest.param("onednn", marks=pytest.mark.skipif(not products.has_onednn(), reason="no oneDNN"))]
-ALGORITHMS = [ProductConvolution, WinogradConvolution]
+ALGORITHMS = [product_convolution, WinogradConvolution.apply]
 SHAPES = [(1, 8, 12, 8, 8), (3, 6, 4, 4, 10), (2, 16, 8, 16, 6), (5, 3, 7, 2, 2)]  # batch, in, out, height, width
 
 
@@ -51,7 +51,7 @@ def with_gradients(convolve, input, weight, bias, grad):
 def test_values_and_gradients(algorithm, shape, channels_last, strip):
     """Relative to each tensor's norm; float32 rounds at 6e-8."""
     given = drawn(shape, channels_last=channels_last)
-    found = with_gradients(algorithm.apply, *given)
+    found = with_gradients(algorithm, *given)
     expected = with_gradients(lambda x, w, b: F.conv2d(x, w, b, padding=1), *(tensor.double() for tensor in given))
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and (one - other).norm() < 5e-7 * other.norm()
@@ -61,7 +61,7 @@ def test_values_and_gradients(algorithm, shape, channels_last, strip):
 def test_without_a_bias_or_a_gradient_of_the_input(algorithm):
     input, weight, _, grad = drawn(SHAPES[0])
     weight.requires_grad_()
-    found = torch.autograd.grad(algorithm.apply(input, weight, None), weight, grad)[0]
+    found = torch.autograd.grad(algorithm(input, weight, None), weight, grad)[0]
     expected = torch.autograd.grad(F.conv2d(input, weight, padding=1), weight, grad)[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
@@ -71,17 +71,15 @@ def test_gradients_of_weights_lie_as_the_weights_do(algorithm):
     """Or the optimizer's memory would be reordered at every step."""
     for channels_last in (False, True):
         given = drawn((2, 16, 8, 8, 8), channels_last=channels_last)
-        assert with_gradients(algorithm.apply, *given)[2].stride() == given[1].stride()
+        assert with_gradients(algorithm, *given)[2].stride() == given[1].stride()
 
 
 def used(monkeypatch, module, input):
     """Which algorithm a module takes for an input."""
     names = []
-    for algorithm in ALGORITHMS:
-        kept = algorithm.apply
-        monkeypatch.setattr(
-            algorithm, "apply", lambda *given, kept=kept, name=algorithm.__name__: names.append(name) or kept(*given)
-        )
+    for owner, name in ((convolution, "product_convolution"), (WinogradConvolution, "apply")):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, run=run, name=name: names.append(name) or run(*given))
     found = module(input)
     monkeypatch.undo()
     assert found.shape[2:] == input.shape[2:]
@@ -91,10 +89,10 @@ def used(monkeypatch, module, input):
 @pytest.mark.parametrize(
     ("channels", "size", "by_mkl", "by_onednn"),
     [
-        (320, 32, ["WinogradConvolution"], []),  # Stable Diffusion's levels at 256 px
-        (640, 32, ["WinogradConvolution"], ["WinogradConvolution"]),
-        (640, 16, ["WinogradConvolution"], ["ProductConvolution"]),
-        (1280, 4, ["ProductConvolution"], ["ProductConvolution"]),
+        (320, 32, ["apply"], []),  # Stable Diffusion's levels at 256 px
+        (640, 32, ["apply"], ["apply"]),
+        (640, 16, ["apply"], ["product_convolution"]),
+        (1280, 4, ["product_convolution"], ["product_convolution"]),
         (640, 33, [], []),  # no tiles of 2 x 2
         (64, 64, [], []),  # few channels
     ],
@@ -123,7 +121,7 @@ def test_the_choice_follows_shape_and_processor(monkeypatch, library, channels, 
 )
 def test_every_kind_is_pytorchs(options, monkeypatch):
     """The same module, parameters and result as nn.Conv2d, whatever the geometry; the choice itself made eager."""
-    monkeypatch.setattr(convolution, "LIMITS", dict.fromkeys((False, True), convolution.Limits(128, 48, 1)))
+    monkeypatch.setattr(convolution, "THRESHOLDS", dict.fromkeys((False, True), KernelThresholds(128, 48, 1)))
     monkeypatch.setattr(convolution, "MIN_PRODUCTS", 1)
     module = CpuConv2d(6, 8, **options)
     plain = nn.Conv2d(6, 8, **options)
@@ -136,6 +134,6 @@ def test_every_kind_is_pytorchs(options, monkeypatch):
 def test_autocast_and_compilers_get_pytorchs(monkeypatch):
     module, input = CpuConv2d(256, 256, 3, padding=1), torch.randn(1, 256, 32, 32)
     with torch.autocast("cpu", torch.bfloat16, enabled=True):
-        assert not module.chooses(input)
+        assert not module.may_choose(input)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not module.chooses(input)
+    assert not module.may_choose(input)

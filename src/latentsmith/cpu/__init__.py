@@ -15,11 +15,10 @@ def optimize_for_cpu(network: "nn.Module", *, pack_weights: bool = False) -> Non
     """
     from torch import nn
 
-    from .convolution import CpuConv2d
-    from .packing import PackedConv2d, can_pack
-    from .products import CpuLinear
+    from .convolution import CpuConv2d, PackedConv2d
+    from .products import CpuLinear, has_onednn
 
-    convolution = PackedConv2d if pack_weights and can_pack() else CpuConv2d
+    convolution = PackedConv2d if pack_weights and has_onednn() else CpuConv2d
     for module in network.modules():
         if type(module) in (nn.Conv2d, CpuConv2d):
             module.__class__ = convolution

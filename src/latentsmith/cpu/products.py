@@ -1,8 +1,7 @@
 """Matrix products in float32 on a CPU, by the library that is the faster one there.
 
 PyTorch's come from Intel's MKL. On AMD's processors with AVX-512 that stays at half the rate of oneDNN, which PyTorch
-ships for its convolutions. The choice depends on the processor and on shapes alone, so a run and its
-continuation compute the same; the two agree within rounding.
+ships for its convolutions. The choice depends on processor and shapes alone, so that a resumed run computes the same.
 """
 
 import platform
@@ -26,34 +25,30 @@ class CpuLinear(nn.Linear):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, by the faster library: (..., in) times (out, in), plus (out,)."""
-    if chooses(input, weight) and onednn_is_faster() and input.numel() * len(weight) >= LEAST_WORK:
+    if is_plain_float32(input, weight) and onednn_is_faster() and input.numel() * len(weight) >= LEAST_WORK:
         rows = LinearProduct.apply(input.reshape(-1, input.shape[-1]), weight, bias)
         return rows.view(*input.shape[:-1], len(weight))
     return F.linear(input, weight, bias)
 
 
-def chooses(input: Tensor, weight: Tensor) -> bool:
-    """Whether there is something to choose: device and precision are right, and there are numbers: no compiler is at
-    work, and no tensor that only stands for one."""
-    if {type(input), type(weight)} - {Tensor, nn.Parameter}:
-        return False
-    float32 = input.is_cpu and weight.is_cpu and input.dtype == weight.dtype == torch.float32
+def is_plain_float32(input: Tensor, weight: Tensor) -> bool:
+    """Whether both are plain float32 tensors on a CPU, outside autocast and compilers (no fake or sharded ones)."""
+    plain = {type(input), type(weight)} <= {Tensor, nn.Parameter} and input.is_cpu and weight.is_cpu
+    float32 = plain and input.dtype == weight.dtype == torch.float32
     return float32 and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
 @lru_cache
 def onednn_is_faster() -> bool:
     """Whether this is a processor of AMD's with AVX-512, and PyTorch has oneDNN for it."""
-    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" and made_by_amd()
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor
 
 
 def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def made_by_amd() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return "AuthenticAMD" in (cpuinfo.read_text() if cpuinfo.is_file() else platform.processor())
+    operations = ("_linear_pointwise", "_reorder_convolution_weight", "_convolution_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in operations)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,24 +59,22 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def dense(matrix: Tensor) -> Tensor:
-    """The same numbers, without gaps or repeats in memory: rows or columns that follow each other."""
+    """The matrix without gaps or repeats in memory: a copy unless its rows or columns follow each other."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
     """a (batch, n, k) times b (batch, k, m), outside autograd."""
-    if onednn_is_faster():
-        return torch.stack([product(one, other) for one, other in zip(a, b, strict=True)])
-    return torch.bmm(a, b)
+    return torch.stack([product(*pair) for pair in zip(a, b, strict=True)]) if onednn_is_faster() else torch.bmm(a, b)
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (batch, n, m) += a (batch, n, k) times b (batch, k, m)."""
-    if onednn_is_faster():
-        for into, one, other in zip(total, a, b, strict=True):
-            into += product(one, other)
-    else:
-        total.baddbmm_(a, b)
+    if not onednn_is_faster():
+        total.baddbmm_(a, b)  # a fifth faster than 16 products of MKL's
+        return
+    for into, *pair in zip(total, a, b, strict=True):
+        into += product(*pair)
 
 
 class LinearProduct(torch.autograd.Function):

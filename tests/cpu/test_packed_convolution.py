@@ -1,13 +1,18 @@
 """Packed convolutions are the plain ones but for rounding, whatever happens to them."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from latentsmith.cpu import optimize_for_cpu
-from latentsmith.cpu.packing import PackedConv2d, give_back
+from latentsmith.cpu.allocator import drop_pages
+from latentsmith.cpu.convolution import PackedConv2d
+from latentsmith.models import UNetModel
 
 
 def pair(**options):
@@ -59,17 +64,17 @@ def test_gradients_and_other_precisions_go_the_plain_way():
         assert packed.bfloat16()(images.bfloat16()).dtype == torch.bfloat16
 
 
-def test_what_is_given_back_is_still_there(tmp_path):
+def test_dropped_pages_are_read_again(tmp_path):
     torch.save({"w": torch.arange(1_000_000.0)}, tmp_path / "w.pt")
     mapped = torch.load(tmp_path / "w.pt", mmap=True)["w"]
     owned = torch.arange(1_000_000.0)
     for tensor in (mapped, owned):
-        give_back(tensor)
+        drop_pages(tensor.data_ptr(), tensor.nbytes)
         assert torch.equal(tensor, torch.arange(1_000_000.0))
 
 
-def test_large_pictures_are_not_packed(monkeypatch):
-    """Winograd's algorithm takes the weight as it is, and a small picture packs it after all."""
+def test_large_images_are_not_packed(monkeypatch):
+    """Winograd's algorithm takes the weight as it is, and a small image packs it after all."""
     plain = nn.Conv2d(512, 512, 3, padding=1)
     packed = nn.Sequential(copy.deepcopy(plain))
     optimize_for_cpu(packed, pack_weights=True)
@@ -77,3 +82,29 @@ def test_large_pictures_are_not_packed(monkeypatch):
     assert packed[0].packed is None
     same(plain, packed[0], 1, 512, 4, 4)
     assert packed[0].packed is not None
+
+
+def test_swapped_networks_keep_names_copy_and_pickle(randomise):
+    network = randomise(UNetModel(model_channels=32, channel_mult=[1, 2], num_heads=2, context_dim=16)).eval()
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3.0]), torch.randn(1, 5, 16))
+    names, expected = list(network.state_dict()), network(*inputs)
+    optimize_for_cpu(network, pack_weights=True)
+    with torch.no_grad():
+        found = [each(*inputs) for each in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network)))]
+    for output in found:
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    plain = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    assert list(network.state_dict()) == names and not plain
+
+
+def test_importing_under_the_meta_device_makes_no_meta_constants():
+    """The first import may come while a network is built without weights."""
+    code = (
+        "import torch\n"
+        "with torch.device('meta'):\n"
+        "    from latentsmith.cpu.convolution import WinogradConvolution, kernel_transform\n"
+        "    assert kernel_transform().device.type == 'cpu'\n"
+        "out = WinogradConvolution.apply(torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3), None)\n"
+        "assert out[0, 0, 1, 1] == 18"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
