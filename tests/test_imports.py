@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "diffusion": set(),
     "cpu": set(),
     "text": {"files"},
-    "config": {"files", "architectures", "precision", "image_request", "checkpoints"},
+    "config": {"files", "architectures", "precision", "image_request"},
     "checkpoints": {"files", "models", "text", "config", "architectures", "precision", "diffusion", "progress"},
     "data": {
         "files",

@@ -15,8 +15,9 @@ import typer
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import PROMPTS, read_regular
 from latentsmith.image_request import AXES, OPTIONS
+from latentsmith.precision import Dtype
 
-from .convert import Dtype, Weights
+from .convert import Weights
 
 DEFAULT_OUT = Path("images")
 RANDOM_SEED = -1

@@ -33,7 +33,7 @@ def from_tree(section: type[Section], tree: Mapping[str, Any]) -> Section:
 def to_tree(section: Any) -> dict[str, Any]:
     """A config, or a section of one, as nested dicts and lists; sections without defaults hold what is set."""
     if isinstance(section, AugmentationsConfig):
-        return to_plain(section.steps())
+        return {name: to_plain(value) for name, value in section.steps().items()}
     tree = {}
     for field in fields(section):
         value = getattr(section, field.name)
@@ -61,13 +61,13 @@ def to_yaml(config: Config) -> str:
 def dump(value: Any, *, one_line: bool = False) -> str:
     """Plain data as YAML that reads back as the same data."""
     width = 10**6 if one_line else 120
-    text = yaml.dump(
+    text: str = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=one_line
     )
     return text.strip().removesuffix("\n...") if one_line else text
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """PyYAML leaves the text 1e3 bare, which is a number in YAML 1.2 and for OmegaConf."""
 
 
