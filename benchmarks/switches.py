@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -39,58 +38,52 @@ def child(size: int, batch: int, steps: int, changes: list[str]) -> None:
     """Train `steps` steps and print what they took."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does
     import torch
-    from latentsmith.training.networks import build_network
 
     from latentsmith import load_config
+    from latentsmith.checkpoints.from_config import build_network
+    from latentsmith.cpu import optimize_for_cpu
     from latentsmith.data.loader import RunSamples, collated
-    from latentsmith.training.checkpointing import Checkpointing
-    from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-    from latentsmith.training.fit import Data, fit
-    from latentsmith.training.module import StepCallback
+    from latentsmith.training import setup
+    from latentsmith.training.hooks import Hook
+    from latentsmith.training.loop import train_loop
+    from latentsmith.training.objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt
     from latentsmith.training.random_draws import DiffusionDraws
-    from latentsmith.training.setup import noise_schedule, optimisation, trainer_options
-    from latentsmith.training.train import arranged
+    from latentsmith.training.train import lay_out
 
-    config = load_config("sd1", [*BASE, *changes, f"model.micro_batch_size={batch}"])
+    own = [f"model.micro_batch_size={batch}", f"trainer.max_steps={steps}"]
+    config = load_config("sd1", [*BASE, *changes, *own])
     shape = (4, size, size)
-    networks = arranged({"unet": build_network(config, "unet")}, config.model.channels_last, config.model.inductor)
+    networks = {"unet": build_network(config, "unet")}
+    if setup.on_cpu(config):
+        optimize_for_cpu(networks["unet"])
+    lay_out(networks, config.model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # fresh networks have layers of zeros, behind which differences would not show
         for parameter in networks["unet"].parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3 * fan_in**-0.5)
-    module = DiffusionTraining(networks, ("unet",), optimisation(config, batch, steps), Objective(), EmptyPrompt())
-    if config.exp_manager.ema.enable:
-        module.keep_averages(config.exp_manager.ema.decay)
+    objective = DiffusionObjective(networks, ("unet",), DiffusionLoss(), EmptyPrompt())
 
     def read(index: int, position: int) -> dict:
         generator = torch.Generator().manual_seed(index)
         moments = torch.randn(8, size, size, generator=generator)
         return {"keys": str(index), "moments": moments, "context": torch.randn(77, 768, generator=generator)}
 
-    class Clock(StepCallback):
-        times, facts = [time.monotonic()], []
+    class Clock(Hook):
+        times, facts = [], []
 
-        def on_step_end(self, trainer, module):
+        def on_start(self, training):
             self.times.append(time.monotonic())
-            self.facts.append({name: float(module.metrics.values[name]) for name in ("loss", "grad_norm")})
 
-        def on_train_start(self, trainer, module):
-            self.times[0] = time.monotonic()
+        def after_step(self, training, step):
+            self.facts.append({name: float(step.metrics[name]) for name in ("loss", "grad_norm")})
+            self.times.append(time.monotonic())
 
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        fit(
-            module,
-            Data(RunSamples(collated(read), DiffusionDraws(0, shape, noise_schedule(config)), 64, 0), batch),
-            steps,
-            Path(folder),
-            Checkpointing(Path(folder), 0, 1, enabled=False),
-            tensorboard=False,
-            progress_bar=False,
-            callbacks=[clock],
-            **trainer_options(config, 1),
-        )
+    clock, averages = Clock(), config.exp_manager.ema
+    plan = setup.training_plan(config, 64)
+    training = setup.start(setup.launch(config), objective, plan, averages if averages.enable else None)
+    samples = RunSamples(collated(read), DiffusionDraws(0, shape, setup.noise_schedule(config.model)), 64, 0)
+    train_loop(training, setup.batches_of(training, samples), [clock])
     spans = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     parameters = sum(parameter.numel() for parameter in networks["unet"].parameters())

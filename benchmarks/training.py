@@ -16,7 +16,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -85,15 +84,15 @@ def with_diffusers(folder: Path, batch: int, steps: int, tuned: bool) -> list[tu
 
 def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) -> list[tuple[float, float]]:
     import torch
-    from latentsmith.training.networks import build_network
 
     from latentsmith import load_config
+    from latentsmith.checkpoints.from_config import build_network
+    from latentsmith.cpu import optimize_for_cpu
     from latentsmith.data.loader import RunSamples
-    from latentsmith.training.checkpointing import Checkpointing
-    from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-    from latentsmith.training.fit import Data, fit
-    from latentsmith.training.module import StepCallback
-    from latentsmith.training.setup import optimisation, trainer_options
+    from latentsmith.training import setup
+    from latentsmith.training.hooks import Hook
+    from latentsmith.training.loop import train_loop
+    from latentsmith.training.objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt
 
     shape = [f"model.unet_config.model_channels={widths[0]}", "model.unet_config.channel_mult=[1,2,4,4]",
              "model.unet_config.num_heads=8", "model.unet_config.num_head_channels=-1"]  # fmt: skip
@@ -102,13 +101,12 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
         [*shape, f"model.unet_config.from_pretrained={folder}", "model.unet_config.from_NeMo=false",
          "trainer.precision=32", "model.channels_last=False", "trainer.accelerator=cpu", "trainer.gradient_clip_val=1",
          "model.optim.lr=1e-5", "model.optim.weight_decay=0.01", "model.optim.betas=[0.9,0.999]",
-         "model.optim.sched.warmup_steps=0",
+         "model.optim.sched.warmup_steps=0", f"trainer.max_steps={steps}", "exp_manager.ema.decay=0.9999",
          f"model.micro_batch_size={batch}"],
     )  # fmt: skip
-    networks = {"unet": build_network(config, "unet")}
-    goal = Objective(scale_factor=1.0)
-    module = DiffusionTraining(networks, ("unet",), optimisation(config, batch, steps), goal, EmptyPrompt())
-    module.keep_averages(0.9999)
+    unet = build_network(config, "unet")
+    optimize_for_cpu(unet)
+    objective = DiffusionObjective({"unet": unet}, ("unet",), DiffusionLoss(scale_factor=1.0), EmptyPrompt())
     rows: list[tuple[float, float]] = []
     held: dict[int, tuple] = {}
 
@@ -132,27 +130,19 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
         return {"timesteps": timesteps, "signal": signal, "noise_level": level, "noise": noise,
                 "posterior_noise": torch.zeros_like(latents), "empty_caption": no, "zero_embedding": no}  # fmt: skip
 
-    class Clock(StepCallback):
-        def on_train_start(self, trainer, module):
+    class Clock(Hook):
+        def on_start(self, training):
             self.last = time.perf_counter()
 
-        def on_step_end(self, trainer, module):
+        def after_step(self, training, step):
             now = time.perf_counter()
-            rows.append((now - self.last, float(module.metrics.values["loss"])))
+            rows.append((now - self.last, float(step.metrics["loss"])))
             self.last = time.perf_counter()
 
-    with tempfile.TemporaryDirectory() as where:
-        fit(
-            module,
-            Data(RunSamples(read, draw, 10**6, 0, order=lambda position: position), batch),
-            steps,
-            Path(where),
-            Checkpointing(Path(where), 0, 1, enabled=False),
-            tensorboard=False,
-            progress_bar=False,
-            callbacks=[Clock()],
-            **trainer_options(config, 1),
-        )
+    plan = setup.training_plan(config, 10**6)
+    training = setup.start(setup.launch(config), objective, plan, config.exp_manager.ema)
+    samples = RunSamples(read, draw, 10**6, 0, order=lambda position: position)
+    train_loop(training, setup.batches_of(training, samples), [Clock()])
     return rows
 
 

@@ -56,3 +56,11 @@ def autocast_dtype(precision: str) -> torch.dtype | None:
 
     name = PRECISIONS[precision][1]
     return getattr(torch, name) if name else None
+
+
+def half_precision(precision: str) -> torch.dtype | None:
+    """Return the dtype below float32 that a trainer.precision computes in, or None where it is float32."""
+    import torch
+
+    dtype = autocast_dtype(precision) or weights_dtype(precision)
+    return None if dtype == torch.float32 else dtype

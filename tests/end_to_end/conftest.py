@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentsmith.cli import main
-from latentsmith.training.checkpoint import checkpoints_in
+from latentsmith.training.checkpointing import checkpoints_in
 from latentsmith.training.metrics_log import read_rows
 
 CONFIG = """

@@ -6,7 +6,7 @@ from PIL import Image
 
 from latentsmith import load_config
 from latentsmith.data.latent_cache import LatentCache
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 
 HOSTS = {"lsmith0": "10.83.7.1", "lsmith1": "10.83.7.2"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 
 TRIAL = Path(__file__).with_name("kill_trial.py")

@@ -11,7 +11,7 @@ import pytest
 
 from latentsmith.data.latent_cache import LatentCache
 from latentsmith.files.tensors import open_tensors
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 
 
@@ -117,20 +117,18 @@ def test_sharded_processes_end_in_order_every_time(world):
 SHARDS = """
 import sys
 from latentsmith.cli import main
-from latentsmith.training.module import StepCallback, TrainingModule
 from latentsmith.training.checkpointing import SaveCheckpoints
 
-def look(self, trainer, module):
-    unet = module.parts["unet"]
+def look(self, training, step):
+    unet, state = training.objective.networks["unet"], training.state
     local = sum(p.to_local().numel() for p in unet.parameters())
-    state = module.optimizers(use_pl_optimizer=False).state
-    moments = sum(row["exp_avg"].to_local().numel() for row in state.values())
-    averages = sum(average.to_local().numel() for average in module.ema["unet"].averages)
+    moments = sum(row["exp_avg"].to_local().numel() for row in state.optimizer.state.values())
+    averages = sum(average.to_local().numel() for average in state.ema["unet"].averages)
     total = sum(p.numel() for p in unet.parameters())
     sys.stdout.write("SHARE %f %f %f\\n" % (local / total, moments / total, averages / total))
     sys.stdout.flush()
 
-SaveCheckpoints.on_step_end = look
+SaveCheckpoints.after_step = look
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -5,7 +5,7 @@ import pytest
 
 from latentsmith import load_config
 from latentsmith.data.mirrors import RemoteFile
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from latentsmith.training.checkpoint import read_state
+from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 
 DROPOUT = {"cached": ("model.unet_config.dropout=0.2",), "vae": ("model.first_stage_config.ddconfig.dropout=0.2",)}
@@ -197,15 +197,15 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(world, monkeypatch, capsys
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for name in ("metrics_log.append_row", "validation.append_row"):
-        monkeypatch.setattr(f"latentsmith.training.{name}", full)
+    for name in ("metrics.append_row", "validation.append_row"):
+        monkeypatch.setattr(f"latentsmith.training.hooks.{name}", full)
     monkeypatch.setattr("latentsmith.training.report.write_run_report", full)
-    monkeypatch.setattr("latentsmith.training.sample_images.save_row", full)
+    monkeypatch.setattr("latentsmith.training.hooks.samples.save_row", full)
     options = ("model.data.validation.dataset_path=ROOT/cache", "exp_manager.sample_images.every_n_train_steps=2",
                "exp_manager.sample_images.prompts=[x]", "exp_manager.sample_images.steps=1")  # fmt: skip
     run = world.train("cached", "no-logs", *options)
     said = capsys.readouterr().err
-    for what in ("row of step 4", "validation loss", "report.html", "sample pictures"):
+    for what in ("row of step 4", "validation loss", "report.html", "sample images"):
         assert f"{what} not written (No space left on device): training goes on" in said
     assert read_state(world.newest(run))["global_step"] == 4
 

@@ -5,14 +5,14 @@ import subprocess
 import sys
 from collections import Counter
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
 from latentsmith.config import load_config
-from latentsmith.training.checkpointing import Checkpointing
-from latentsmith.training.fit import Data, fit
+from latentsmith.training import setup
+from latentsmith.training.hooks import Hook
+from latentsmith.training.loop import train_loop
 from latentsmith.training.train import prepared
 
 from .conftest import KINDS
@@ -28,8 +28,8 @@ SWITCHES = {  # the override, and how far a gradient may be from the plain one, 
 }
 
 
-class Look(L.Callback):
-    """What happens inside the one step of a training."""
+class Look(Hook):
+    """What happens inside the one step of a training: a profile from its start to the optimizer's step."""
 
     def __init__(self, unet: nn.Module):
         self.blocks, self.dtypes, self.last, self.operators = Counter(), set(), set(), set()
@@ -46,11 +46,12 @@ class Look(L.Callback):
             self.last.add(layer.weight.is_contiguous(memory_format=torch.channels_last))
             self.pictures_last.add(output.is_contiguous(memory_format=torch.channels_last))
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+    def on_start(self, training):
         self.profile = torch.autograd.profiler.profile(use_cpu=True)
         self.profile.__enter__()
+        training.state.optimizer.register_step_pre_hook(self.before_optimizer_step)
 
-    def on_before_optimizer_step(self, trainer, module, optimizer):
+    def before_optimizer_step(self, optimizer, *_):
         self.gradients = {name: p.grad.float().clone() for name, p in self.unet.named_parameters()}
         self.weight_dtypes = {p.dtype for p in self.unet.parameters()}
         self.profile.__exit__(None, None, None)
@@ -69,10 +70,8 @@ def looked_into(world, *changes):
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 100
             parameter.add_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
     look = Look(unet)
-    precision = config.trainer.precision
-    data, nowhere = Data(ready.samples, 4), Checkpointing(world.root, 0, 1, enabled=False)
-    fit(ready.module, data, 1, world.root, nowhere, tensorboard=False, progress_bar=False, callbacks=[look],
-        accelerator="cpu", devices=1, precision=precision)  # fmt: skip
+    training = setup.start(setup.launch(config), ready.objective, ready.plan)
+    train_loop(training, setup.batches_of(training, ready.samples), [look])
     return look
 
 

@@ -1,21 +1,30 @@
 """A diffusion training small enough for closed forms: linear networks, random samples, no files but the run's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
 from latentsmith.data.loader import RunSamples, collated
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-from latentsmith.training.fit import Checkpointing, Data, fit
+from latentsmith.training import setup
+from latentsmith.training.checkpointing import CheckpointPlan, SaveCheckpoints, load_checkpoint, read_state
+from latentsmith.training.hooks import Hook
+from latentsmith.training.hooks.metrics import Metrics
+from latentsmith.training.hooks.nonfinite import DescribeNonFinite
+from latentsmith.training.hooks.signals import StopOnSignal
+from latentsmith.training.loop import Plan, Training, train_loop
 from latentsmith.training.metrics_log import read_rows
-from latentsmith.training.module import Optimisation
+from latentsmith.training.objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt
 from latentsmith.training.optimizers import lr_schedule
 from latentsmith.training.random_draws import DiffusionDraws
 
+CONSTANT = lr_schedule("constant")
 LENGTH, CONTEXT, TOKENS, SAMPLES, SIZE = 3, 5, 7, 10, (4, 4, 4)
 
 
@@ -61,31 +70,33 @@ def record(index: int, position: int) -> dict:
 
 @dataclass
 class Toy:
-    """One training of the toy networks: module() and samples() to call by hand, train() to run to max_steps."""
+    """One training of the toy networks: objective() and samples() to call by hand, train() to run to max_steps."""
 
     folder: Path
     cached: bool = True
     trained: tuple[str, ...] = ("unet",)
-    objective: Objective = field(default_factory=lambda: Objective(scale_factor=0.5))
+    loss: DiffusionLoss = field(default_factory=lambda: DiffusionLoss(scale_factor=0.5))
     caption_dropout_rate: float = 0.0
     text_embedding_dropout_rate: float = 0.0
     unet_dropout: float = 0.0
     global_batch: int = 4
     optimizer: str = "adamw"
     options: dict = field(default_factory=lambda: {"lr": 1e-2})
+    decay: float | None = None
+    lr_factor: Callable[[int], float] = CONSTANT
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule.from_config)
+    reverse_hooks: bool = False
 
     @property
     def draws(self) -> DiffusionDraws:
         return DiffusionDraws(3, SIZE, self.schedule, self.caption_dropout_rate, self.text_embedding_dropout_rate)
 
-    def module(self) -> DiffusionTraining:
+    def objective(self) -> DiffusionObjective:
         torch.manual_seed(0)
-        parts = {"unet": ToyUNet(self.unet_dropout), "vae": ToyVae(), "text_encoder": ToyText()}
+        networks = {"unet": ToyUNet(self.unet_dropout), "vae": ToyVae(), "text_encoder": ToyText()}
         empty = EmptyPrompt(embedding=torch.full((LENGTH, CONTEXT), 0.25))
         empty = empty if self.cached else EmptyPrompt(token_ids=torch.zeros(1, LENGTH, dtype=torch.long))
-        optimisation = Optimisation(self.optimizer, self.options, lr_schedule("constant"), self.global_batch)
-        return DiffusionTraining(parts, self.trained, optimisation, self.objective, empty)
+        return DiffusionObjective(networks, self.trained, self.loss, empty)
 
     def samples(self) -> RunSamples:
         dropped = ("images", "token_ids") if self.cached else ("moments", "context")
@@ -95,24 +106,48 @@ class Toy:
 
         return RunSamples(collated(read), self.draws, SAMPLES, seed=3)
 
-    def train(self, module=None, steps=4, *, every=0, keep=-1, resume=None, micro_batch=None, callbacks=(), **options):
-        module = module or self.module()
-        options = {"accelerator": "cpu", "devices": 1} | options
-        micro_batch = micro_batch or self.global_batch
-        fit(
-            module,
-            Data(self.samples(), micro_batch),
+    def training(self, objective=None, steps=4, *, micro_batch=None, clip=None, resume=None, plugins=()) -> Training:
+        """A training that is ready for its first step."""
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=list(plugins))
+        fabric.launch()
+        plan = Plan(
             steps,
-            self.folder,
-            Checkpointing(self.folder / "checkpoints", every, keep, resume=resume),
-            log_every_n_steps=1,
-            tensorboard=False,
-            progress_bar=False,
-            callbacks=callbacks,
-            accumulate_grad_batches=self.global_batch // micro_batch,
-            **options,
+            self.global_batch,
+            micro_batch or self.global_batch,
+            self.optimizer,
+            self.options,
+            self.lr_factor,
+            clip,
         )
-        return module
+        ema = SimpleNamespace(decay=self.decay, every_n_steps=1, cpu_offload=False) if self.decay else None
+        training = setup.start(fabric, objective or self.objective(), plan, ema)
+        if resume is not None:
+            load_checkpoint(resume, read_state(resume), training.state)
+        return training
+
+    def train(
+        self,
+        objective=None,
+        steps=4,
+        *,
+        every=0,
+        keep=-1,
+        hooks=(),
+        limit=10,
+        minutes=None,
+        clock=None,
+        **options,
+    ) -> Training:
+        """Train to `steps` with the hooks of every run and `hooks`, which may be functions of the metrics hook."""
+        training, samples = self.training(objective, steps, **options), self.samples()
+        checkpoints = CheckpointPlan(self.folder / "checkpoints", every, keep, every_n_minutes=minutes)
+        log = Metrics(self.folder, 1, tensorboard=False, progress_bar=False)
+        saving = SaveCheckpoints(checkpoints, *([clock] if clock else []))
+        given = [hook if isinstance(hook, Hook) else hook(log) for hook in hooks]
+        everywhere = [StopOnSignal(), log, DescribeNonFinite(self.folder, samples, limit, 1), saving]
+        hooks = [*given, *everywhere]
+        train_loop(training, setup.batches_of(training, samples), hooks[::-1] if self.reverse_hooks else hooks)
+        return training
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in read_rows(self.folder / "metrics.csv")]

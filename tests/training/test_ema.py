@@ -6,12 +6,12 @@ from latentsmith.training.ema import Ema
 
 
 def walk(module: nn.Module, steps: int, ema: Ema) -> list[torch.Tensor]:
-    """Move the weights `steps` times, telling the average; the weights after each step, in float64."""
+    """Move the weights `steps` times, and update the average; the weights after each step, in float64."""
     weights = []
     for step in range(1, steps + 1):
         with torch.no_grad():
             module.weight.add_(torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(step)))
-        ema.update(module, step)
+        ema.update(module, step, torch.tensor(True))
         weights.append(module.weight.detach().double().clone())
     return weights
 
@@ -78,3 +78,14 @@ def test_half_precision_weights_have_float32_averages():
     ema = Ema(module, 0.5)
     walk(module, 2, ema)
     assert ema.state_dict()["weight"].dtype == torch.float32
+
+
+def test_a_skipped_step_moves_nothing():
+    module = nn.Linear(3, 2)
+    ema = Ema(module, 0.9)
+    walk(module, 3, ema)
+    averages = [average.clone() for average in ema.averages]
+    with torch.no_grad():
+        module.weight += 1
+    ema.update(module, 4, torch.tensor(False))
+    assert all(map(torch.equal, averages, ema.averages)) and ema.updates == 3

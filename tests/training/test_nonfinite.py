@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from latentsmith.data.loader import RunSamples
+from latentsmith.training.hooks import Hook
+from latentsmith.training.hooks.nonfinite import DescribeNonFinite, TooManyNonFinite, first_bad
 from latentsmith.training.metrics_log import read_rows
-from latentsmith.training.nonfinite import TooManyNonFinite, WatchNonFinite, batch_of, first_bad
 
 BAD = "7"  # the key of a sample of the set
 
@@ -39,27 +40,39 @@ def poisoned(toy, keys=(BAD,), **fields):
     return run
 
 
-def weights(module):
-    return {name: value.clone() for name, value in module.parts["unet"].state_dict().items()}
+def weights(objective):
+    return {name: value.clone() for name, value in objective.networks["unet"].state_dict().items()}
+
+
+class Look(Hook):
+    """Keeps the weights and averages before the first step and after each."""
+
+    def __init__(self):
+        self.weights, self.averages = [], []
+
+    def on_start(self, training):
+        self.weights.append(weights(training.objective))
+        self.averages.append([average.clone() for average in training.state.ema["unet"].averages])
+
+    def after_step(self, training, step):
+        self.on_start(training)
 
 
 @pytest.mark.parametrize("name", ["adamw", "SGD"], ids=["fused", "looped"])
 def test_the_step_is_skipped_and_described(toy, name):
-    run = poisoned(toy)
-    made, seen = run.module(), []
-    object.__setattr__(made.optimisation, "name", name)
-    made.keep_averages(0.9)
-    original = made.on_train_batch_start
-    made.on_train_batch_start = lambda batch, number: (seen.append(weights(made)), original(batch, number))
-    module = run.train(made, steps=6)
+    run, look = poisoned(toy, optimizer=name, decay=0.9), Look()
+    training = run.train(steps=6, hooks=[look])
     rows = read_rows(run.folder / "metrics.csv")
     skipped = [row["step"] for row in rows if not math.isfinite(row.get("grad_norm", math.nan))]
-    assert skipped and len(skipped) < 6 and rows[-1]["skipped_steps"] == len(skipped) == int(module.skipped_steps)
-    after = [*seen[1:], weights(module)]
+    assert skipped and len(skipped) < 6
+    assert rows[-1]["skipped_steps"] == len(skipped) == int(training.state.skipped_steps)
+    assert training.state.ema["unet"].updates == 6 - len(skipped)
     for step in range(1, 7):
-        same = all(torch.equal(seen[step - 1][key], after[step - 1][key]) for key in after[0])
-        assert same == (step in skipped)
-    assert all(torch.isfinite(value).all() for value in [*after[-1].values(), *module.ema["unet"].averages])
+        before, after = look.weights[step - 1 : step + 1]
+        assert all(torch.equal(before[key], after[key]) for key in after) == (step in skipped)
+        before, after = look.averages[step - 1 : step + 1]
+        assert all(map(torch.equal, before, after)) == (step in skipped)
+    assert all(torch.isfinite(value).all() for value in [*look.weights[-1].values(), *look.averages[-1]])
     files = sorted((run.folder / "nonfinite").glob("*.json"))
     assert [int(file.stem[5:]) for file in files] == skipped
     described = json.loads(files[0].read_text())
@@ -82,31 +95,30 @@ def test_training_goes_on_as_if_it_had_not_been_looked_into(toy, monkeypatch):
         run = poisoned(toy, unet_dropout=0.3)
         run.train(steps=6, micro_batch=2)
         runs.append([row["loss"] for row in read_rows(run.folder / "metrics.csv") if "loss" in row])
-        monkeypatch.setattr(WatchNonFinite, "describe", lambda *_: None)
+        monkeypatch.setattr(DescribeNonFinite, "describe", lambda *_: None)
     assert runs[0] == runs[1] and len(runs[0]) == 6
 
 
 def test_what_cannot_be_described_does_not_end_the_run(toy, capsys):
     run = poisoned(toy)
     (run.folder / "nonfinite").write_text("in the way of the folder")
-    assert run.train(steps=6).progress.global_step == 6
+    assert run.train(steps=6).state.global_step == 6
     assert "skipped, and not described" in capsys.readouterr().out
 
 
 def test_it_stops_after_so_many_in_a_row_with_good_weights_kept(toy):
     run = poisoned(toy, keys=[str(index) for index in range(10)])
-    module = run.module()
-    before = weights(module)
+    objective = run.objective()
+    before = weights(objective)
     with pytest.raises(TooManyNonFinite, match="3 steps in a row without a finite gradient"):
-        run.train(module, steps=20, nonfinite_limit=3)
-    assert module.progress.global_step == 3
-    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+        run.train(objective, steps=20, limit=3)
+    assert all(torch.equal(value, before[name]) for name, value in weights(objective).items())
     assert (run.folder / "checkpoints" / "step-00000003").is_dir()
 
 
 def test_now_and_then_is_no_reason_to_stop(toy):
     run = poisoned(toy)
-    run.train(steps=12, nonfinite_limit=3)
+    run.train(steps=12, limit=3)
     assert len(list((run.folder / "nonfinite").glob("*.json"))) >= 4
 
 
@@ -121,10 +133,10 @@ def test_counted_on_after_a_resume(toy):
 @pytest.mark.parametrize("layer", ["conv", "text"])
 def test_the_first_bad_layer_is_found(toy, layer):
     run = toy()
-    module = run.module()
+    objective = run.objective()
     with torch.no_grad():
-        module.parts["unet"].get_submodule(layer).weight.view(-1)[0] = float("inf")
-    assert looked_into(run, module) == f"forward:unet.{layer}"
+        objective.networks["unet"].get_submodule(layer).weight.view(-1)[0] = float("inf")
+    assert looked_into(run, objective) == f"forward:unet.{layer}"
 
 
 class InfiniteSlope(nn.Module):
@@ -134,18 +146,17 @@ class InfiniteSlope(nn.Module):
 
 def test_and_where_only_its_gradient_is_bad(toy):
     run = toy()
-    module = run.module()
-    module.parts["unet"].dropout = InfiniteSlope()
-    assert looked_into(run, module) in ("backward:unet.conv", "backward:unet.text")
+    objective = run.objective()
+    objective.networks["unet"].dropout = InfiniteSlope()
+    assert looked_into(run, objective) in ("backward:unet.conv", "backward:unet.text")
 
 
 def test_nothing_is_found_where_all_is_well(toy):
     run = toy()
-    assert looked_into(run, run.module()) is None
+    assert looked_into(run, run.objective()) is None
 
 
-def looked_into(run, module):
-    module.on_train_start()
-    found = first_bad(module, batch_of(run.samples(), [0, 1], torch.device("cpu")))
-    assert not module.metrics.micro and all(p.grad is None for p in module.parameters())
+def looked_into(run, objective):
+    found = first_bad(objective.train(), run.samples()[[0, 1]])
+    assert all(p.grad is None for p in objective.parameters())
     return found["first_bad"]

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from latentsmith.data.loader import collated
-from latentsmith.training.diffusion_module import Objective
+from latentsmith.training.hooks.validation import HeldOut, Validation
 from latentsmith.training.metrics_log import read_rows
+from latentsmith.training.objectives import DiffusionLoss
 from latentsmith.training.random_draws import ValidationDraws
-from latentsmith.training.validation import HeldOut, Validation
+from latentsmith.training.state import evaluating
 
 from .conftest import SAMPLES, SIZE, record
 
@@ -19,9 +20,9 @@ def held_out(run, count=SAMPLES, batch_size=4):
     return HeldOut(collated(read), ValidationDraws(SIZE, run.schedule, count), SAMPLES, batch_size)
 
 
-def trained(run, steps=4, every=2, module=None, **options):
-    validation = Validation(held_out(run, **options), run.folder, every, steps)
-    run.train(module, steps, callbacks=[validation])
+def trained(run, steps=4, every=2, objective=None, resume=None, **options):
+    held = held_out(run, **options)
+    run.train(objective, steps, resume=resume, hooks=[lambda log: Validation(held, run.folder, every, log)])
     return read_rows(run.folder / "validation.csv")
 
 
@@ -40,16 +41,16 @@ def test_timesteps_are_stratified_and_nothing_is_dropped(toy):
 def test_it_is_the_mean_error_of_the_prediction(toy):
     """Against the same sum written out, in float64."""
     run = toy(unet_dropout=0.5)
-    module = run.module()
-    rows = trained(run, steps=2, every=2, module=module)
+    objective = run.objective()
+    rows = trained(run, steps=2, every=2, objective=objective)
     held, errors = held_out(run), []
-    module.parts.eval()
+    objective.eval()
     for number in range(SAMPLES):
         batch = held[[number]]
         with torch.no_grad():
-            latents, context = module.latents(batch), module.context(batch)
+            latents, context = objective.latents(batch), objective.context(batch)
             noisy = batch["signal"] * latents + batch["noise_level"] * batch["noise"]
-            output = module.parts["unet"](noisy, batch["timesteps"], context)
+            output = objective.networks["unet"](noisy, batch["timesteps"], context)
         errors.append((output.double() - batch["noise"].double()).square().mean())
     assert rows[-1]["val_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-6)
 
@@ -63,22 +64,17 @@ def test_neither_batches_nor_dropout_nor_the_loss_of_training_enter(toy):
     assert loss(batch_size=3) == pytest.approx(first, rel=1e-6)
     assert loss(unet_dropout=0.9) == first
     assert loss(caption_dropout_rate=0.9) == first
-    assert loss(objective=Objective(loss_type="l1", min_snr_gamma=5.0, scale_factor=0.5)) == first
+    assert loss(loss=DiffusionLoss(loss_type="l1", min_snr_gamma=5.0, scale_factor=0.5)) == first
 
 
 def test_raw_and_averaged(toy):
-    run = toy()
-    module = run.module()
-    module.keep_averages(0.9)
-    rows = trained(run, steps=6, every=3, module=module)
+    run = toy(decay=0.9)
+    rows = trained(run, steps=6, every=3)
     assert [row["step"] for row in rows] == [3, 6]
     assert all(row["val_loss"] != row["val_loss_ema"] for row in rows)
-    with module.averaged():
-        swapped = Validation(held_out(run), run.folder, 1, 1)
-        module.ema = {}
-        with torch.no_grad():
-            module.parts.eval()
-            assert swapped.loss(module.trainer, module) == rows[-1]["val_loss_ema"]
+    training = run.training(resume=run.folder / "checkpoints" / "step-00000006")
+    with training.state.averaged(), evaluating(training.objective):
+        assert Validation(held_out(run), run.folder, 1, None).loss(training) == rows[-1]["val_loss_ema"]
 
 
 def test_training_goes_on_as_if_it_had_not_been_validated(toy):
@@ -92,9 +88,7 @@ def test_after_a_resume_and_at_the_end(toy):
     run, whole = toy(), toy()
     trained(run, steps=3, every=2)
     assert [row["step"] for row in read_rows(run.folder / "validation.csv")] == [2, 3]
-    validation = Validation(held_out(run), run.folder, 2, 6)
-    run.train(steps=6, resume=run.folder / "checkpoints" / "step-00000003", callbacks=[validation])
-    rows = read_rows(run.folder / "validation.csv")
+    rows = trained(run, steps=6, every=2, resume=run.folder / "checkpoints" / "step-00000003")
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
     expected = trained(whole, steps=6, every=1)
     assert rows == [row for row in expected if row["step"] in (2, 3, 4, 6)]
@@ -103,10 +97,10 @@ def test_after_a_resume_and_at_the_end(toy):
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_processes_share_the_samples(toy, processes):
     """Each has as many batches; together every sample counts once."""
-    validation = Validation(held_out(toy(), count=10, batch_size=2), toy().folder, 1, 1)
+    held = held_out(toy(), count=10, batch_size=2)
     counted, batches = [], set()
     for rank in range(processes):
-        mine = list(validation.batches(rank, processes))
+        mine = list(held.batches(rank, processes))
         batches.add(len(mine))
         counted += [key for batch in mine for key, weight in zip(batch["keys"], batch["weight"], strict=True) if weight]
     assert len(batches) == 1 and sorted(counted) == sorted(str(index) for index in range(10))

@@ -27,7 +27,7 @@ def train(
     multirun: MultiRun = False,
     dry_run: DryRun = False,
     resume: Resume = None,
-    again: Replay = None,
+    replay: Replay = None,
 ) -> int:
     """Train or fine-tune a latent diffusion model.
 
@@ -43,10 +43,11 @@ def train(
       latentsmith train --config demo --multirun model.optim.lr=1e-3,3e-4 model.seed=0,1
       latentsmith train --replay runs/sd1/nonfinite/step-00001234.json
     """
-    if again is not None:
-        from latentsmith.training.replay import config_of, replay
+    if replay is not None:
+        from latentsmith.training.replay import config_file
+        from latentsmith.training.replay import replay as run_again
 
-        return 0 if replay(again, load(config, overrides) if config else config_of(again)) else 1
+        return 0 if run_again(replay, load(config or str(config_file(replay)), overrides)) else 1
     name, given = config_and_overrides(config, overrides, resume)
     given = _with_init(given, init)
     configs = [load(name, changes) for changes in (_sweep(name, given) if multirun else [given])]
@@ -60,7 +61,7 @@ def train(
 
 
 def _sweep(config: str, given: list[str]) -> list[list[str]]:
-    """The overrides of each run, with a name of its own that tells what differs."""
+    """Return the overrides of each run, with a name of its own made of what differs."""
     from latentsmith.config import overrides as grammar
 
     runs = grammar.sweep(given)

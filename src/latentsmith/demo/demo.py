@@ -23,9 +23,9 @@ from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.inference import Pipeline
 from latentsmith.inference.sheets import labelled_sheet
 from latentsmith.progress import progress
+from latentsmith.training.hooks.samples import save_row
 from latentsmith.training.metrics_log import METRICS_FILE, read_rows
 from latentsmith.training.report import captioned_row, noisy_chart, sample_images
-from latentsmith.training.sample_images import save_row
 from latentsmith.training.train import train
 from latentsmith.training.train_vae import train_vae
 from latentsmith.units import duration

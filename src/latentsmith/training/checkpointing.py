@@ -1,30 +1,288 @@
-"""When a run's checkpoints are written: by steps and minutes, in the background where memory allows, never to the harm
-of those that stand."""
+"""Checkpoints of a run: written by steps and minutes, in the background where memory allows, read, and removed.
 
+step-00001000/unet.safetensors   the trained weights, one file for each trained network
+              ema/unet.safetensors   their averages, if there are any
+              optimizer.safetensors  the optimizer's state, by parameter number
+              state.json             counters, and a checksum of every file above
+
+A checkpoint is a folder written under another name, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from latentsmith.files.atomic import INCOMPLETE, sync_folder, write_text
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import hash_file
 from latentsmith.files.memory import available_bytes
+from latentsmith.files.tensors import open_tensors, save_safetensors
 
-from .checkpoint import Snapshot, checkpoints_in, remove_leftovers, size_of, take_snapshot, write_checkpoint
-from .module import StepCallback, TrainingModule
+from .hooks import Hook
+from .optimizers import STATE_VALUES, parameters_of
+from .sharding import copy_whole, is_sharded, on_first_process, split_like, whole
+from .state import TrainingState, trained_parameters
 
+if TYPE_CHECKING:  # `latentsmith inspect` reads checkpoints too, and needs no Fabric
+    from .loop import Step, Training
+
+STATE_FILE = "state.json"
+REPLACED = f".REPLACED{INCOMPLETE}"  # suffix of a checkpoint while another is put in its place
 MARGIN = 1.25  # of a snapshot's size, that memory has to have free for a save in the background
 GIB = 2**30
 
+# ---- Snapshots ----
+
 
 @dataclass(frozen=True)
-class Checkpointing:
+class Snapshot:
+    """The whole state of a training at one step.
+
+    files: tensors by file and name. state: the counters. owned: whether nothing else changes the tensors.
+    """
+
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    owned: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.files.values() for tensor in tensors.values())
+
+    def copied(self) -> Snapshot:
+        """Return the same in the memory of the CPU, where nothing changes it."""
+        if self.owned:
+            return self
+        copies = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in self.files.items()
+        }
+        return Snapshot(copies, self.state, owned=True)
+
+
+def take_snapshot(state: TrainingState, *, first_process: bool = True) -> Snapshot | None:
+    """Return the state's tensors, not copied unless they are shards; None in all processes but the first.
+
+    All processes have to ask: the shards of each tensor come together, one tensor after the other.
+    """
+    files = _gathered(_tensors(state), keep=first_process) if state.sharded else None
+    if not first_process:
+        return None
+    counters = {
+        "global_step": state.global_step,
+        "consumed_samples": state.consumed_samples,
+        "skipped_steps": int(state.skipped_steps),
+        **({"scaler": state.scaler.state_dict()} if state.scaler else {}),
+        "ema_updates": {name: int(average.updates) for name, average in state.ema.items()},
+        "optimizer": state.optimizer_name,
+    }
+    return Snapshot(files or _tensors(state), counters, owned=files is not None)
+
+
+def _tensors(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """Return everything of a training that has to be kept, as tensors by file name."""
+    files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+    files |= {f"ema/{name}": average.state_dict() for name, average in state.ema.items()}
+    rows = [state.optimizer.state.get(parameter, {}) for parameter in parameters_of(state.optimizer)]
+    files["optimizer"] = {
+        f"{i}.{key}": torch.as_tensor(value) for i, row in enumerate(rows) for key, value in row.items()
+    }
+    return files
+
+
+def _gathered(files: dict[str, dict[str, Tensor]], keep: bool) -> dict[str, dict[str, Tensor]]:
+    """Return the whole tensors in the memory of the CPU, where `keep` is true; all processes take part."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            together = whole(tensor)
+            if keep:
+                found.setdefault(file, {})[name] = together.cpu()
+    return found
+
+
+def checkpoint_bytes(state: TrainingState) -> int:
+    """Return the size of a checkpoint before the optimizer has a state."""
+    files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+    averages = sum(average.nbytes for ema in state.ema.values() for average in ema.averages)
+    moved = sum(p.numel() for p in trained_parameters(state.networks, state.trained))
+    return Snapshot(files, {}).bytes + averages + int(4 * STATE_VALUES.get(state.optimizer_name, 2) * moved)
+
+
+# ---- Files ----
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the finished checkpoints in `folder`, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file() and path.suffix == "")
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapping[str, str]) -> Path:
+    """Write a snapshot into `folder/step-N` and remove all but the newest `keep` (-1 for all).
+
+    metadata: kept in the header of every file of weights, so that each says what it is. An error (OSError, of a full
+    disk) leaves the folder as it was.
+    """
+    final = folder / f"step-{snapshot.state['global_step']:08d}"
+    aside = folder / f"{final.name}{INCOMPLETE}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for name, tensors in snapshot.files.items():
+            save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
+        checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
+        write_text(aside / STATE_FILE, json.dumps({**snapshot.state, "checksums": checksums}, indent=1) + "\n")
+        sync_folder(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    _put_in_place(aside, final)
+    sync_folder(folder)
+    for old in checkpoints_in(folder)[:-keep] if keep > 0 else []:
+        _remove(old)
+    return final
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    """Rename a folder; one that stands in its place is kept under another name until then."""
+    replaced = final.with_name(f"{final.name}{REPLACED}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    os.rename(aside, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; half of one never looks whole. One that cannot be deleted stays until the next time."""
+    with suppress(OSError):
+        going = path.with_name(f"{path.name}{INCOMPLETE}")
+        path.rename(going)
+        shutil.rmtree(going)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of checkpoints that were being written, replaced or deleted."""
+    for left in folder.glob(f"step-*{REPLACED}"):
+        final = left.with_name(left.name.removesuffix(REPLACED))
+        if not final.exists():
+            left.rename(final)
+    for left in folder.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return state.json of a checkpoint. Raises BadInput unless all its files are as they were written."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text("utf-8"))
+        checksums = dict(state["checksums"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path}: not a checkpoint of a run ({type(error).__name__}: {error})") from None
+    for name, checksum in checksums.items():
+        if not (path / name).is_file() or hash_file(path / name) != checksum:
+            raise BadInput(f"{path / name}: damaged or missing; go on from another checkpoint of the run")
+    return state
+
+
+# ---- Loading ----
+
+
+def load_checkpoint(path: Path, counters: Mapping[str, Any], state: TrainingState) -> None:
+    """Put a training back to the checkpoint in `path`. Raises BadInput where it does not fit.
+
+    counters: its state.json, as `read_state` returned it.
+    """
+    for name in state.trained:
+        load_network(state.networks[name], path / f"{name}.safetensors")
+    for name, average in state.ema.items():
+        if name not in counters["ema_updates"]:
+            raise BadInput(f"{path}: holds no averages of {name}; set exp_manager.ema.enable=false, or name a new run")
+        average.load_state_dict(open_tensors(path / "ema" / f"{name}.safetensors"), counters["ema_updates"][name])
+    saved = counters.get("optimizer")
+    if saved not in (None, state.optimizer_name):
+        raise BadInput(
+            f"{path}: its optimizer is {saved}, and model.optim.name is {state.optimizer_name}; set that to {saved}, "
+            "or name a new run that starts from these weights with model.ckpt_path"
+        )
+    _load_optimizer(state.optimizer, path / "optimizer.safetensors")
+    state.global_step, state.consumed_samples = counters["global_step"], counters["consumed_samples"]
+    state.skipped_steps.fill_(counters.get("skipped_steps", 0))
+    if state.scaler and counters.get("scaler"):
+        state.scaler.load_state_dict(counters["scaler"])
+
+
+def load_network(network: torch.nn.Module, path: Path) -> None:
+    """Load one file of a checkpoint, strictly. BadInput names the file and the first name that does not fit."""
+    state = network.state_dict()
+    try:
+        network.load_state_dict({name: split_like(t, state.get(name, t)) for name, t in open_tensors(path).items()})
+    except RuntimeError as error:
+        raise BadInput(f"{path}: does not fit this config ({str(error).splitlines()[1].strip()})") from None
+
+
+def _load_optimizer(optimizer: Any, path: Path) -> None:
+    """Load an optimizer's state, each tensor in the memory order of its parameter.
+
+    Fused kernels read both side by side, whatever their strides say.
+    """
+    if hasattr(optimizer, "init_state"):
+        return _load_bitsandbytes(optimizer, path)
+    parameters = parameters_of(optimizer)
+    rows: dict[int, dict[str, Tensor]] = {}
+    for key, value in open_tensors(path).items():
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        like = parameter if value.shape == parameter.shape else value
+        device = None if is_sharded(like) else "cpu"
+        ordered = torch.empty_like(like, dtype=value.dtype, device=device)
+        copy_whole(ordered, value)
+        rows.setdefault(int(number), {})[name] = ordered
+    optimizer.load_state_dict({"state": rows, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def _load_bitsandbytes(optimizer: Any, path: Path) -> None:
+    """The same for an optimizer of bitsandbytes, into memory that it allocates: what it loads is never paged."""
+    saved, number = open_tensors(path), 0
+    for i, group in enumerate(optimizer.param_groups):
+        for j, parameter in enumerate(group["params"]):
+            if f"{number}.step" in saved:
+                optimizer.init_state(group, parameter, i, j)
+                row = optimizer.state[parameter]
+                for key, value in row.items():
+                    row[key] = _filled(value, saved.get(f"{number}.{key}"), f"{path}: {number}.{key}")
+            number += 1
+
+
+def _filled(value: Any, saved: Tensor | None, name: str) -> Any:
+    """Return a tensor filled with the saved one, or the saved number. Raises BadInput where shape or dtype differ."""
+    like = torch.as_tensor(value)
+    if saved is None or saved.shape != like.shape or saved.dtype != like.dtype:
+        raise BadInput(f"{name} is not as this bitsandbytes keeps it; install the version that wrote it")
+    return value.copy_(saved) if isinstance(value, Tensor) else saved.item()
+
+
+# ---- When ----
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
     """Where checkpoints go, how often (0: the last step only), how many stay (-1: all), and their files' metadata.
 
-    every_n_minutes: also so long after the one before; None or 0 for steps alone. resume: the checkpoint to go on from.
-    enabled: False writes none at all.
+    every_n_minutes: also so long after the one before; None or 0 for steps alone.
     """
 
     folder: Path
@@ -32,55 +290,55 @@ class Checkpointing:
     keep: int
     metadata: Mapping[str, str] = field(default_factory=dict)
     every_n_minutes: float | None = None
-    resume: Path | None = None
-    enabled: bool = True
 
 
-class SaveCheckpoints(StepCallback):
+class SaveCheckpoints(Hook):
     """Saves at optimizer-step boundaries, and after the last step.
 
     A snapshot in the memory of the CPU is written by another thread while training goes on, where there is room for
-    one; else training waits. A checkpoint that cannot be written (a full disk) leaves the last one as it is and is told
-    of; only the one of the end has to succeed.
+    one; else training waits. A checkpoint that cannot be written (a full disk) leaves the last one as it is and is
+    reported; only the one of the end has to succeed.
     """
 
-    def __init__(self, to: Checkpointing, max_steps: int):
-        self.to, self.max_steps = to, max_steps
+    def __init__(self, plan: CheckpointPlan, clock: Callable[[], float] = time.monotonic):
+        self.plan, self.clock = plan, clock
         self.under_way: Future[None] | None = None
-        self.told_blocking = False
+        self.reported_blocking = False
 
-    def on_train_start(self, trainer, module) -> None:
-        self.saved_at = time.monotonic()
-        if trainer.is_global_zero:
-            remove_leftovers(self.to.folder)
-            check_disk(self.to, module, self.max_steps)
+    def on_start(self, training: Training) -> None:
+        self.saved_at = self.clock()
+        on_first_process(training.fabric, lambda: self._prepare(training))
 
-    def on_step_end(self, trainer, module) -> None:
-        every, minutes = self.to.every_n_steps, self.to.every_n_minutes
-        due = bool(every) and module.progress.global_step % every == 0
+    def _prepare(self, training: Training) -> None:
+        remove_leftovers(self.plan.folder)
+        check_disk(self.plan, training.state, training.plan.max_steps)
+
+    def after_step(self, training: Training, step: Step) -> None:
+        every, minutes = self.plan.every_n_steps, self.plan.every_n_minutes
+        due = bool(every) and training.state.global_step % every == 0
         if minutes and not due:
-            due = trainer.strategy.broadcast(time.monotonic() - self.saved_at >= 60 * minutes)
+            due = training.fabric.broadcast(self.clock() - self.saved_at >= 60 * minutes)
         if due:
-            self.save(module)
+            self.save(training)
 
-    def on_train_end(self, trainer, module) -> None:
+    def on_end(self, training: Training) -> None:
         self.wait()
-        newest = checkpoints_in(self.to.folder)
-        there = bool(newest) and newest[-1].name == f"step-{module.progress.global_step:08d}"
-        if trainer.strategy.broadcast(there):  # all processes have to take a snapshot, or none
+        newest = checkpoints_in(self.plan.folder)
+        saved = bool(newest) and newest[-1].name == f"step-{training.state.global_step:08d}"
+        if training.fabric.broadcast(saved):  # all processes have to take a snapshot, or none
             return
-        if snapshot := take_snapshot(module):
-            write_checkpoint(self.to.folder, snapshot, self.to.keep, self.to.metadata)
+        if snapshot := take_snapshot(training.state, first_process=training.fabric.is_global_zero):
+            write_checkpoint(self.plan.folder, snapshot, self.plan.keep, self.plan.metadata)
 
-    def teardown(self, trainer, module, stage) -> None:
+    def close(self) -> None:
         self.wait()
 
-    def save(self, module: TrainingModule) -> None:
+    def save(self, training: Training) -> None:
         """Write a checkpoint of the present state, at once or in the background."""
         self.wait()
-        self.saved_at = time.monotonic()
-        snapshot = take_snapshot(module)
-        if snapshot is None:  # of another process
+        self.saved_at = self.clock()
+        snapshot = take_snapshot(training.state, first_process=training.fabric.is_global_zero)
+        if snapshot is None:
             return
         size = snapshot.bytes
         if available_bytes() > MARGIN * size:
@@ -90,40 +348,41 @@ class SaveCheckpoints(StepCallback):
             self.under_way = pool.submit(self._write, snapshot.copied())
             pool.shutdown(wait=False)
             return
-        if not self.told_blocking:
+        if not self.reported_blocking:
             print(f"no room in memory for a copy of {size / GIB:.1f} GiB: training waits while it saves", flush=True)
-            self.told_blocking = True
+            self.reported_blocking = True
         self._write(snapshot)
 
     def wait(self) -> None:
-        """Until no checkpoint is being written."""
+        """Wait until no checkpoint is being written."""
         if self.under_way is not None:
             self.under_way.result()
             self.under_way = None
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            write_checkpoint(self.to.folder, snapshot, self.to.keep, self.to.metadata)
+            write_checkpoint(self.plan.folder, snapshot, self.plan.keep, self.plan.metadata)
         except OSError as error:
-            last = checkpoints_in(self.to.folder)
+            last = checkpoints_in(self.plan.folder)
             kept = f"{last[-1].name} is the last one" if last else "there is none yet"
             reason = error.strerror or str(error)
             line = f"checkpoint of step {snapshot.state['global_step']:,} not written ({reason})"
             print(f"{line}: training goes on, {kept}", file=sys.stderr, flush=True)
 
 
-def check_disk(to: Checkpointing, module: TrainingModule, max_steps: int) -> None:
-    """BadInput if the disk cannot hold the checkpoints that will stay, and the one that is written beside them."""
-    stay = -(-max_steps // to.every_n_steps) if to.every_n_steps else 1
-    stay = stay if to.keep < 0 else to.keep if to.every_n_minutes else min(to.keep, stay)
-    size = size_of(module)
-    to.folder.mkdir(parents=True, exist_ok=True)
-    present = sum(file.stat().st_size for one in checkpoints_in(to.folder) for file in one.rglob("*") if file.is_file())
-    free = shutil.disk_usage(to.folder).free
+def check_disk(plan: CheckpointPlan, state: TrainingState, max_steps: int) -> None:
+    """Raise BadInput if the disk cannot hold the checkpoints that will stay, and one more while it is written."""
+    stay = -(-max_steps // plan.every_n_steps) if plan.every_n_steps else 1
+    stay = stay if plan.keep < 0 else plan.keep if plan.every_n_minutes else min(plan.keep, stay)
+    size = checkpoint_bytes(state)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    files = [file for checkpoint in checkpoints_in(plan.folder) for file in checkpoint.rglob("*") if file.is_file()]
+    present = sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(plan.folder).free
     needed = (stay + 1) * size - present
     if free < needed:
         raise BadInput(
-            f"{to.folder}: {free / GIB:.1f} GiB are free, and {stay} checkpoints of {size / GIB:.1f} GiB, and one more "
-            f"while it is written, need {needed / GIB:.1f}; free some, or lower "
+            f"{plan.folder}: {free / GIB:.1f} GiB are free, and {stay} checkpoints of {size / GIB:.1f} GiB, and one "
+            f"more while it is written, need {needed / GIB:.1f}; free some, or lower "
             "exp_manager.checkpoint_callback_params.save_top_k"
         )

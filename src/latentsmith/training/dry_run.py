@@ -22,18 +22,13 @@ from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions, sampler_name
 from latentsmith.models import UNetModel
+from latentsmith.precision import half_precision
 from latentsmith.units import BYTES, OPERATIONS, scaled
 
 from . import setup
-from .checkpoint import MOMENTS, read_state
-from .run_folder import checkpoint_to_resume, run_folder
+from .optimizers import STATE_VALUES
+from .run_folder import find_resume, run_folder
 
-HALVES = {
-    "bf16-mixed": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
-    "16-mixed": torch.float16,
-    "16-true": torch.float16,
-}
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
         query, key, value
@@ -42,51 +37,47 @@ CPU_ATTENTION = {  # which the counter does not know
 
 
 def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
-    """Check the config against its files, its data and this machine, and say in lines what it would train.
+    """Check the config against its files, its data and this machine, and return lines on what it would train.
 
     Networks are built on the meta device and checkpoints are read to their headers; only a cache's fingerprints need
     the weights of the frozen networks. Raises BadInput, one line, for all that training would refuse before its first
     step.
     """
     config = with_padding(config)
-    model, processes = config.model, setup.process_count(config)
-    batch = setup.global_batch(config, processes)
+    model, batch = config.model, setup.global_batch(config)
     with meta_weights():
         networks = build_networks(config)
-    words = build_tokenizer(config) if "text_encoder" in networks else None
+    tokenizer = build_tokenizer(config) if "text_encoder" in networks else None
     cached = is_encoded(model.first_stage_key) or is_encoded(model.cond_stage_key)
     frozen = {name: build_network(config, name) for name in networks if cached and name not in trained}
-    samples = dataset.open_dataset(config, frozen, words, global_batch=batch)
+    samples = dataset.open_dataset(config, frozen, tokenizer, global_batch=batch)
     if samples.pad_to:
         config = replaced(config, "model.cond_stage_config.pad_to", samples.pad_to)
         model = config.model
-    steps = setup.step_limit(config, samples.count, batch)
+    steps = setup.training_plan(config, samples.count).max_steps
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
-        dataset.open_dataset(config, frozen, words, "validation")
-    setup.optimisation(config, batch, steps)
+        dataset.open_dataset(config, frozen, tokenizer, "validation")
     check_folder(config)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
         sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [
         *header(networks, trained),
-        *dataset.preflight(samples, words, steps, batch),
-        *cost(config, networks, trained, samples.latent_shape, batch, processes),
+        *dataset.preflight(samples, tokenizer, steps, batch),
+        *cost(config, networks, trained, samples.latent_shape, batch),
     ]
 
 
 def check_folder(config: Config) -> None:
-    """BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
+    """Raise BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
     folder = run_folder(config)
-    start = checkpoint_to_resume(config, folder, look_only=True)
-    if start is not None:
-        read_state(start)
+    find_resume(config, read_only=True)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(f"{folder}: cannot be made in {existing}; give another exp_manager.exp_dir")
 
 
 def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:
-    """A line for each network."""
+    """Return a line for each network."""
     counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
     return [f"{name}: {n:,} parameters, {'trained' if name in trained else 'frozen'}" for name, n in counts.items()]
 
@@ -97,28 +88,28 @@ def cost(
     trained: tuple[str, ...],
     latent_shape: tuple[int, int, int],
     batch: int,
-    processes: int,
 ) -> list[str]:
-    """Arithmetic of a step, and memory of one process, counted on tensors without data."""
-    flops, kept = unet_forward(config, latent_shape)
+    """Return lines on the arithmetic of a step and the memory of one process, counted on tensors without data."""
+    flops, activations = unet_forward(config, latent_shape)
+    processes = setup.process_count(config)
     per_step = 3 * flops * batch / config.model.micro_batch_size
     return [
         f"U-Net arithmetic: {scaled(per_step, OPERATIONS, 1000)} a step of {batch} (forward, and twice that backward), "
         f"{scaled(per_step / processes, OPERATIONS, 1000)} on each of {processes} processes",
-        memory(config, networks, trained, {"U-Net activations": kept}),
+        memory(config, networks, trained, {"U-Net activations": activations}),
     ]
 
 
 def memory(
     config: Config, networks: dict[str, nn.Module], trained: tuple[str, ...], more: dict[str, int] | None = None
 ) -> str:
-    """What one process holds of weights and all that follows from them, and `more`, in a line."""
+    """Return a line on what one process holds of weights and all that follows from them, and `more` bytes by name."""
     counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
     moving = sum(count for name, count in counts.items() if name in trained)
     sizes = {
         "weights": 4 * sum(counts.values()),
         "gradients": 4 * moving,
-        "optimizer": int(4 * MOMENTS.get(config.model.optim.name, 2) * moving),
+        "optimizer": int(4 * STATE_VALUES.get(config.model.optim.name, 2) * moving),
         "averages": 4 * moving * (config.exp_manager.ema.enable and not config.exp_manager.ema.cpu_offload),
         **(more or {}),
     }
@@ -128,9 +119,9 @@ def memory(
 
 
 def unet_forward(config: Config, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """(floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
+    """Return (floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
     model, kept = config.model, {}
-    half = HALVES.get(config.trainer.precision)
+    half = half_precision(config.trainer.precision)
     with FakeTensorMode():
         sizes: Any = network_arguments(model.unet_config)
         unet = UNetModel(**sizes)

@@ -12,7 +12,7 @@ from latentsmith.files.hashing import changed_files
 from latentsmith.files.json import read_json
 from latentsmith.progress import progress
 
-from .checkpoint import STATE_FILE, checkpoints_in
+from .checkpointing import STATE_FILE, checkpoints_in
 from .metrics_log import read_rows
 from .run_folder import CHECKPOINTS
 

@@ -10,10 +10,11 @@ from latentsmith import html_report
 from latentsmith.files.images import open_image
 from latentsmith.html_report import Line, chart, running_mean, thinned
 
+from .hooks import Hook, log_os_errors
+from .hooks.samples import PROMPTS
+from .hooks.validation import VALIDATION_FILE
+from .loop import Step, Training
 from .metrics_log import METRICS_FILE, read_rows
-from .module import StepCallback, tolerated
-from .sample_images import PROMPTS
-from .validation import VALIDATION_FILE
 
 SECONDS = 60.0  # between two renewals
 POINTS = 1500  # of a curve
@@ -31,23 +32,23 @@ NAMES = {
 Row = dict[str, float]
 
 
-class RunReport(StepCallback):
+class RunReport(Hook):
     """Renews `folder`/report.html every minute and at the end. head: lines that describe what is trained."""
 
     def __init__(self, folder: Path, head: Sequence[str], *, clock: Callable[[], float] = time.monotonic):
         self.folder, self.head, self.clock = folder, list(head), clock
         self.written: float | None = None
 
-    def on_step_end(self, trainer, module) -> None:
-        if trainer.is_global_zero and (self.written is None or self.clock() - self.written > SECONDS):
+    def after_step(self, training: Training, step: Step) -> None:
+        if training.fabric.is_global_zero and (self.written is None or self.clock() - self.written > SECONDS):
             self.write()
 
-    def on_train_end(self, trainer, module) -> None:
-        if trainer.is_global_zero:
+    def on_end(self, training: Training) -> None:
+        if training.fabric.is_global_zero:
             self.write()
 
     def write(self) -> None:
-        with tolerated("report.html"):
+        with log_os_errors("report.html"):
             write_run_report(self.folder, self.head)
         self.written = self.clock()
 

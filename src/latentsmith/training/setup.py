@@ -1,24 +1,42 @@
-"""From the config to the pieces that the commands put together."""
+"""From the config to the parts of a training: devices, processes, optimizer, hooks."""
 
+import logging
 import math
+import os
 import re
 import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 
-from latentsmith.config import Config
+from latentsmith.config.typed import Config, EmaConfig, ModelConfig, TrainerConfig
+from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
+from latentsmith.precision import autocast_dtype
 
-from .module import Optimisation
-from .optimizers import BITSANDBYTES, lr_schedule
-from .sharding import strategy
+from .checkpointing import CheckpointPlan, SaveCheckpoints, load_checkpoint
+from .ema import Ema
+from .hooks import Hook
+from .hooks.metrics import Metrics
+from .hooks.nonfinite import DescribeNonFinite
+from .hooks.signals import StopOnSignal
+from .loop import Plan, Training, train_loop
+from .objectives import Objective
+from .optimizers import BITSANDBYTES, build_optimizer, lr_schedule
+from .report import RunReport
+from .run_folder import CHECKPOINTS, Resume
+from .sharding import leave_group, strategy
+from .state import TrainingState, trained_parameters
 
 
-def noise_schedule(config: Config) -> NoiseSchedule:
-    model = config.model
+def noise_schedule(model: ModelConfig) -> NoiseSchedule:
     betas = ldm_beta_schedule(model.beta_schedule)
     schedule = NoiseSchedule.from_config(
         model.linear_start, model.linear_end, betas, model.timesteps, cosine_s=model.cosine_s
@@ -26,24 +44,27 @@ def noise_schedule(config: Config) -> NoiseSchedule:
     return schedule.zero_terminal_snr() if model.zero_terminal_snr else schedule
 
 
-def optimisation(config: Config, batch: int, max_steps: int) -> Optimisation:
-    """The optimizer of a run of max_steps steps of `batch` samples."""
-    optim, sched = config.model.optim, config.model.optim.sched
-    options: dict[str, Any] = {
-        key: value for key in ("lr", "weight_decay", "betas", "eps") if (value := getattr(optim, key)) is not None
-    }
-    hold = sched.hold_steps if sched.hold_steps is not None else math.inf
-    least = sched.min_lr / optim.lr if sched.min_lr and optim.lr else 0.0
-    last = sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps
+def training_plan(config: Config, samples: int) -> Plan:
+    """Return the plan of a run over a set of `samples`."""
+    optim, sched, batch = config.model.optim, config.model.optim.sched, global_batch(config)
+    max_steps = step_limit(config.trainer, samples, batch)
+    stated = {"lr": optim.lr, "weight_decay": optim.weight_decay, "betas": optim.betas, "eps": optim.eps}
+    options = {key: value for key, value in stated.items() if value is not None}
     schedule = lr_schedule(
-        sched.name, warmup_steps=sched.warmup_steps or 0, hold_steps=hold, max_steps=last, min_factor=least
+        sched.name,
+        warmup_steps=sched.warmup_steps or 0,
+        hold_steps=sched.hold_steps if sched.hold_steps is not None else math.inf,
+        max_steps=sched.max_steps if sched.max_steps and sched.max_steps > 0 else max_steps,
+        min_factor=sched.min_lr / optim.lr if sched.min_lr and optim.lr else 0.0,
     )
-    return Optimisation(optim.name, options, schedule, batch)
+    clip = config.trainer.gradient_clip_val
+    limit = clip if clip is not None and clip > 0 else None
+    return Plan(max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, limit)
 
 
-def global_batch(config: Config, processes: int) -> int:
-    """Samples of one optimizer step: model.global_batch_size, or one micro batch on every process."""
-    micro = config.model.micro_batch_size
+def global_batch(config: Config) -> int:
+    """Return the samples of one optimizer step: model.global_batch_size, or one micro batch on every process."""
+    micro, processes = config.model.micro_batch_size, process_count(config)
     wanted = config.model.global_batch_size or micro * processes * config.trainer.accumulate_grad_batches
     if wanted % (micro * processes):
         raise BadInput(
@@ -52,18 +73,20 @@ def global_batch(config: Config, processes: int) -> int:
     return wanted
 
 
-def step_limit(config: Config, samples: int, batch: int) -> int:
-    """Optimizer steps of the run, by trainer.max_steps or max_epochs, whichever ends first; BadInput without."""
-    trainer = config.trainer
-    ends = [trainer.max_steps] if trainer.max_steps > 0 else []
-    ends += [-(-trainer.max_epochs * samples // batch)] if trainer.max_epochs > 0 else []
-    if not ends:
+def step_limit(trainer: TrainerConfig, samples: int, batch: int) -> int:
+    """Return the optimizer steps of a run, by max_steps or max_epochs, whichever ends first."""
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    limits += [-(-trainer.max_epochs * samples // batch)] if trainer.max_epochs > 0 else []
+    if not limits:
         raise BadInput("trainer.max_steps and max_epochs are both unlimited: give one of them")
-    return min(ends)
+    return min(limits)
+
+
+# ---- Devices and processes ----
 
 
 def check_device(config: Config) -> None:
-    """BadInput for an accelerator that this machine lacks, and for half precision on a CPU."""
+    """Raise BadInput for what this machine cannot train with, such as an accelerator that it lacks."""
     accelerator, cuda, mps = config.trainer.accelerator, torch.cuda.is_available(), torch.backends.mps.is_available()
     if not {"cuda": cuda, "gpu": cuda or mps, "mps": mps}.get(accelerator, True):
         raise BadInput(f"trainer.accelerator={accelerator}: this machine has none; set it to auto or cpu")
@@ -86,12 +109,14 @@ def check_device(config: Config) -> None:
         )
     if on_cpu(config) and config.trainer.precision.startswith("bf16"):
         print("trainer.precision=bf16 on a CPU: emulated, and far slower than 32, where it has no units for bfloat16")
+    if config.trainer.precision == "16-mixed" and config.trainer.strategy == "model_parallel":
+        raise BadInput("trainer.precision=16-mixed: a scaled loss is not for model_parallel; train in bf16-mixed")
     if on_cpu(config) and (half := config.trainer.precision).startswith("16-"):
         raise BadInput(f"trainer.precision={half} needs a GPU; on a CPU train in 32-true")
 
 
 def check_bitsandbytes(config: Config) -> None:
-    """BadInput where an optimizer of bitsandbytes cannot work."""
+    """Raise BadInput where an optimizer of bitsandbytes cannot work."""
     name = f"model.optim.name={config.model.optim.name}"
     if find_spec("bitsandbytes") is None:
         raise BadInput(f"{name}: bitsandbytes is not installed; pip install 'latentsmith[bitsandbytes]'")
@@ -104,25 +129,25 @@ def check_bitsandbytes(config: Config) -> None:
 
 
 def on_cpu(config: Config) -> bool:
-    """Whether the run trains on the CPU: asked for, or for want of anything else."""
+    """Return whether the run trains on the CPU: asked for, or because there is nothing else."""
     found = torch.cuda.is_available() or torch.backends.mps.is_available()
     return config.trainer.accelerator == "cpu" or (config.trainer.accelerator == "auto" and not found)
 
 
 def check_strategy(name: str) -> None:
-    """BadInput for a strategy that this engine does not train, save and resume with."""
-    known = ("auto", "ddp", "model_parallel")
-    if name not in known:
+    """Raise BadInput for a strategy that runs cannot train, save and resume with."""
+    supported = ("auto", "ddp", "model_parallel")
+    if name not in supported:
         reason = (
             "shards are trainer.strategy=model_parallel here"
             if name.startswith(("fsdp", "deepspeed"))
-            else (f"it is one of {', '.join(known)}")
+            else (f"it is one of {', '.join(supported)}")
         )
         raise BadInput(f"trainer.strategy={name} is not one to save and resume with: {reason}")
 
 
 def process_count(config: Config) -> int:
-    """Training processes of the run, over all machines."""
+    """Return the number of training processes of the run, over all machines."""
     devices = devices_of(config)
     if devices in (-1, "auto"):
         devices = torch.cuda.device_count() or 1
@@ -130,26 +155,135 @@ def process_count(config: Config) -> int:
 
 
 def devices_of(config: Config) -> Any:
-    """trainer.devices as plain data: a number, a list of numbers or "auto"; all that there are of a CPU is one."""
+    """Return trainer.devices: a number, a list of numbers or "auto"; all devices of a CPU are one."""
     devices = config.trainer.devices
     if devices in (-1, "auto") and on_cpu(config):
         return 1
     return devices if isinstance(devices, int | str) else list(devices)
 
 
-def trainer_options(config: Config, processes: int) -> dict[str, Any]:
-    """The options of the config that are Lightning's own."""
+class Autocast(MixedPrecision):
+    """Autocast alone. Fabric's own plugin also rounds the inputs: noise, targets and moments stay float32 here."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def launch(config: Config) -> Fabric:
+    """Start the processes of a run, or join those that torchrun or srun started; return Fabric for this one."""
+    for name in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # no hints; errors still come through
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
     trainer = config.trainer
-    micro_batches = global_batch(config, processes) // (processes * config.model.micro_batch_size)
-    return dict(
+    torch.backends.cudnn.benchmark = trainer.benchmark
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    if trainer.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if autocast_dtype(trainer.precision) is None:
+        precision: dict[str, Any] = {"precision": trainer.precision}
+    else:
+        device = "cpu" if on_cpu(config) else "cuda" if torch.cuda.is_available() else "mps"
+        precision = {"plugins": [Autocast(trainer.precision, device)]}  # type: ignore[arg-type]
+    fabric = Fabric(
+        accelerator=trainer.accelerator,
+        strategy=strategy(trainer.strategy, process_count(config)),
         devices=devices_of(config),
         num_nodes=trainer.num_nodes,
-        accelerator=trainer.accelerator,
-        strategy=strategy(trainer.strategy, processes),
-        precision=trainer.precision,
-        gradient_clip_val=trainer.gradient_clip_val if (trainer.gradient_clip_val or 0) > 0 else None,
-        accumulate_grad_batches=micro_batches,
-        deterministic=trainer.deterministic,
-        benchmark=trainer.benchmark,
-        max_time=trainer.max_time,
+        **precision,
     )
+    fabric.launch()
+    return fabric
+
+
+# ---- The training ----
+
+
+def start(fabric: Fabric, objective: Objective, plan: Plan, ema: EmaConfig | None = None) -> Training:
+    """Return a training at step 0: networks on their device or split over the processes, optimizer, averages."""
+    model = fabric.setup_module(objective)
+    networks = dict(objective.networks.items())
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    parameters = trained_parameters(networks, objective.trained)
+    state = TrainingState(
+        networks,
+        objective.trained,
+        build_optimizer(plan.optimizer, parameters, fused=scaler is None, **plan.options),
+        plan.optimizer,
+        scaler=scaler,
+        sharded=any(hasattr(parameter, "device_mesh") for parameter in parameters),
+        skipped_steps=torch.zeros((), dtype=torch.int64, device=fabric.device),
+    )
+    if ema is not None:
+        every, offload = ema.every_n_steps, ema.cpu_offload
+        state.ema = {
+            name: Ema(networks[name], ema.decay, every_n_steps=every, cpu_offload=offload) for name in objective.trained
+        }
+    return Training(fabric, objective, model, state, plan)
+
+
+def metrics_of(config: Config, folder: Path) -> Metrics:
+    manager = config.exp_manager
+    return Metrics(
+        folder,
+        config.trainer.log_every_n_steps,
+        tensorboard=manager.create_tensorboard_logger,
+        wandb=dict(manager.wandb_logger_kwargs) if manager.create_wandb_logger else None,
+        progress_bar=config.trainer.enable_progress_bar,
+    )
+
+
+def run(
+    config: Config,
+    fabric: Fabric,
+    objective: Objective,
+    samples: RunSamples,
+    plan: Plan,
+    folder: Path,
+    resume: Resume | None,
+    hooks: Sequence[Hook],
+    *,
+    metadata: Mapping[str, str],
+    head: Sequence[str],
+) -> None:
+    """Train to plan.max_steps in the run folder, from `resume` if given, with the hooks of every run and `hooks`.
+
+    metadata: of the files of weights. head: lines that say what is trained, for the report.
+    """
+    manager, trainer = config.exp_manager, config.trainer
+    done = resume.counters["global_step"] if resume else 0
+    if done >= plan.max_steps:
+        if fabric.is_global_zero:
+            print(f"{folder}: already at step {done:,} of {plan.max_steps:,}; nothing to do")
+        leave_group()
+        return
+    training = start(fabric, objective, plan, manager.ema if manager.ema.enable else None)
+    if resume is not None:
+        load_checkpoint(resume.path, resume.counters, training.state)
+    params = manager.checkpoint_callback_params
+    checkpoints = CheckpointPlan(
+        folder / CHECKPOINTS, params.every_n_train_steps, params.save_top_k, metadata, params.every_n_minutes
+    )
+    everywhere = [
+        StopOnSignal(seconds_of(trainer.max_time)),
+        DescribeNonFinite(folder, samples, manager.nonfinite_limit, trainer.log_every_n_steps),
+        RunReport(folder, head),
+        *([SaveCheckpoints(checkpoints)] if manager.create_checkpoint_callback else []),
+    ]
+    train_loop(training, batches_of(training, samples, config.model.data.num_workers), [*everywhere, *hooks])
+
+
+def batches_of(training: Training, samples: RunSamples, num_workers: int = 0) -> Any:
+    """Return the micro batches of this process, from the state's consumed_samples on."""
+    fabric, plan = training.fabric, training.plan
+    positions = RunPositions(
+        training.state.consumed_samples, plan.global_batch, plan.micro_batch, fabric.global_rank, fabric.world_size
+    )
+    return run_loader(samples, positions, num_workers=num_workers)
+
+
+def seconds_of(max_time: str | None) -> float | None:
+    """Return the seconds of DD:HH:MM:SS."""
+    if max_time is None:
+        return None
+    days, hours, minutes, seconds = map(int, max_time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds

@@ -1,176 +1,140 @@
-"""`latentsmith train`: the U-Net, on pictures or on their cache."""
+"""`latentsmith train`: the U-Net, on images or on their cache."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, with_padding
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import Config, SampleImagesConfig, replaced
+from latentsmith.config.typed import Config, ModelConfig, replaced
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples
 from latentsmith.diffusion import canonical_prediction_type
+from latentsmith.files.cache_folder import user_cache
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline, SamplingOptions
-from latentsmith.models import AutoencoderKL
+from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 
 from . import setup
-from .diffusion_module import DiffusionTraining, EmptyPrompt, Objective
-from .dry_run import dry_run as what_would_be_trained
+from .dry_run import dry_run as describe
 from .dry_run import header, memory
-from .fitting import fit_as_configured
+from .hooks import Hook
+from .hooks.metrics import Metrics
+from .hooks.samples import SampleImages
+from .hooks.validation import HeldOut, Validation
+from .loop import Plan
+from .objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt, vae_latents
 from .random_draws import VALIDATION, DiffusionDraws, PosteriorDraws, ValidationDraws
-from .run_folder import open_run_folder, run_folder, save_frozen, scale_so_far
-from .sample_images import SampleLog
-from .validation import HeldOut, Validation
+from .run_folder import Resume, open_run_folder, resume_together, run_folder
+from .sharding import on_first_process
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
 
 def train(config: Config, *, dry_run: bool = False) -> Path:
-    """Train as the config says, from its newest checkpoint if there is one; returns the run folder.
+    """Train as the config says, from its newest checkpoint if there is one; return the run folder.
 
     dry_run: check everything that training would, print what would be trained, and stop.
     """
     setup.check_device(config)
-    if dry_run:
-        print("\n".join(what_would_be_trained(config, trained_parts(config))))
-        return run_folder(config)
-    config = with_padding(config)
-    ready = prepared(config)
-    head = head_of(config, ready)
-    print(*head, sep="\n", flush=True)
     folder = run_folder(config)
-    pictures = sample_log(config, ready.networks, ready.words, ready.spec, folder)
-    open_run_folder(config)
-    if config.model.save_frozen:
-        save_frozen(folder, ready.networks, ready.module.trained, ready.words)
-    fit_as_configured(
-        config,
-        ready.module,
-        ready.samples,
-        ready.max_steps,
-        folder,
-        metadata={"latentsmith.spec": ready.spec.to_json()},
-        head=head,
-        callbacks=[*validation(config, ready, folder), *pictures],
-    )
+    if dry_run:
+        print("\n".join(describe(config, trained_networks(config))))
+        return folder
+    config = with_padding(config)
+    fabric = setup.launch(config)
+    resume = resume_together(config, fabric)
+    ready = prepared(config, fabric, resume)
+    if fabric.is_global_zero:
+        print(*ready.head, sep="\n", flush=True)
+    log = setup.metrics_of(config, folder)
+    hooks = [log, *validation(config, ready, folder, log), *sample_images(config, ready, folder, log)]
+    if fabric.is_global_zero:
+        frozen = {name: ready.networks[name] for name in ready.networks if name not in ready.objective.trained}
+        open_run_folder(config, frozen, ready.tokenizer)
+    metadata = {"latentsmith.spec": ready.spec.to_json()}
+    setup.run(
+        config, fabric, ready.objective, ready.samples, ready.plan, folder, resume, hooks,
+        metadata=metadata, head=ready.head,
+    )  # fmt: skip
     return folder
-
-
-def head_of(config: Config, ready: "Ready") -> list[str]:
-    """What is trained, on what, at what cost, in lines."""
-    batch, trained = ready.module.optimisation.global_batch, ready.module.trained
-    words = None if is_encoded(config.model.cond_stage_key) else ready.words
-    lines = [*header(ready.networks, trained), *dataset.preflight(ready.set, words, ready.max_steps, batch)]
-    if ready.held_out is not None:
-        lines.append(f"{ready.held_out.draw.count:,} samples held out for validation")
-    return [*lines, memory(config, ready.networks, trained)]
 
 
 @dataclass(frozen=True)
 class Ready:
-    """All that a training is made of, before anything is written. words: None where captions are cached."""
+    """All that a training is made of, before anything is written.
+
+    tokenizer: None where captions are cached. head: lines that say what is trained, on what, at what cost.
+    """
 
     networks: dict[str, nn.Module]
-    words: Tokenizer | None
+    tokenizer: Tokenizer | None
     set: dataset.TrainingSet
     held_out: HeldOut | None
     samples: RunSamples
-    module: DiffusionTraining
+    objective: DiffusionObjective
     spec: ModelSpec
-    max_steps: int
+    plan: Plan
+    head: list[str]
 
 
-def trained_parts(config: Config) -> tuple[str, ...]:
+def trained_networks(config: Config) -> tuple[str, ...]:
     return ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
 
 
-def prepared(config: Config) -> Ready:
-    """The networks, samples and objective of a config. Raises BadInput for what does not fit together."""
-    model, batch = config.model, setup.global_batch(config, setup.process_count(config))
+def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None = None) -> Ready:
+    """Return the networks, samples and objective of a config. Raises BadInput for what does not fit together.
+
+    fabric: of the run, for what is measured on its device by one process for all. resume: a checkpoint that says
+    what was measured.
+    """
     config = with_padding(config)
-    model = config.model
+    batch, trained = setup.global_batch(config), trained_networks(config)
     networks = build_networks(config)
     for network in networks.values() if setup.on_cpu(config) else ():
         optimize_for_cpu(network)
-    words = build_tokenizer(config) if "text_encoder" in networks else None
-    samples = dataset.open_dataset(config, networks, words, global_batch=batch)
-    if samples.pad_to:
-        config = replaced(config, "model.cond_stage_config.pad_to", samples.pad_to)
-        model = config.model
-    max_steps = setup.step_limit(config, samples.count, batch)
-    optimisation = setup.optimisation(config, batch, max_steps)
-    raw_captions = not is_encoded(model.cond_stage_key)
-    read = dataset.reader(samples, model.seed, words if raw_captions else None)
-    begun = scale_so_far(config, run_folder(config)) if model.scale_factor == "measured" else None
-    goal = objective(config, measured_scale(read, samples, networks, model.seed, begun))
+    tokenizer = build_tokenizer(config) if "text_encoder" in networks else None
+    opened = dataset.open_dataset(config, networks, tokenizer, global_batch=batch)
+    if opened.pad_to:
+        config = replaced(config, "model.cond_stage_config.pad_to", opened.pad_to)
+    model, plan = config.model, setup.training_plan(config, opened.count)
+    for_captions = None if is_encoded(model.cond_stage_key) else tokenizer
+    read = dataset.reader(opened, model.seed, for_captions)
+    scale = model.scale_factor if model.scale_factor != "measured" else resume.scale_factor() if resume else None
+    if scale is None:
+        scale = measured_scale(read, opened, networks, model, fabric)
     if "vae" in networks:
-        networks["vae"].scale_factor = goal.scale_factor  # type: ignore[assignment]
-    spec = spec_of_run(config, goal.scale_factor, samples.latent_shape[-1])
-    empty = empty_prompt(samples, words, raw_captions)
-    arranged(networks, model.channels_last, model.inductor, model.inductor_cudagraphs)
-    module = DiffusionTraining(networks, trained_parts(config), optimisation, goal, empty)
-    run = RunSamples(read, draws(config, samples), samples.count, model.seed, samples.order)
-    held = held_out(config, networks, words, samples)
-    return Ready(networks, words, samples, held, run, module, spec, max_steps)
-
-
-def held_out(
-    config: Config, networks: dict[str, nn.Module], words: Tokenizer | None, training: dataset.TrainingSet
-) -> HeldOut | None:
-    """What model.data.validation and trainer.limit_val_batches say to validate on; BadInput if it does not fit."""
-    model, limit = config.model, config.trainer.limit_val_batches
-    if not model.data.validation.dataset_path or not limit:
-        return None
-    samples = dataset.open_dataset(config, networks, words, "validation")
-    if samples.latent_shape != training.latent_shape:
-        raise BadInput(
-            f"{model.data.validation.dataset_path}: latents of {samples.latent_shape}, but training has "
-            f"{training.latent_shape}; give model.data.validation.augmentations of the same size"
-        )
-    length = len(samples.shards)
-    wanted = (
-        limit * length if isinstance(limit, float) else limit * model.micro_batch_size * setup.process_count(config)
+        networks["vae"].scale_factor = scale  # type: ignore[assignment]
+    lay_out(networks, model)
+    loss = DiffusionLoss(
+        canonical_prediction_type(model.parameterization), model.loss_type, model.min_snr_gamma, scale, model.timesteps
     )
-    count = max(1, min(length, int(wanted)))
-    read = dataset.reader(samples, VALIDATION, words if not is_encoded(model.cond_stage_key) else None)
-    draw = ValidationDraws(samples.latent_shape, setup.noise_schedule(config), count)
-    return HeldOut(read, draw, length, 1 if samples.sizes else model.micro_batch_size)
+    objective = DiffusionObjective(networks, trained, loss, empty_prompt(opened, for_captions))
+    samples = RunSamples(read, draws(model, opened), opened.count, model.seed, opened.order)
+    held_out = held_out_samples(config, networks, tokenizer, opened)
+    head = [*header(networks, trained), *dataset.preflight(opened, for_captions, plan.max_steps, batch)]
+    if held_out is not None:
+        head.append(f"{held_out.draw.count:,} samples held out for validation")
+    head.append(memory(config, networks, trained))
+    spec = spec_of_run(model, scale, opened.latent_shape[-1])
+    return Ready(networks, tokenizer, opened, held_out, samples, objective, spec, plan, head)
 
 
-def validation(config: Config, ready: Ready, folder: Path) -> list[Validation]:
-    if ready.held_out is None:
-        return []
-    every = config.trainer.val_check_interval
-    if isinstance(every, float):
-        every = every * ready.set.count / ready.module.optimisation.global_batch
-    return [Validation(ready.held_out, folder, max(1, round(every)), ready.max_steps)]
-
-
-def objective(config: Config, measured: Callable[[], float]) -> Objective:
-    """What the U-Net learns, by the config; `measured` is asked for the scale of the latents if it is not given."""
-    model = config.model
-    scale = measured() if model.scale_factor == "measured" else model.scale_factor
-    prediction = canonical_prediction_type(model.parameterization)
-    return Objective(prediction, model.loss_type, model.min_snr_gamma, scale, model.timesteps)
-
-
-def draws(config: Config, samples: dataset.TrainingSet) -> DiffusionDraws:
-    model = config.model
+def draws(model: ModelConfig, opened: dataset.TrainingSet) -> DiffusionDraws:
     return DiffusionDraws(
         model.seed,
-        samples.latent_shape,
-        setup.noise_schedule(config),
+        opened.latent_shape,
+        setup.noise_schedule(model),
         model.caption_dropout_rate,
         model.text_embedding_dropout_rate,
         model.offset_noise,
@@ -178,98 +142,127 @@ def draws(config: Config, samples: dataset.TrainingSet) -> DiffusionDraws:
     )
 
 
-def sample_log(
-    config: Config, networks: dict[str, nn.Module], words: Tokenizer | None, spec: ModelSpec, folder: Path
-) -> list[SampleLog]:
-    """Pictures while training, if the config asks for them and the run has what draws them; a line if it has not."""
-    wanted = config.exp_manager.sample_images
-    if not (wanted.every_n_train_steps and wanted.prompts):
-        return []
-    if missing := [part for part in COMPONENTS if part not in networks]:
-        key = f"model.{COMPONENTS[missing[0]].config_key}.from_pretrained"
-        print(f"no sample pictures: the run has no {missing[0]}; set {key}")
-        return []
-    pipeline = Pipeline(tokenizer=words, spec=spec, **networks)  # type: ignore[arg-type]
-    pipeline.completed(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
-    return [SampleLog(pipeline, folder / "samples", wanted.every_n_train_steps, **sampling(wanted))]
-
-
-def arranged(
-    networks: dict[str, nn.Module], channels_last: bool, inductor: bool, cuda_graphs: bool = False
-) -> dict[str, nn.Module]:
-    """The same networks, laid out and compiled as model.channels_last, inductor and inductor_cudagraphs say."""
-    for name in ("unet", "vae"):
-        if channels_last and name in networks:
-            networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if inductor:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).name.startswith("torchinductor_"):
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache / "latentsmith" / "inductor")  # not torch's own in /tmp
-        networks["unet"].compile_blocks(cuda_graphs=cuda_graphs)  # type: ignore[operator]
-    return networks
-
-
-def empty_prompt(samples: dataset.TrainingSet, words: Tokenizer | None, raw_captions: bool) -> EmptyPrompt:
-    """The empty prompt as this run's batches would hold it."""
-    if raw_captions:
-        assert words is not None
-        return EmptyPrompt(token_ids=words([""]))
-    if isinstance(samples.shards, dataset.SyntheticSet):
-        return EmptyPrompt(embedding=torch.zeros(samples.shards.text_shape))
-    assert samples.cache is not None
-    if samples.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it
+def empty_prompt(opened: dataset.TrainingSet, tokenizer: Tokenizer | None) -> EmptyPrompt:
+    """Return the empty prompt as this run's batches hold it. tokenizer: None where captions are cached."""
+    if tokenizer is not None:
+        return EmptyPrompt(token_ids=tokenizer([""]))
+    if isinstance(opened.shards, dataset.SyntheticSet):
+        return EmptyPrompt(embedding=torch.zeros(opened.shards.text_shape))
+    assert opened.cache is not None
+    if opened.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it
         return EmptyPrompt()
-    return EmptyPrompt(embedding=torch.from_numpy(samples.cache.empty_prompt.copy()).float())
+    return EmptyPrompt(embedding=torch.from_numpy(opened.cache.empty_prompt.copy()).float())
 
 
-def sampling(wanted: SampleImagesConfig) -> dict[str, Any]:
-    """The sample pictures' own keys, in the words of the pipeline."""
-    return dict(
-        prompts=list(wanted.prompts),
-        negative_prompt=wanted.negative_prompt,
-        num_inference_steps=wanted.steps,
-        guidance_scale=wanted.guidance_scale,
-        sampler=wanted.sampler,
-        averaged=wanted.weights == "ema",
-        seed=wanted.seed,
-    )
+def lay_out(networks: Mapping[str, nn.Module], model: ModelConfig) -> None:
+    """Arrange and compile networks as model.channels_last, inductor and inductor_cudagraphs say."""
+    for name in ("unet", "vae"):
+        if model.channels_last and name in networks:
+            networks[name].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if model.inductor:
+        if Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torchinductor_")).name.startswith("torchinductor_"):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(user_cache("inductor"))  # not torch's own in /tmp
+        unet: Any = networks["unet"]
+        unet.compile_blocks(cuda_graphs=model.inductor_cudagraphs)
 
 
 def measured_scale(
     read: Reader,
-    samples: dataset.TrainingSet,
-    networks: dict[str, nn.Module],
-    seed: int,
-    begun: float | None,
-) -> Callable[[], float]:
-    """Measures 1 / the standard deviation of the latents of the run's samples: it gives them unit variance.
+    opened: dataset.TrainingSet,
+    networks: Mapping[str, nn.Module],
+    model: ModelConfig,
+    fabric: Fabric | None,
+) -> float:
+    """Return 1 / the standard deviation of the latents of the run's samples, which gives them unit variance.
 
-    begun: the scale of a run that goes on, which is not measured again.
+    The first process measures it, on the run's device, for all.
     """
-    vae: Any = networks.get("vae")
+    device = fabric.device if fabric else torch.device("cpu")
 
     @torch.no_grad()
     def measure() -> float:
-        if begun is not None:
-            return begun
-        drawn = []
-        apart = max(1, samples.count // MEASURED_SAMPLES)  # steps of one size follow one another
-        for position in range(0, apart * min(MEASURED_SAMPLES, samples.count), apart):
-            one = read([samples.index(position, seed)], [position])
-            if "vae_latents" in one:
-                drawn.append(one["vae_latents"].float().flatten())
-                continue
-            moments = one["moments"].float() if "moments" in one else vae.encode(one["images"])
-            noise = PosteriorDraws(seed, one.get("latent_shape", samples.latent_shape))([position])["posterior_noise"]
-            drawn.append(AutoencoderKL.sample(moments, noise).flatten())
-        return float(f"{1 / torch.cat(drawn).double().std().item():.5g}")
+        vae: Any = networks["vae"].to(device).eval() if "vae" in networks else None
+        apart, found = max(1, opened.count // MEASURED_SAMPLES), []  # steps of one size follow one another
+        positions = range(0, apart * min(MEASURED_SAMPLES, opened.count), apart)
+        size = 1 if opened.sizes else model.micro_batch_size
+        with progress("measuring the latents' scale", "samples") as bar:
+            for at in range(0, len(positions), size):
+                batch = list(positions[at : at + size])
+                record = read([opened.index(position, model.seed) for position in batch], batch)
+                shape = record.get("latent_shape", opened.latent_shape)
+                record |= PosteriorDraws(model.seed, shape)(batch)
+                record = {name: value.to(device) if torch.is_tensor(value) else value for name, value in record.items()}
+                found.append(vae_latents(record, vae).flatten().cpu())
+                bar(at + len(batch), len(positions))
+        return float(f"{1 / torch.cat(found).double().std().item():.5g}")
 
-    return measure
+    return on_first_process(fabric, measure) if fabric else measure()
 
 
-def spec_of_run(config: Config, scale_factor: float, latent_size: int) -> ModelSpec:
+# ---- Validation and sample images ----
+
+
+def held_out_samples(
+    config: Config, networks: Mapping[str, nn.Module], tokenizer: Tokenizer | None, training: dataset.TrainingSet
+) -> HeldOut | None:
+    """Return what model.data.validation and trainer.limit_val_batches say to validate on, if anything."""
+    model, limit = config.model, config.trainer.limit_val_batches
+    if not model.data.validation.dataset_path or not limit:
+        return None
+    opened = dataset.open_dataset(config, networks, tokenizer, "validation")
+    if opened.latent_shape != training.latent_shape:
+        raise BadInput(
+            f"{model.data.validation.dataset_path}: latents of {opened.latent_shape}, but training has "
+            f"{training.latent_shape}; give model.data.validation.augmentations of the same size"
+        )
+    length = len(opened.shards)
+    processes = setup.process_count(config)
+    wanted = limit * length if isinstance(limit, float) else limit * model.micro_batch_size * processes
+    count = max(1, min(length, int(wanted)))
+    read = dataset.reader(opened, VALIDATION, None if is_encoded(model.cond_stage_key) else tokenizer)
+    draw = ValidationDraws(opened.latent_shape, setup.noise_schedule(model), count)
+    return HeldOut(read, draw, length, 1 if opened.sizes else model.micro_batch_size)
+
+
+def validation(config: Config, ready: Ready, folder: Path, log: Metrics) -> list[Hook]:
+    if ready.held_out is None:
+        return []
+    every = config.trainer.val_check_interval
+    if isinstance(every, float):
+        every = every * ready.set.count / ready.plan.global_batch
+    return [Validation(ready.held_out, folder, max(1, round(every)), log)]
+
+
+def sample_images(config: Config, ready: Ready, folder: Path, log: Metrics) -> list[Hook]:
+    """Return the hook that samples images, if the config asks for them and the run has the networks; or say why not."""
+    wanted, networks = config.exp_manager.sample_images, ready.networks
+    if not (wanted.every_n_train_steps and wanted.prompts):
+        return []
+    if missing := [part for part in COMPONENTS if part not in networks]:
+        key = f"model.{COMPONENTS[missing[0]].config_key}.from_pretrained"
+        print(f"no sample images: the run has no {missing[0]}; set {key}")
+        return []
+    parts: Any = {**networks, "tokenizer": ready.tokenizer}
+    pipeline, prompts = Pipeline(spec=ready.spec, **parts), list(wanted.prompts)
+    pipeline.completed(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
+    hook = SampleImages(
+        pipeline,
+        folder / "samples",
+        wanted.every_n_train_steps,
+        log,
+        prompts=prompts,
+        averaged=wanted.weights == "ema",
+        negative_prompt=wanted.negative_prompt,
+        num_inference_steps=wanted.steps,
+        guidance_scale=wanted.guidance_scale,
+        sampler=wanted.sampler,
+        seed=wanted.seed,
+    )
+    return [hook]
+
+
+def spec_of_run(model: ModelConfig, scale_factor: float, latent_size: int) -> ModelSpec:
     """Return what the weights of this run do not show, kept in their metadata."""
-    model = config.model
     zeroed = model.text_embedding_dropout_rate > 0 and not model.caption_dropout_rate
     return ModelSpec(
         network_arguments(model.unet_config),

@@ -1,35 +1,33 @@
-"""Runs of the toy training: exact resume, accumulation, logs, checkpoints, sample pictures."""
+"""Runs of the toy training: exact resume, accumulation, logs, checkpoints, sample images."""
 
 import json
 import multiprocessing
 import signal
 import threading
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
 
-from latentsmith.files.errors import BadInput
+from latentsmith.data.loader import no_worker_left
+from latentsmith.files.errors import BadInput, Stopped
 from latentsmith.inference import GeneratedImages
-from latentsmith.training.checkpoint import checkpoints_in, load_checkpoint, read_state
-from latentsmith.training.fit import no_worker_left
+from latentsmith.training.checkpointing import checkpoints_in, read_state
+from latentsmith.training.hooks import Hook
+from latentsmith.training.hooks.metrics import Metrics, smoothed
+from latentsmith.training.hooks.samples import SampleImages
+from latentsmith.training.hooks.signals import StopOnSignal
 from latentsmith.training.metrics_log import append_row, drop_rows_after, read_rows
-from latentsmith.training.module import Metrics, StepCallback
-from latentsmith.training.progress_bar import ProgressLine
-from latentsmith.training.sample_images import SampleLog
+
+
+def weights(training):
+    return training.objective.networks["unet"].parameters()
 
 
 def checkpoint(run, step):
     return run.folder / "checkpoints" / f"step-{step:08d}"
-
-
-def averaged(run):
-    module = run.module()
-    module.keep_averages(0.9)
-    return module
 
 
 def stuck():
@@ -53,20 +51,20 @@ def test_a_worker_that_is_stuck_ends_with_the_training_and_others_stay():
 def test_gradients_are_gone_when_a_step_is_done(toy):
     held = []
 
-    class Look(StepCallback):
-        def on_step_end(self, trainer, module):
-            held.extend(parameter.grad is not None for parameter in module.parameters())
+    class Look(Hook):
+        def after_step(self, training, step):
+            held.extend(parameter.grad is not None for parameter in training.objective.parameters())
 
-    toy().train(steps=2, callbacks=[Look()])
+    toy().train(steps=2, hooks=[Look()])
     assert held and not any(held)
 
 
 def test_four_steps_are_two_and_two(toy):
-    whole, halves = toy(unet_dropout=0.3), toy(unet_dropout=0.3)
-    whole.train(averaged(whole), 4)
-    halves.train(averaged(halves), 2)
+    whole, halves = (toy(unet_dropout=0.3, decay=0.9) for _ in range(2))
+    whole.train(steps=4)
+    halves.train(steps=2)
     torch.rand(5)  # the state of the process has no say
-    halves.train(averaged(halves), 4, resume=checkpoint(halves, 2))
+    halves.train(steps=4, resume=checkpoint(halves, 2))
     assert halves.losses() == whole.losses() and len(whole.losses()) == 4
     states = [read_state(checkpoint(run, 4)) for run in (whole, halves)]
     assert states[0] == states[1]  # checksums of weights, averages and optimizer among them
@@ -79,10 +77,10 @@ def test_resume_keeps_the_memory_order_of_the_optimizer(toy):
     for stops in ((4,), (2, 4)):
         run = toy()
         for stop in stops:
-            module = run.module()
-            module.parts["unet"].to(memory_format=torch.channels_last)
+            objective = run.objective()
+            objective.networks["unet"].to(memory_format=torch.channels_last)
             done = checkpoints_in(run.folder / "checkpoints")
-            run.train(module, stop, resume=done[-1] if done else None)
+            run.train(objective, stop, resume=done[-1] if done else None)
         runs.append(run)
     assert read_state(checkpoint(runs[0], 4)) == read_state(checkpoint(runs[1], 4))
 
@@ -91,9 +89,9 @@ def test_accumulation_changes_nothing_but_memory(toy):
     at_once, by_parts = toy(), toy()
     first, second = at_once.train(steps=5), by_parts.train(steps=5, micro_batch=1)
     assert by_parts.losses() == pytest.approx(at_once.losses(), rel=1e-5)
-    for one, other in zip(first.parts["unet"].parameters(), second.parts["unet"].parameters(), strict=True):
+    for one, other in zip(*(weights(training) for training in (first, second)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert (second.progress.global_step, second.progress.consumed_samples) == (5, 20)
+    assert (second.state.global_step, second.state.consumed_samples) == (5, 20)
 
 
 def test_rows_are_one_for_each_step_after_a_resume(toy):
@@ -127,11 +125,9 @@ def test_rows_cut_short_by_a_crash_go(tmp_path):
 
 
 def test_the_learning_rate_follows_the_step_after_a_resume(toy):
-    run = toy(options={"lr": 0.5})
-    for stop, resume in ((2, None), (4, checkpoint(run, 2))):
-        module = run.module()
-        object.__setattr__(module.optimisation, "schedule", lambda step: 1 / (1 + step))
-        run.train(module, stop, resume=resume)
+    run = toy(options={"lr": 0.5}, lr_factor=lambda step: 1 / (1 + step))
+    run.train(steps=2)
+    run.train(steps=4, resume=checkpoint(run, 2))
     rates = [row["lr"] for row in read_rows(run.folder / "metrics.csv")]
     assert rates == pytest.approx([0.5, 0.25, 0.5 / 3, 0.125])
 
@@ -186,16 +182,15 @@ def test_what_is_no_checkpoint_is_named(tmp_path, text):
 def test_a_checkpoint_of_another_training_is_refused(toy):
     run = toy()
     run.train(steps=1)
+    step_1 = checkpoint(run, 1)
     with pytest.raises(BadInput, match=r"step-00000001: holds no averages of unet; set exp_manager.ema.enable=false"):
-        run.train(averaged(run), 2, resume=checkpoint(run, 1))
-    module = run.module()
-    object.__setattr__(module.optimisation, "name", "SGD")
+        toy(decay=0.9).training(resume=step_1)
     with pytest.raises(BadInput, match=r"its optimizer is adamw, and model\.optim\.name is SGD"):
-        run.train(module, 2, resume=checkpoint(run, 1))
-    module = run.module()
-    module.parts["unet"].text = torch.nn.Linear(9, 4)
+        toy(optimizer="SGD").training(resume=step_1)
+    objective = run.objective()
+    objective.networks["unet"].text = torch.nn.Linear(9, 4)
     with pytest.raises(BadInput, match=r"unet.safetensors: does not fit this config \(.*text.weight"):
-        run.train(module, 2, resume=checkpoint(run, 1))
+        run.training(objective, resume=step_1)
 
 
 def test_a_save_that_dies_leaves_the_older_checkpoint(toy, monkeypatch):
@@ -205,7 +200,7 @@ def test_a_save_that_dies_leaves_the_older_checkpoint(toy, monkeypatch):
     def die(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("latentsmith.training.checkpoint.os.rename", die)
+    monkeypatch.setattr("latentsmith.training.checkpointing.os.rename", die)
     with pytest.raises(OSError, match="no space left"):
         run.train(steps=4, every=4, resume=checkpoint(run, 2))
     monkeypatch.undo()
@@ -216,15 +211,10 @@ def test_a_save_that_dies_leaves_the_older_checkpoint(toy, monkeypatch):
 
 
 def test_loading_puts_the_counters_back(toy):
-    run = toy()
-    run.train(averaged(run), 3)
-    module = averaged(run)
-    module.trainer = type("Trainer", (), {"precision_plugin": None})
-    module.optimizers = lambda **_: made
-    made = module.configure_optimizers()
-    load_checkpoint(checkpoint(run, 3), module)
-    assert (module.progress.global_step, module.progress.consumed_samples) == (3, 12)
-    assert module.ema["unet"].updates == 3
+    run = toy(decay=0.9)
+    run.train(steps=3)
+    state = run.training(resume=checkpoint(run, 3)).state
+    assert (state.global_step, state.consumed_samples, state.ema["unet"].updates) == (3, 12, 3)
 
 
 class RandomPipeline:
@@ -241,34 +231,81 @@ class RandomPipeline:
         return GeneratedImages([Image.new("RGB", (4, 4), (len(prompt), 0, 0)) for prompt in prompts])
 
 
-def test_sample_pictures_do_not_change_training(toy):
-    """Dropout, averages and accumulation included; the pictures are of the averaged weights."""
-    plain, sampled = toy(unet_dropout=0.3), toy(unet_dropout=0.3)
-    plain.train(averaged(plain), 4, micro_batch=2)
-    module = averaged(sampled)
-    pipeline = RandomPipeline(module.parts["unet"])
-    log = SampleLog(pipeline, sampled.folder / "samples", 2, prompts=["a", "bc"], steps=1)
-    sampled.train(module, 4, micro_batch=2, callbacks=[log])
+def test_sample_images_do_not_change_training(toy):
+    """Dropout, averages and accumulation included; the images are of the averaged weights."""
+    plain, sampled = (toy(unet_dropout=0.3, decay=0.9) for _ in range(2))
+    plain.train(steps=4, micro_batch=2)
+    objective = sampled.objective()
+    pipeline = RandomPipeline(objective.networks["unet"])
+
+    def hook(log):
+        return SampleImages(pipeline, sampled.folder / "samples", 2, log, prompts=["a", "bc"], steps=1)
+
+    training = sampled.train(objective, 4, micro_batch=2, hooks=[hook])
     assert sampled.losses() == plain.losses()
     assert read_state(checkpoint(sampled, 4)) == read_state(checkpoint(plain, 4))
-    pictures = sorted(path.name for path in (sampled.folder / "samples").iterdir())
-    assert pictures == ["step-00000002.png", "step-00000004.png"]
-    with Image.open(sampled.folder / "samples" / pictures[0]) as row:
+    images = sorted(path.name for path in (sampled.folder / "samples").iterdir())
+    assert images == ["step-00000002.png", "step-00000004.png"]
+    with Image.open(sampled.folder / "samples" / images[0]) as row:
         assert row.size == (8, 4) and (row.getpixel((0, 0))[0], row.getpixel((7, 3))[0]) == (1, 2)
-    for drawn, average in zip(pipeline.seen[-1], module.ema["unet"].averages, strict=True):
+    for drawn, average in zip(pipeline.seen[-1], training.state.ema["unet"].averages, strict=True):
         assert torch.equal(drawn, average)
+
+
+def test_hooks_act_alike_in_any_order(toy):
+    """The hooks of every run, given in the reverse order, write the same rows and checkpoints."""
+    forward, backward = (toy(decay=0.9, reverse_hooks=reverse) for reverse in (False, True))
+    forward.train(steps=5, every=2)
+    backward.train(steps=5, every=2)
+    assert read_rows(forward.folder / "metrics.csv") == read_rows(backward.folder / "metrics.csv")
+    states = [[read_state(path) for path in checkpoints_in(run.folder / "checkpoints")] for run in (forward, backward)]
+    assert states[0] == states[1] and len(states[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (None, 75)]
+)
+def test_a_signal_or_the_time_ends_a_training_after_its_step(toy, number, code):
+    clock = [0.0]
+
+    class Raise(Hook):
+        def after_step(self, training, step):
+            clock[0] += 10
+            if number and training.state.global_step == 2:
+                signal.raise_signal(number)
+
+    run, handlers = toy(), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    hooks = [Raise()] if number else [Raise(), StopOnSignal(20.0, clock=lambda: clock[0])]
+    name = signal.Signals(number).name if number else "trainer.max_time"
+    with pytest.raises(Stopped, match=f"stopped at step 2 of 9 by {name}, saved") as stopped:
+        run.train(steps=9, hooks=hooks)
+    assert stopped.value.code == code and len(run.losses()) == 2
+    assert [path.name for path in checkpoints_in(run.folder / "checkpoints")] == ["step-00000002"]
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+
+def test_a_second_interrupt_ends_it_at_once(toy):
+    class Raise(Hook):
+        def after_step(self, training, step):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    run = toy()
+    with pytest.raises(KeyboardInterrupt):
+        run.train(hooks=[Raise()])
+    assert not checkpoints_in(run.folder / "checkpoints")
 
 
 def test_a_scaled_loss_is_clipped_at_its_own_size(toy):
     """As in float16 on a GPU: the gradient's norm and the step are those without a scale."""
     plain, scaled = toy(), toy()
-    first = plain.train(steps=2, gradient_clip_val=0.5)
+    first = plain.train(steps=2, clip=0.5)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
-    plugin.autocast_context_manager = nullcontext  # the scale alone
-    second = scaled.train(steps=2, gradient_clip_val=0.5, plugins=[plugin])
+    plugin.forward_context, plugin.convert_input = nullcontext, lambda data: data  # the scale alone
+    second = scaled.train(steps=2, clip=0.5, plugins=[plugin])
     norms = [[row["grad_norm"] for row in read_rows(run.folder / "metrics.csv")] for run in (plain, scaled)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5) and norms[0][0] > 0.5
-    for one, other in zip(first.parts["unet"].parameters(), second.parts["unet"].parameters(), strict=True):
+    for one, other in zip(*(weights(training) for training in (first, second)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -286,15 +323,28 @@ def test_a_row_cut_short_by_a_full_disk(tmp_path):
 
 
 def test_one_bad_loss_does_not_stay_in_the_smoothed_one():
-    line = ProgressLine(10)
-    module = SimpleNamespace(metrics=Metrics(), progress=SimpleNamespace(global_step=1), device=torch.device("cpu"),
-                             optimisation=SimpleNamespace(global_batch=1), record=lambda **_: None)  # fmt: skip
-    line.first, line.started, line.shown, seen = 0, 0.0, 1e30, []
+    value, seen = None, []
     for loss in (float("nan"), 1.0, float("nan"), float("inf"), 3.0):
-        module.metrics.values["loss"] = torch.tensor(loss)
-        line.on_step_end(None, module)
-        seen.append(float(line.loss))
+        value = smoothed(value, torch.tensor(loss))
+        seen.append(float(value))
     assert seen[1:4] == [1.0, 1.0, 1.0] and seen[4] == pytest.approx(0.95 + 0.05 * 3)
+
+
+def test_speed_is_that_of_the_last_seconds(toy):
+    """A slow first step does not count for ever; what waits for data is its share of the time."""
+    clock = [0.0]
+
+    class Tick(Hook):
+        def after_step(self, training, step):
+            clock[0] += 600 if training.state.global_step == 1 else 2
+
+    run = toy()
+    timed = Metrics(run.folder / "timed", 1, tensorboard=False, progress_bar=True, clock=lambda: clock[0])
+    (run.folder / "timed").mkdir()
+    run.train(steps=40, hooks=[Tick(), timed])
+    rows = read_rows(run.folder / "timed" / "metrics.csv")
+    assert rows[-1]["samples_per_second"] == pytest.approx(2)  # 4 samples every 2 seconds
+    assert all(0 <= row["data_wait"] <= 1 and row["memory_gib"] > 0.05 for row in rows)
 
 
 def test_what_was_left_of_checkpoints_goes(toy):

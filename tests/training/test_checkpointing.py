@@ -9,8 +9,16 @@ import torch
 from latentsmith.files.errors import BadInput
 from latentsmith.files.memory import available_bytes
 from latentsmith.training import checkpointing
-from latentsmith.training.checkpoint import checkpoints_in, read_state, size_of, take_snapshot, write_checkpoint
-from latentsmith.training.checkpointing import Checkpointing, SaveCheckpoints, check_disk
+from latentsmith.training.checkpointing import (
+    CheckpointPlan,
+    check_disk,
+    checkpoint_bytes,
+    checkpoints_in,
+    read_state,
+    take_snapshot,
+    write_checkpoint,
+)
+from latentsmith.training.hooks import Hook
 
 
 def saved(run):
@@ -40,32 +48,37 @@ def test_training_goes_on_while_a_checkpoint_is_written(toy, monkeypatch):
         done.append(snapshot.state["global_step"])
         return write_checkpoint(folder, snapshot, keep, metadata)
 
-    class Reach(checkpointing.StepCallback):
-        def on_step_end(self, trainer, module):
-            if module.progress.global_step == 3:
+    class Reach(Hook):
+        def after_step(self, training, step):
+            if training.state.global_step == 3:
                 reached.set()
 
     plain, run = toy(), toy()
     plain.train(steps=4, every=2)
     monkeypatch.setattr(checkpointing, "write_checkpoint", slow)
-    run.train(steps=4, every=2, callbacks=[Reach()])
+    run.train(steps=4, every=2, hooks=[Reach()])
     assert done == [2, 4] and states(run) == states(plain)
 
 
-def test_no_thread_stays_after_a_save(toy):
+def test_no_thread_stays_after_a_save(toy, monkeypatch):
     """One that has run tensor operations slows those of training as long as it lives."""
-    seen = []
+    writers = []
 
-    class Look(checkpointing.StepCallback):
-        def on_step_end(self, trainer, module):
-            saver = next(one for one in trainer.callbacks if isinstance(one, SaveCheckpoints))
-            saver.wait()
-            for thread in [one for one in threading.enumerate() if one.name.startswith("checkpoint")]:
+    def write(*arguments):
+        writers.append(threading.current_thread())
+        return write_checkpoint(*arguments)
+
+    class Join(Hook):
+        def after_step(self, training, step):
+            while len(writers) < training.state.global_step - 1:  # the step before this one was saved meanwhile
+                threading.Event().wait(0.01)
+            for thread in writers[: training.state.global_step - 1]:
                 thread.join(600)
-                seen.append(thread.is_alive())
+                assert thread is not threading.main_thread() and not thread.is_alive()
 
-    toy().train(steps=3, every=1, callbacks=[Look()])
-    assert not any(seen)
+    monkeypatch.setattr(checkpointing, "write_checkpoint", write)
+    toy().train(steps=3, every=1, hooks=[Join()])
+    assert len(set(writers)) == 3
 
 
 def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, capsys):
@@ -89,17 +102,17 @@ def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, c
 
 def test_a_failed_write_leaves_nothing(toy, monkeypatch):
     run = toy()
-    module = run.train(steps=1, every=1)
+    state = run.train(steps=1, every=1).state
     folder = run.folder / "checkpoints"
 
     def torn(path, tensors, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("latentsmith.training.checkpoint.save_safetensors", torn)
-    module.progress.global_step = 2
+    monkeypatch.setattr("latentsmith.training.checkpointing.save_safetensors", torn)
+    state.global_step = 2
     with pytest.raises(OSError):
-        write_checkpoint(folder, take_snapshot(module), -1, {})
+        write_checkpoint(folder, take_snapshot(state), -1, {})
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
 
 
@@ -114,9 +127,9 @@ def test_the_last_one_has_to_succeed(toy, monkeypatch):
 
 def test_a_disk_too_small_is_refused_before_the_first_step(toy, monkeypatch):
     run = toy()
-    module = run.module()
-    size = size_of(module)
-    to = Checkpointing(run.folder / "checkpoints", 2, keep=3)
+    state = run.training().state
+    size = checkpoint_bytes(state)
+    plan = CheckpointPlan(run.folder / "checkpoints", 2, keep=3)
     for max_steps, free, fits in (
         (4, 3 * size, True),
         (4, 3 * size - 1, False),
@@ -125,48 +138,59 @@ def test_a_disk_too_small_is_refused_before_the_first_step(toy, monkeypatch):
     ):
         monkeypatch.setattr(checkpointing.shutil, "disk_usage", lambda _, free=free: type("Usage", (), {"free": free}))
         if fits:
-            check_disk(to, module, max_steps)
+            check_disk(plan, state, max_steps)
         else:
             with pytest.raises(BadInput, match=r"checkpoints: 0.0 GiB are free, and [23] checkpoints of 0.0 GiB"):
-                check_disk(to, module, max_steps)
+                check_disk(plan, state, max_steps)
     with pytest.raises(BadInput):
         run.train(steps=100, every=2)
     assert not run.losses() and not saved(run)
 
 
 def test_the_size_is_that_of_the_files(toy):
-    run = toy()
-    module = run.module()
-    module.keep_averages(0.9)
-    estimate = size_of(module)
-    run.train(module, steps=1)
+    run = toy(decay=0.9)
+    estimate = checkpoint_bytes(run.training().state)
+    state = run.train(steps=1).state
     (path,) = checkpoints_in(run.folder / "checkpoints")
-    tensors = take_snapshot(module).bytes
-    assert estimate == tensors - 4 * len(list(module.parts["unet"].parameters()))  # but for the step counters
+    tensors = take_snapshot(state).bytes
+    assert estimate == tensors - 4 * len(list(state.networks["unet"].parameters()))  # but for the step counters
     assert sum(file.stat().st_size for file in path.rglob("*.safetensors")) >= tensors
 
 
-def test_by_the_minute(toy, monkeypatch):
+def test_by_the_minute(toy):
     clock = [0.0]
-    monkeypatch.setattr(checkpointing.time, "monotonic", lambda: clock[0])
 
-    class Tick(checkpointing.StepCallback):
-        def on_step_end(self, trainer, module):
+    class Tick(Hook):
+        def after_step(self, training, step):
             clock[0] += 25
 
     run = toy()
-    to = Checkpointing(run.folder / "checkpoints", 0, -1, every_n_minutes=1)
-    run.train(steps=8, every=0, callbacks=[Tick(), SaveCheckpoints(to, 8)])
+    run.train(steps=8, hooks=[Tick()], minutes=1, clock=lambda: clock[0])
     assert saved(run) == ["step-00000003", "step-00000006", "step-00000008"]
 
 
 def test_a_loss_scale_is_kept(toy):
+    state = toy().train(steps=1).state
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    state.scaler.scale(torch.ones(()))
+    assert take_snapshot(state).state["scaler"]["scale"] == 1024.0
+
+
+def test_a_checkpoint_in_the_way_stands_until_the_new_one_is_in_its_place(toy, monkeypatch):
+    """A process that is killed between the two renames loses nothing: the next start puts the old one back."""
     run = toy()
-    module = run.train(steps=1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    scaler.scale(torch.ones(()))
-    module.trainer.precision_plugin.scaler = scaler
-    assert take_snapshot(module).state["scaler"]["scale"] == 1024.0
+    state, folder = run.train(steps=1).state, run.folder / "checkpoints"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latentsmith.training.checkpointing.os.rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(folder, take_snapshot(state), -1, {})
+    monkeypatch.undo()
+    checkpointing.remove_leftovers(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert read_state(folder / "step-00000001")["global_step"] == 1
 
 
 def test_memory_is_there():

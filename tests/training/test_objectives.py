@@ -1,4 +1,4 @@
-"""The step of the diffusion loss against the same arithmetic in float64, and what is trained and what is not."""
+"""The diffusion loss against the same arithmetic in float64, and what is trained and what is not."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.diffusion_module import Objective, in_bands
+from latentsmith.training.metrics_log import read_rows
+from latentsmith.training.objectives import DiffusionLoss, in_bands
 
 POSITIONS = range(6)
 
@@ -28,14 +29,14 @@ def convolved(images: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.nd
     return np.einsum("bcyxij,ocij->boyx", windows, weight) + bias[:, None, None]
 
 
-def expected_loss(module, batch, prediction_type, loss_type, gamma, schedule) -> float:
+def expected_loss(objective, batch, prediction_type, loss_type, gamma, schedule) -> float:
     """The loss of a batch of cached samples, from Ho et al. 2020, Salimans & Ho 2022 and Hang et al. 2023."""
     mean, logvar = np.split(as64(batch["moments"]), 2, axis=1)
     latents = 0.5 * (mean + np.exp(0.5 * logvar) * as64(batch["posterior_noise"]))
     kept = as64(schedule.alphas_cumprod)[batch["timesteps"].numpy()][:, None, None, None]
     noise = as64(batch["noise"])
     noisy = np.sqrt(kept) * latents + np.sqrt(1 - kept) * noise
-    unet = module.parts["unet"]
+    unet = objective.networks["unet"]
     text = as64(batch["context"]).sum(axis=1) @ as64(unet.text.weight).T + as64(unet.text.bias)
     output = convolved(noisy, as64(unet.conv.weight), as64(unet.conv.bias)) + text[:, :, None, None]
     output += batch["timesteps"].numpy()[:, None, None, None] / 1000
@@ -54,26 +55,26 @@ def expected_loss(module, batch, prediction_type, loss_type, gamma, schedule) ->
 @pytest.mark.parametrize("loss_type", ["l2", "l1", "huber"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_loss_equals_float64(toy, prediction_type, loss_type, gamma):
-    run = toy(objective=Objective(prediction_type, loss_type, gamma, scale_factor=0.5))
-    module, batch = run.module(), batch_of(run)
-    loss = module.training_step(batch, 0)
-    expected = expected_loss(module, batch, prediction_type, loss_type, gamma, run.schedule)
+    run = toy(loss=DiffusionLoss(prediction_type, loss_type, gamma, scale_factor=0.5))
+    objective, batch = run.objective(), batch_of(run)
+    loss, metrics = objective(batch)
+    expected = expected_loss(objective, batch, prediction_type, loss_type, gamma, run.schedule)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert module.metrics.micro["loss"] == [loss]
+    assert metrics["loss"] is loss
 
 
 def test_zero_terminal_snr_has_a_finite_loss(toy):
     schedule = NoiseSchedule.from_config(timesteps=2).zero_terminal_snr()
-    run = toy(objective=Objective("v_prediction", min_snr_gamma=5.0), schedule=schedule)
-    assert run.module().training_step(batch_of(run), 0).isfinite()
+    run = toy(loss=DiffusionLoss("v_prediction", min_snr_gamma=5.0), schedule=schedule)
+    assert run.objective()(batch_of(run))[0].isfinite()
 
 
-def test_pictures_are_encoded_and_sampled_with_their_own_noise(toy):
+def test_images_are_encoded_and_sampled_with_their_own_noise(toy):
     run = toy(cached=False)
-    module, batch = run.module().eval(), batch_of(run)
-    mean, logvar = module.parts["vae"].conv(batch["images"]).chunk(2, dim=1)
+    objective, batch = run.objective().eval(), batch_of(run)
+    mean, logvar = objective.networks["vae"].conv(batch["images"]).chunk(2, dim=1)
     expected = 0.5 * (mean + (0.5 * logvar).exp() * batch["posterior_noise"])
-    latents = module.latents(batch)
+    latents = objective.latents(batch)
     torch.testing.assert_close(latents, expected)
     assert not latents.requires_grad
 
@@ -81,10 +82,10 @@ def test_pictures_are_encoded_and_sampled_with_their_own_noise(toy):
 def test_caption_dropout_gives_the_empty_prompt(toy):
     for cached in (True, False):
         run = toy(cached=cached, caption_dropout_rate=0.5)
-        module, batch = run.module(), batch_of(run)
-        dropped, table = batch["empty_caption"], module.parts["text_encoder"].table.weight
+        objective, batch = run.objective(), batch_of(run)
+        dropped, table = batch["empty_caption"], objective.networks["text_encoder"].table.weight
         assert 0 < dropped.sum() < len(dropped) and not batch["zero_embedding"].any()
-        context = module.context(batch)
+        context = objective.context(batch)
         empty = torch.full_like(context[0], 0.25) if cached else table[0].expand_as(context[0])
         own = batch["context"].float() if cached else table[batch["token_ids"]]
         for row, is_dropped in enumerate(dropped):
@@ -94,40 +95,39 @@ def test_caption_dropout_gives_the_empty_prompt(toy):
 def test_embedding_dropout_gives_zeros(toy):
     for cached in (True, False):
         run = toy(cached=cached, text_embedding_dropout_rate=0.5)
-        module, batch = run.module(), batch_of(run)
+        objective, batch = run.objective(), batch_of(run)
         dropped = batch["zero_embedding"]
         assert 0 < dropped.sum() < len(dropped) and not batch["empty_caption"].any()
-        norms = module.context(batch).abs().sum(dim=(1, 2))
+        norms = objective.context(batch).abs().sum(dim=(1, 2))
         assert ((norms == 0) == dropped).all()
 
 
 def test_a_cache_without_an_empty_prompt_needs_none(toy):
     run = toy()
-    module, batch = run.module(), batch_of(run)
-    module.empty_embedding = None
-    assert torch.equal(module.context(batch), batch["context"].float())
+    objective, batch = run.objective(), batch_of(run)
+    objective.empty_embedding = None
+    assert torch.equal(objective.context(batch), batch["context"].float())
 
 
-def test_frozen_parts_stay_as_they_are(toy):
+def test_frozen_networks_stay_as_they_are(toy):
     run = toy(cached=False)
-    module = run.module()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    run.train(module, 3, every=3)
-    for name, value in module.state_dict().items():
-        assert torch.equal(before[name], value) != name.startswith("parts.unet"), name
-    assert all(p.grad is None for part in ("vae", "text_encoder") for p in module.parts[part].parameters())
-    state = module.optimizers(use_pl_optimizer=False).state_dict()["state"]
-    assert len(state) == len(list(module.parts["unet"].parameters()))
-    assert not module.parts["vae"].training and not module.parts["vae"].dropout.training
+    objective = run.objective()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    training = run.train(objective, 3, every=3)
+    for name, value in objective.state_dict().items():
+        assert torch.equal(before[name], value) != name.startswith("networks.unet"), name
+    assert all(p.grad is None for part in ("vae", "text_encoder") for p in objective.networks[part].parameters())
+    state = training.state.optimizer.state_dict()["state"]
+    assert len(state) == len(list(objective.networks["unet"].parameters()))
+    assert not objective.networks["vae"].training and not objective.networks["vae"].dropout.training
 
 
 def test_a_trained_text_encoder_moves(toy):
-    run = toy(cached=False, trained=("unet", "text_encoder"))
-    module = run.module()
-    before = module.parts["text_encoder"].table.weight.detach().clone()
-    module.keep_averages(0.5)
-    run.train(module, 2, every=2)
-    assert not torch.equal(before, module.parts["text_encoder"].table.weight)
+    run = toy(cached=False, trained=("unet", "text_encoder"), decay=0.5)
+    objective = run.objective()
+    before = objective.networks["text_encoder"].table.weight.detach().clone()
+    run.train(objective, 2, every=2)
+    assert not torch.equal(before, objective.networks["text_encoder"].table.weight)
     files = {path.name for path in (run.folder / "checkpoints" / "step-00000002").rglob("*.safetensors")}
     assert files == {"unet.safetensors", "text_encoder.safetensors", "optimizer.safetensors"}
     assert (run.folder / "checkpoints" / "step-00000002" / "ema" / "text_encoder.safetensors").is_file()
@@ -137,14 +137,14 @@ def test_gradients_are_clipped_to_their_global_norm(toy):
     """SGD with lr 1 moves by the gradient itself, so the step's length shows what was clipped."""
     lengths = []
     for limit in (None, 0.01):
-        run = toy(options={"lr": 1.0})
-        module = run.module()
-        object.__setattr__(module.optimisation, "name", "SGD")
-        before = torch.cat([p.detach().flatten().clone() for p in module.parts["unet"].parameters()])
-        run.train(module, 1, gradient_clip_val=limit)
-        after = torch.cat([p.detach().flatten() for p in module.parts["unet"].parameters()])
+        run = toy(options={"lr": 1.0}, optimizer="SGD")
+        objective = run.objective()
+        before = torch.cat([p.detach().flatten().clone() for p in objective.networks["unet"].parameters()])
+        run.train(objective, 1, clip=limit)
+        after = torch.cat([p.detach().flatten() for p in objective.networks["unet"].parameters()])
         lengths.append((after - before).norm().item())
-        assert module.metrics.read()["grad_norm"] > 0.1  # what is recorded is the norm before clipping
+        (row,) = read_rows(run.folder / "metrics.csv")
+        assert row["grad_norm"] > 0.1  # what is recorded is the norm before clipping
     assert lengths[0] > 0.1 and lengths[1] == pytest.approx(0.01, rel=1e-3)
 
 
@@ -169,9 +169,9 @@ def test_offset_noise_and_input_perturbation(toy):
     assert 0.05 < (draws[2]["input_noise"] - draws[2]["noise"]).std() < 0.2
     for name in ("timesteps", "posterior_noise", "empty_caption"):
         assert all(torch.equal(drawn[name], draws[0][name]) for drawn in draws)
-    module, batch = plain.module(), batch_of(plain)
+    objective, batch = plain.objective(), batch_of(plain)
     perturbed = {**batch, "input_noise": batch["noise"] + 0.3}
     signal, level = (batch[name][:, None, None, None] for name in ("signal", "noise_level"))
-    noisy = signal * module.latents(batch) + level * perturbed["input_noise"]
-    output = module.parts["unet"](noisy, batch["timesteps"], module.context(batch))
-    torch.testing.assert_close(module.training_step(perturbed, 0), (output - batch["noise"]).square().mean())
+    noisy = signal * objective.latents(batch) + level * perturbed["input_noise"]
+    output = objective.networks["unet"](noisy, batch["timesteps"], objective.context(batch))
+    torch.testing.assert_close(objective(perturbed)[0], (output - batch["noise"]).square().mean())

@@ -1,0 +1,58 @@
+"""The state of a training: all that a checkpoint keeps."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ema import Ema
+
+
+@dataclass
+class TrainingState:
+    """What a checkpoint keeps, and what a resumed run is put back to.
+
+    networks: all of the run's, by name. trained: the names of those whose weights move; ema: averages of these.
+    optimizer_name: as model.optim.name. scaler: the GradScaler of float16. sharded: whether every process holds a
+    share of the trained weights. global_step: optimizer steps done, skipped ones included. consumed_samples: position
+    of the next sample in the run. skipped_steps: scalar on the device, steps without a finite gradient.
+    """
+
+    networks: Mapping[str, nn.Module]
+    trained: tuple[str, ...]
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str
+    ema: dict[str, Ema] = field(default_factory=dict)
+    scaler: Any = None
+    sharded: bool = False
+    global_step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the averages, where there are any, in place of the trained weights inside the context."""
+        with ExitStack() as stack:
+            for name, average in self.ema.items():
+                stack.enter_context(average.applied(self.networks[name]))
+            yield
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """Switch gradients and dropout off inside the context."""
+    training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        objective.train(training)
+
+
+def trained_parameters(networks: Mapping[str, nn.Module], trained: tuple[str, ...]) -> list[nn.Parameter]:
+    """Return the parameters that the optimizer moves, in the order in which checkpoints number them."""
+    return [parameter for name in trained for parameter in networks[name].parameters() if parameter.requires_grad]
