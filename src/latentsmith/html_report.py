@@ -13,6 +13,7 @@ from urllib.parse import quote
 from latentsmith.files.atomic import write_text
 
 PLOTLY_FILE = "plotly.min.js"
+LARGEST = 1e300  # of a charted value: rounding one near the largest float to five digits gives infinity
 COLOURS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#0f766e", "#be185d")  # of lines, in their order
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -70,7 +71,7 @@ def chart(lines: Sequence[Line], y_title: str, *, x_title: str = "optimizer step
     traces: list[dict[str, Any]] = []
     colours = iter(COLOURS)
     for line in lines:
-        points = [(x, y) for x, y in line.points if math.isfinite(y) and (y > 0 or not log)]
+        points = [(x, y) for x, y in line.points if abs(y) < LARGEST and (y > 0 or not log)]
         look: dict[str, Any] = {"mode": "markers", "marker": {"size": 4, "color": "#bbb"}}
         if not line.dots:
             look = {"mode": "lines", "line": {"width": 2, "color": next(colours)}}
@@ -105,7 +106,7 @@ def log_axis(traces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def short(value: float) -> float:
     """Return a number to five digits, and a whole number as an int: JSON then has no decimal point."""
-    return int(value) if value == int(value) else float(f"{value:.5g}")
+    return int(value) if float(value).is_integer() else float(f"{value:.5g}")
 
 
 def running_mean(points: Sequence[tuple[float, float]], keep: float = 0.95) -> list[tuple[float, float]]:

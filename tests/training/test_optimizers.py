@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentsmith.config import schema_model
+from latentsmith.config import model_options
 from latentsmith.training import optimizers
 from latentsmith.training.optimizers import BITSANDBYTES, build_optimizer, clip_divisor, gradient_norm, lr_schedule
 
@@ -72,7 +72,7 @@ def test_what_is_no_optimizer(name):
 
 
 def test_the_config_knows_the_same_optimizers():
-    assert tuple(BITSANDBYTES) == schema_model.BITSANDBYTES
+    assert tuple(BITSANDBYTES) == model_options.BITSANDBYTES
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw", "paged_adamw8bit"])

@@ -91,7 +91,7 @@ def column(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
 
 
 def short_text(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.4g}"
 
 
 def noisy_chart(rows: Sequence[Row], name: str, y_title: str) -> str:
