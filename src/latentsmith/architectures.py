@@ -28,7 +28,7 @@ def is_open_clip(arch: str | None, activation: str | None) -> bool:
 
 
 SD_VERSIONS = {768: "v1", 1024: "v2"}  # by the U-Net's context_dim
-UNET_INPUTS = {  # what a U-Net of another number of input channels was made for
+UNET_INPUTS = {  # purpose of a U-Net, by its input channels where they are not 4
     9: "an inpainting model",
     8: "an instruct-pix2pix model",
     5: "a depth model",

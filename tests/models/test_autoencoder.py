@@ -170,3 +170,11 @@ def test_fresh_weights_draw_latents_with_little_noise():
     assert not any(block.conv2.weight.any() for level in vae.encoder.down for block in level.block)
     moments = vae.encode(torch.zeros(1, 3, 16, 16))
     torch.testing.assert_close(moments[:, 4:], torch.full((1, 4, 8, 8), -6.0))
+
+
+def test_latents_are_shifted_then_scaled():
+    vae = AutoencoderKL(ddconfig=TINY, scale_factor=0.25, shift_factor=2.0)
+    vae_latents = torch.tensor([2.0, 6.0])
+    assert vae.to_latents(vae_latents).tolist() == [0.0, 1.0]
+    assert torch.equal(vae.to_vae_latents(vae.to_latents(vae_latents)), vae_latents)
+    assert AutoencoderKL(ddconfig=TINY).to_latents(torch.ones(1)).item() == pytest.approx(0.18215)

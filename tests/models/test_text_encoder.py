@@ -50,7 +50,7 @@ def test_sizes_given_beside_an_architecture_override_it():
 @pytest.mark.parametrize(
     "changes, line",
     [
-        (dict(arch="ViT-B-32"), "text encoder arch 'ViT-B-32' is unknown; known: ViT-L-14, ViT-H-14"),
+        (dict(arch="ViT-B-32"), "text encoder arch 'ViT-B-32' is unknown; choose from ViT-L-14, ViT-H-14"),
         (dict(width=None, heads=None), "the text encoder needs width, heads, or an arch"),
         (dict(activation="relu"), "text encoder activation 'relu' is not one of quick_gelu, gelu"),
         (dict(heads=5), "text encoder width 32 does not divide into 5 heads"),

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.config.network_arguments import read_node
 from latentsmith.files.errors import BadInput
-from latentsmith.files.lazy import LazyTensor, forget_maps
+from latentsmith.files.lazy import forget_maps
 
 from .base import Checkpoint, Shapes
 from .match import match
@@ -23,10 +23,10 @@ PARTS = {component.class_path: part for part, component in COMPONENTS.items()}
 
 
 def build(node: Any, *, weights: str = "ema", from_pretrained: str | None = None) -> Any:
-    """The network of a config node, filled strictly from the checkpoint that the node names, else with fresh weights.
+    """Return the network of a config node, filled strictly from the checkpoint that it names, else with fresh weights.
 
     node: `_target_` (or LDM's `target` + `params`) and the keywords of its class. weights: "ema" or "raw", where the
-    checkpoint has both. from_pretrained: a checkpoint to use in place of the node's own.
+    checkpoint has both. from_pretrained: a checkpoint to use instead of the node's own.
     Fresh weights are a function of torch's seed. Inside `torch.device("meta")` nothing is read but the file's header:
     names and shapes are checked, and the network has no numbers.
     Raises BadInput, one line, for an unknown class or key, sizes that do not fit together, and for a checkpoint whose
@@ -67,30 +67,31 @@ def load_component(
 
 
 def mapped_network(part: str, arguments: Mapping[str, Any], checkpoint: Checkpoint) -> Any:
-    """A network whose parameters are the checkpoint's own tensors, mapped from the file, in its dtype.
+    """Return a network whose parameters are the checkpoint's own tensors, mapped from the file, in its dtype.
 
     part: a name of COMPONENTS. arguments: keywords of its class. Raises BadInput as load_component does.
     """
     with meta_weights():
         network = new_network(part, arguments)
-    network.load_state_dict(_read(match(checkpoint, part, shapes_of(network))), assign=True)
+    found = match(checkpoint, part, shapes_of(network))
+    network.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
     return network
 
 
 def new_network(part: str, arguments: Mapping[str, Any]) -> Any:
-    """The network of a part of COMPONENTS with fresh weights; BadInput for sizes that do not fit together."""
+    """Return the network of a part of COMPONENTS with fresh weights; BadInput for sizes that do not fit together."""
     component = COMPONENTS[part]
     return _construct(component.config_key, component.class_path, arguments)
 
 
 def network_shapes(part: str, arguments: Mapping[str, Any]) -> Shapes:
-    """Name -> shape of every tensor of the network of a part, which is built without memory for weights."""
+    """Return name -> shape of every tensor of the network of a part, which is built without memory for weights."""
     with meta_weights():
         return shapes_of(new_network(part, arguments))
 
 
 def shapes_of(network: nn.Module) -> Shapes:
-    """Name -> shape of every tensor that a checkpoint of the network holds."""
+    """Return name -> shape of every tensor that a checkpoint of the network holds."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
@@ -118,7 +119,3 @@ def _construct(key: str, class_path: str, arguments: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), name)(**arguments)
     except (ValueError, TypeError) as error:
         raise BadInput(f"{key}: {error}") from error
-
-
-def _read(tensors: Mapping[str, LazyTensor]) -> dict[str, Tensor]:
-    return {name: tensor.read() for name, tensor in tensors.items()}

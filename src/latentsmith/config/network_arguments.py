@@ -22,9 +22,9 @@ NO_ARGUMENTS = ("lossconfig", "tokenizer", "version")  # of train-vae, the token
 
 @dataclass(frozen=True)
 class Node:
-    """What a node of the config says of an object.
+    """What a node of the config describes.
 
-    key: the node's place in the config, for messages. class_path: dotted path of the class. arguments: keywords of
+    key: of the node in the config, for messages. class_path: dotted path of the class. arguments: keywords of
     its constructor. source: the checkpoint to fill it from. from_nemo: NeMo's `from_NeMo` key.
     """
 
@@ -55,12 +55,12 @@ def read_node(node: Any) -> Node:
 
 
 def network_arguments(node: Any) -> dict[str, Any]:
-    """The constructor keywords that shape the network of a node."""
+    """Return the constructor keywords that shape the network of a node."""
     return read_node(node).arguments
 
 
 def _used(node: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A node without nulls and without options that have no effect."""
+    """Return a node without nulls and without options that have no effect."""
     found = {}
     for name, value in node.items():
         option = schema.find(f"{key}.{name}")

@@ -1,4 +1,4 @@
-"""Memory that a step frees is kept for the next: fetching pages anew took up to half of a CPU's backward pass."""
+"""Keep the memory that a step frees for the next: fetching pages anew took up to half of a CPU's backward pass."""
 
 import ctypes
 import mmap
@@ -11,14 +11,14 @@ PAGEOUT = 21  # Linux' MADV_PAGEOUT
 
 
 def ask_for_huge_pages() -> None:
-    """Before torch's first allocation; a value that the environment gives stays as it is."""
+    """Set it before torch's first allocation; a value that the environment gives stays as it is."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def keep_freed_memory() -> None:
     """Have the process reuse what it frees rather than give it back; its memory stays at its peak meanwhile.
 
-    Without glibc it has no effect, nor where the environment says otherwise (MALLOC_..., GLIBC_TUNABLES).
+    Without glibc it has no effect, nor where the environment has settings of its own (MALLOC_..., GLIBC_TUNABLES).
     """
     mallopt = libc_function("mallopt")
     if mallopt is None or any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
@@ -36,5 +36,5 @@ def drop_pages(address: int, size: int) -> None:
 
 
 def libc_function(name: str) -> Any:
-    """A function of the C library; None where it lacks it, and on Windows, where ctypes cannot open it so."""
+    """Return a function of the C library; None where it lacks it, and on Windows, where ctypes cannot open it so."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

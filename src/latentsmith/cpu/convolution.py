@@ -55,7 +55,7 @@ class CpuConv2d(nn.Conv2d):
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
     def may_choose(self, input: Tensor) -> bool:
-        """Whether device, precision and options allow other algorithms than PyTorch's."""
+        """Return whether device, precision and options allow other algorithms than PyTorch's."""
         simple = self.groups == 1 and self.dilation == (1, 1) and self.padding_mode == "zeros"
         return simple and is_plain_float32(input, self.weight)
 
@@ -94,7 +94,7 @@ class PackedConv2d(CpuConv2d):
 
 
 def suits_winograd(input: Tensor, weight: Tensor, too_many_weights: float | None = None) -> bool:
-    """Whether there are many channels, and enough pixels, in tiles of 2 x 2. too_many_weights: for the usual limit."""
+    """Return whether there are many channels and enough pixels, in tiles of 2 x 2. too_many_weights: another limit."""
     thresholds = THRESHOLDS[products.onednn_is_faster()]
     even = input.shape[2] % 2 == 0 and input.shape[3] % 2 == 0
     large = min(weight.shape[:2]) >= thresholds.min_channels and input[:, 0].numel() * weight.numel() >= MIN_PRODUCTS
@@ -110,7 +110,7 @@ def is_channels_last(weight: Tensor) -> bool:
 
 
 def product_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution as one product of the patches of all pixels with the weights (Chellapilla et al. 2006).
+    """Compute a 3x3 convolution as one product of the patches of all pixels with the weights (Chellapilla et al. 2006).
 
     The weights are read in the order in which they lie in memory, and their gradients come in it.
     """
@@ -130,7 +130,7 @@ GRAD = ((1, 0), (1, 1), (1, -1), (0, -1))
 
 @lru_cache
 def kernel_transform(*, turned: bool = False) -> Tensor:
-    """(16, 9): a 3x3 kernel, or the same turned by 180 degrees, to a tile of 4 x 4."""
+    """Return (16, 9): a 3x3 kernel, or the same turned by 180 degrees, to a tile of 4 x 4."""
     rows = torch.tensor([row[::-1] if turned else row for row in KERNEL], device="cpu")
     return torch.kron(rows, rows)
 
@@ -155,12 +155,12 @@ class WinogradConvolution(torch.autograd.Function):
 
 
 def transformed(weight: Tensor, matrix: Tensor) -> Tensor:
-    """A weight (out, in, 3, 3) as (16, out, in)."""
+    """Return a weight (out, in, 3, 3) as (16, out, in)."""
     return (matrix @ weight.reshape(-1, 9).t()).view(16, *weight.shape[:2])
 
 
 def convolved(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`input` (batch, in, height, width) convolved with a transformed `weight` (16, in, out)."""
+    """Return `input` (batch, in, height, width) convolved with a transformed `weight` (16, in, out)."""
     batch, _, height, width = input.shape
     padded = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     out = padded.new_empty(batch, height, width, weight.shape[2])
@@ -174,7 +174,7 @@ def convolved(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of `weight` (out, in, 3, 3) where the convolution's result has `grad`."""
+    """Return the gradient of `weight` (out, in, 3, 3) where the convolution's result has `grad`."""
     batch, channels, height, width = input.shape
     padded, grad = F.pad(input.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)), grad.permute(0, 2, 3, 1)
     total = padded.new_zeros(16, weight.shape[0], channels)
@@ -187,7 +187,7 @@ def weight_gradient(input: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def strips(batch: int, rows: int, columns: int, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of a batch in tiles, as slices of images and of rows of tiles, for a transformed weight (16, ...)."""
+    """Yield parts of a batch in tiles, as slices of images and of rows of tiles, for a transformed weight (16, ...)."""
     each = max(1, max(STRIP, weight.numel()) // (16 * columns * max(weight.shape[1:])))
     together = max(1, each // rows)
     for image in range(0, batch, together):
@@ -196,7 +196,7 @@ def strips(batch: int, rows: int, columns: int, weight: Tensor) -> Iterator[tupl
 
 
 def winograd_input(padded: Tensor) -> Tensor:
-    """Pixels (batch, 2 rows + 2, 2 columns + 2, channels) as tiles (4, 4, batch, rows, columns, channels): B^T d B."""
+    """Turn pixels (batch, 2 rows + 2, 2 columns + 2, channels) into tiles (4, 4, batch, rows, columns, channels)."""
     batch, height, width, channels = padded.shape
     rows, columns = height // 2 - 1, width // 2 - 1
     half = padded.new_empty(4, batch, rows, width, channels)
@@ -207,7 +207,7 @@ def winograd_input(padded: Tensor) -> Tensor:
 
 
 def winograd_output(tiles: Tensor, out: Tensor) -> None:
-    """Tiles (4, 4, batch, rows, columns, channels) into pixels (batch, 2 rows, 2 columns, channels): A^T m A."""
+    """Write tiles (4, 4, batch, rows, columns, channels) into pixels (batch, 2 rows, 2 columns, channels): A^T m A."""
     rows, columns = tiles.shape[3:5]
     half = tiles.new_empty(2, *tiles.shape[1:])
     combine(OUTPUT, tiles, half)
@@ -216,7 +216,7 @@ def winograd_output(tiles: Tensor, out: Tensor) -> None:
 
 
 def winograd_grad(pixels: Tensor) -> Tensor:
-    """Pixels (batch, 2 rows, 2 columns, channels) as tiles, the adjoint of winograd_output: A d A^T."""
+    """Turn pixels (batch, 2 rows, 2 columns, channels) into tiles, the adjoint of winograd_output: A d A^T."""
     batch, height, width, channels = pixels.shape
     half = pixels.new_empty(4, batch, height // 2, width, channels)
     combine(GRAD, [pixels[:, i::2] for i in range(2)], half)

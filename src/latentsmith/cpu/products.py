@@ -24,7 +24,7 @@ class CpuLinear(nn.Linear):
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, by the faster library: (..., in) times (out, in), plus (out,)."""
+    """Compute F.linear by the faster library: (..., in) times (out, in), plus (out,)."""
     if is_plain_float32(input, weight) and onednn_is_faster() and input.numel() * len(weight) >= LEAST_WORK:
         rows = LinearProduct.apply(input.reshape(-1, input.shape[-1]), weight, bias)
         return rows.view(*input.shape[:-1], len(weight))
@@ -32,7 +32,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_plain_float32(input: Tensor, weight: Tensor) -> bool:
-    """Whether both are plain float32 tensors on a CPU, outside autocast and compilers (no fake or sharded ones)."""
+    """Return whether both are plain float32 tensors (not fake or sharded) on a CPU, outside autocast and compilers."""
     plain = {type(input), type(weight)} <= {Tensor, nn.Parameter} and input.is_cpu and weight.is_cpu
     float32 = plain and input.dtype == weight.dtype == torch.float32
     return float32 and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
@@ -40,7 +40,7 @@ def is_plain_float32(input: Tensor, weight: Tensor) -> bool:
 
 @lru_cache
 def onednn_is_faster() -> bool:
-    """Whether this is a processor of AMD's with AVX-512, and PyTorch has oneDNN for it."""
+    """Return whether this is a processor of AMD's with AVX-512, and PyTorch has oneDNN for it."""
     cpuinfo = Path("/proc/cpuinfo")
     processor = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
     return has_onednn() and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor
@@ -52,24 +52,24 @@ def has_onednn() -> bool:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (n, k) times b (k, m), plus bias (m,), outside autograd."""
+    """Multiply a (n, k) times b (k, m), plus bias (m,), outside autograd."""
     if onednn_is_faster() and a.numel() * b.shape[1] >= LEAST_WORK:
         return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b).t(), bias, "none", [], "")
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
 def dense(matrix: Tensor) -> Tensor:
-    """The matrix without gaps or repeats in memory: a copy unless its rows or columns follow each other."""
+    """Return the matrix without gaps or repeats in memory: a copy unless its rows or columns follow each other."""
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 def batched_product(a: Tensor, b: Tensor) -> Tensor:
-    """a (batch, n, k) times b (batch, k, m), outside autograd."""
+    """Multiply a (batch, n, k) times b (batch, k, m), outside autograd."""
     return torch.stack([product(*pair) for pair in zip(a, b, strict=True)]) if onednn_is_faster() else torch.bmm(a, b)
 
 
 def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (batch, n, m) += a (batch, n, k) times b (batch, k, m)."""
+    """Add to total (batch, n, m) a (batch, n, k) times b (batch, k, m)."""
     if not onednn_is_faster():
         total.baddbmm_(a, b)  # a fifth faster than 16 products of MKL's
         return

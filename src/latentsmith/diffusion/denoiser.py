@@ -16,7 +16,7 @@ from .schedule import NoiseSchedule, per_sample
 
 
 def scales_of(sigma: Tensor | float, like: Tensor) -> tuple[Any, Any]:
-    """sqrt_alphas_cumprod = 1 / sqrt(1 + sigma^2), and sqrt_one_minus_alphas_cumprod, sigma times that.
+    """Return sqrt_alphas_cumprod = 1 / sqrt(1 + sigma^2), and sqrt_one_minus_alphas_cumprod, sigma times that.
 
     Numbers, or tensors of the shape, dtype and device that multiply `like`.
     """
@@ -29,7 +29,7 @@ def scales_of(sigma: Tensor | float, like: Tensor) -> tuple[Any, Any]:
 
 
 def tiled(conditioning: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """The conditioning with its tensors repeated along the batch axis until they serve `batch` samples.
+    """Return the conditioning with its tensors repeated along the batch axis until they serve `batch` samples.
 
     Raises ValueError where `batch` is no multiple of a tensor's own.
     """
@@ -74,13 +74,13 @@ class Denoiser:
         return self.from_output(self.output(noisy, sigma, **conditioning), noisy, sigma)
 
     def output(self, noisy: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
-        """The network's own output for the noisy latents, in their dtype."""
+        """Return the network's own output for the noisy latents, in their dtype."""
         scale, _ = scales_of(sigma, noisy)
         timesteps = self._timesteps(sigma, len(noisy)).to(noisy.device)
         return self.network(noisy * scale, timesteps, **tiled(conditioning, len(noisy))).to(noisy.dtype)
 
     def from_output(self, output: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
-        """The clean estimate that an output for these noisy latents stands for."""
+        """Return the clean estimate that an output for these noisy latents stands for."""
         scales = scales_of(sigma, noisy)
         return to_denoised(self.prediction_type, output, noisy * scales[0], *scales)
 
@@ -91,7 +91,7 @@ class Denoiser:
 
 
 def to_output(prediction_type: str, denoised: Tensor, noisy: Tensor, sigma: Tensor | float) -> Tensor:
-    """The inverse of Denoiser.from_output: a network's output whose clean estimate is `denoised`."""
+    """Undo Denoiser.from_output: return a network's output whose clean estimate is `denoised`."""
     scale, noise_scale = scales_of(sigma, noisy)
     noise = (noisy * scale - scale * denoised) / noise_scale
     return training_target(prediction_type, denoised, noise, scale, noise_scale)
@@ -100,7 +100,7 @@ def to_output(prediction_type: str, denoised: Tensor, noisy: Tensor, sigma: Tens
 def inpainting_denoiser(
     denoise: Callable[[Tensor, Tensor | float], Tensor], mask: Tensor, latents: Tensor
 ) -> Callable[[Tensor, Tensor | float], Tensor]:
-    """A denoiser whose clean estimate outside the mask is `latents`, whatever the network's.
+    """Return a denoiser whose clean estimate outside the mask is `latents`, whatever the network's.
 
     Any sampler then ends at `latents` there, and passes through latents + sigma * noise on the way, so that what is
     generated sees its surroundings at its own sigma.

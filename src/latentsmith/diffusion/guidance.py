@@ -17,7 +17,7 @@ class GuidedDenoiser:
     conditioning, null_conditioning: other inputs of the network (context=...) for the prompts, and for the null text or
         the negative prompts; null_conditioning may be None where guidance_scale is 1.
     guidance_scale: a number or one per sample, (batch,). 1 is off: the denoiser is called with the prompts alone.
-    rescale: in [0, 1], how far the standard deviation of the guided output is drawn back to that of the conditional
+    rescale: in [0, 1], how far the standard deviation of the guided output is moved back to that of the conditional
         one, which keeps strong guidance from overexposing (Lin et al. 2023, equations 14 to 16, on network outputs).
     one_batch: both predictions in one call of twice the batch; False makes two calls, slower but with half the memory.
     Raises ValueError for a guidance_scale or rescale that is no such number and for missing null conditioning.
@@ -56,7 +56,7 @@ class GuidedDenoiser:
         return self.denoiser.from_output(guided, noisy, sigma)
 
     def _outputs(self, noisy: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The network's outputs (cond, uncond): for the prompts, and for the null text."""
+        """Return the network's outputs (cond, uncond): for the prompts, and for the null text."""
         if not self.one_batch:
             cond = self.denoiser.output(noisy, sigma, **self.conditioning)
             return cond, self.denoiser.output(noisy, sigma, **self.null_conditioning)
@@ -78,7 +78,7 @@ class GuidedDenoiser:
 
 
 def _joined(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Two conditionings as one of twice the batch."""
+    """Join two conditionings into one of twice the batch."""
     if first.keys() != second.keys():
         raise ValueError(f"conditioning has {sorted(first)}, null_conditioning {sorted(second)}; give both the same")
     joined = {}

@@ -10,11 +10,11 @@ LOSS_TYPES = ("l2", "l1", "huber")
 
 
 def per_sample_loss(output: Tensor, target: Tensor, loss_type: str = "l2", *, huber_delta: float = 1.0) -> Tensor:
-    """The distance of each sample from its target: (batch,), float32 (float64 if an argument is so).
+    """Return the distance of each sample from its target: (batch,), float32 (float64 if an argument is so).
 
     output, target: (batch, channels, height, width); the mean runs over all axes but the first.
     loss_type: "l2", "l1" or "huber" (quadratic below huber_delta, linear with that slope above it).
-    Raises ValueError for another word.
+    Raises ValueError for any other.
     """
     wide = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
     output, target = output.to(wide), target.to(wide)
@@ -31,7 +31,7 @@ def per_sample_loss(output: Tensor, target: Tensor, loss_type: str = "l2", *, hu
 
 
 def min_snr_weight(prediction_type: str, snr: Tensor, gamma: float = 5.0) -> Tensor:
-    """The weight min(snr, gamma) of the error in the clean latents, as a factor for the loss of this parameterization.
+    """Return the weight min(snr, gamma) of the error in the clean latents, as a factor for a prediction type's loss.
 
     snr: signal-to-noise ratio a / (1 - a) of each sample, any shape, in [0, inf). gamma: above 0; 5 in the paper.
     Since |error in latents|^2 is |error in epsilon|^2 / snr and |error in v|^2 / (snr + 1), the loss is multiplied by

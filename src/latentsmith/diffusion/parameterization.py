@@ -13,7 +13,7 @@ _ALIASES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
 def canonical_prediction_type(name: str) -> str:
-    """ "epsilon", "v_prediction" or "sample" for any of them or for LDM's eps, v, x0; ValueError for another word."""
+    """Return "epsilon", "v_prediction" or "sample" for one of them or LDM's eps, v, x0; ValueError for any other."""
     canonical = _ALIASES.get(name, name)
     if canonical not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type {name!r} is not one of {', '.join((*PREDICTION_TYPES, *_ALIASES))}")
@@ -27,7 +27,7 @@ def training_target(
     sqrt_alphas_cumprod: Tensor | float,
     sqrt_one_minus_alphas_cumprod: Tensor | float,
 ) -> Tensor:
-    """What the network should output for the noisy latents: the noise, the velocity or the clean latents.
+    """Return what the network should output for the noisy latents: the noise, the velocity or the clean latents.
 
     Source: Ho et al. 2020 for epsilon; Salimans & Ho 2022, section 4 and appendix D, for the velocity.
     """
@@ -48,7 +48,7 @@ def to_denoised(
     sqrt_alphas_cumprod: Tensor | float,
     sqrt_one_minus_alphas_cumprod: Tensor | float,
 ) -> Tensor:
-    """The clean estimate that a network's output stands for; epsilon needs sqrt_alphas_cumprod > 0."""
+    """Return the clean estimate that a network's output stands for; epsilon needs sqrt_alphas_cumprod > 0."""
     a, b = per_sample(sqrt_alphas_cumprod, noisy), per_sample(sqrt_one_minus_alphas_cumprod, noisy)
     match canonical_prediction_type(prediction_type):
         case "epsilon":

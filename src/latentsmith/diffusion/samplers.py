@@ -58,7 +58,7 @@ class Step:
 class Sampler:
     """solve: the generator function. rule: which sigmas it visits. title: its name in web UIs and in image metadata.
 
-    aliases: what other programs call it, in lower case with underscores. random: it always draws from noise_sampler.
+    aliases: what other programs call it, in lower case with underscores. random: it always uses noise_sampler.
     """
 
     solve: Solver
@@ -84,7 +84,7 @@ def register(
 
 
 def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
-    """The two parts of a step from sigma to sigma_next: the sigma it goes down to, and that of the noise it then adds.
+    """Return the two parts of a step to sigma_next: the sigma it goes down to, and that of the noise it then adds.
 
     eta: 0 adds none, 1 as much as the reverse of the forward process does.
     Source: Song et al. 2021, equation 16, times sqrt(1 + sigma_next^2).
@@ -243,7 +243,7 @@ def sample_dpmsolver_sde(
 def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2S): steps in pairs, the first a plain one to the middle, the second over both; the last is plain.
 
-    Source: Lu et al. 2022, "DPM-Solver++", algorithm 1, with the middles taken from the grid.
+    Source: Lu et al. 2022, "DPM-Solver++", algorithm 1, with the middles taken from sigmas.
     """
     sigma_list = sigmas.tolist()
     start, first = latents, latents
@@ -313,7 +313,7 @@ def sample_para_ddim(
 
 
 def _converged(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
-    """How many steps at the window's front are done: the first always is, its start being final."""
+    """Count the steps at the window's front that are done: the first always is, its start being final."""
     changes = ((states - before) ** 2).flatten(1).mean(1).tolist()
     done = 1
     for change, limit in zip(changes, allowed, strict=False):
@@ -337,7 +337,7 @@ def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """The integral from start to end of each Lagrange polynomial of these nodes (at most 4 of them)."""
+    """Return the integral from start to end of each Lagrange polynomial of these nodes (at most 4 of them)."""
     points, weights = np.polynomial.legendre.leggauss(2)  # exact up to the third degree
     points = (start + end) / 2 + (end - start) / 2 * points
     integrals = []
@@ -348,7 +348,7 @@ def _lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> lis
 
 
 def _extrapolated(denoised: Tensor, previous: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """The clean estimate halfway through a step, linear in log sigma through the last two.
+    """Return the clean estimate halfway through a step, linear in log sigma through the last two.
 
     sigmas: of the previous estimate, of this one, and the step's end.
     """
@@ -357,7 +357,7 @@ def _extrapolated(denoised: Tensor, previous: Tensor, sigmas: Sequence[float]) -
 
 
 def _corrected(denoised: Tensor, past: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """UniC's clean estimate for the step that ended at sigmas[-1], where the network's estimate is `denoised`.
+    """Return UniC's clean estimate for the step that ended at sigmas[-1], where the network's estimate is `denoised`.
 
     past: the estimates at the step's start and, if there is one, before it. sigmas: of the same, oldest first.
     """

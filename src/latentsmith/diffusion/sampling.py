@@ -1,4 +1,4 @@
-"""Samplers by their names: which sigmas one visits, and running it."""
+"""Find and run a sampler by its name."""
 
 import re
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from .spacing import SamplingSchedule, build_sampling_schedule
 
 
 def canonical_sampler(name: str) -> tuple[str, bool]:
-    """The key of SAMPLERS that `name` means, and whether it asks for Karras sigmas ("DPM++ 2M Karras").
+    """Return the key of SAMPLERS that `name` means, and whether it asks for Karras sigmas ("DPM++ 2M Karras").
 
     Case, and the choice between space, hyphen and underscore, do not matter; aliases and diffusers' class names are
     understood. Raises ValueError, with the nearest names, for what is no sampler.
@@ -39,7 +39,7 @@ def sampling_schedule(
     set_alpha_to_one: bool | None = None,
     karras: bool = False,
 ) -> SamplingSchedule:
-    """The sigmas and timesteps that a sampler visits, as diffusers' scheduler of the same settings has them.
+    """Return the sigmas and timesteps that a sampler visits, as diffusers' scheduler of the same settings has them.
 
     sampler: a name of SAMPLERS or an alias; one that ends in "Karras" asks for karras too.
     spacing: "leading", "trailing" or "linspace"; None takes the sampler's own.
@@ -74,7 +74,7 @@ def sample(
     """Run a sampler by its name; the last Step's latents are the result, ready for the VAE.
 
     latents: (batch, channels, height, width), unit noise; scaled here to the schedule's start.
-    noise_sampler: step -> unit noise, for those samplers (and ddim with eta) that draw some.
+    noise_sampler: step -> unit noise, for those samplers (and ddim with eta) that use it.
     options: the sampler's own: eta, averaged, order, parallelism, tolerance.
     """
     chosen = SAMPLERS[canonical_sampler(sampler)[0]]

@@ -24,7 +24,7 @@ SMALLEST_ALPHA_CUMPROD = 2.0**-24
 
 
 def per_sample(coefficient: Tensor | float, like: Tensor) -> Tensor | float:
-    """A (batch,) coefficient shaped to multiply `like`, (batch, ...), on its device; scalars stay as they are."""
+    """Return a (batch,) coefficient shaped to multiply `like`, (batch, ...), on its device; other numbers stay."""
     if isinstance(coefficient, Tensor) and coefficient.dim() == 1:
         return coefficient.to(like.device).view(-1, *[1] * (like.dim() - 1))
     return coefficient
@@ -59,11 +59,11 @@ class NoiseSchedule:
         *,
         cosine_s: float = COSINE_OFFSET,
     ) -> Self:
-        """A schedule by its betas, from linear_start to linear_end; the defaults are Stable Diffusion's.
+        """Make a schedule by its betas, from linear_start to linear_end; the defaults are Stable Diffusion's.
 
         beta_schedule: diffusers' names: "scaled_linear" (sqrt(beta) runs linearly), "linear" (beta does), "sqrt" (beta
         squared does), "squaredcos_cap_v2" (Nichol & Dhariwal 2021, equation 17; no start and end) or "cosine" (the
-        same with offset cosine_s). ldm_beta_schedule translates LDM's and NeMo's, whose "linear" is another.
+        same with offset cosine_s). ldm_beta_schedule translates LDM's and NeMo's, whose "linear" is "scaled_linear".
         Raises ValueError for an unknown name or for numbers that describe no schedule.
         """
         if timesteps < 1:
@@ -95,7 +95,7 @@ class NoiseSchedule:
         return self.snr.rsqrt()
 
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt_alphas_cumprod and sqrt_one_minus_alphas_cumprod at integer timesteps: float32, of their shape.
+        """Return sqrt_alphas_cumprod and sqrt_one_minus_alphas_cumprod at integer timesteps: float32, of their shape.
 
         Timesteps on the CPU cost no device synchronisation; the float64 arithmetic never leaves the CPU.
         """
@@ -108,7 +108,7 @@ class NoiseSchedule:
         return self.alphas_cumprod.sqrt().float(), (1 - self.alphas_cumprod).sqrt().float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """A sample of q(noisy | latents): sqrt(a) * latents + sqrt(1 - a) * noise, float32 or wider.
+        """Return a sample of q(noisy | latents): sqrt(a) * latents + sqrt(1 - a) * noise, float32 or wider.
 
         latents, noise: (batch, channels, height, width), of unit variance.
         timesteps: (batch,), integers in [0, timesteps).
@@ -118,7 +118,7 @@ class NoiseSchedule:
         return per_sample(signal, latents) * latents + per_sample(noise_scale, noise) * noise
 
     def zero_terminal_snr(self) -> Self:
-        """The schedule stretched until its last timestep is pure noise (a = 0), its first unchanged.
+        """Return the schedule stretched until its last timestep is pure noise (a = 0), its first unchanged.
 
         Only "v_prediction" and "sample" have meaning there: epsilon does not determine the image where all is noise.
         Source: Lin et al. 2023, "Common diffusion noise schedules and sample steps are flawed", algorithm 1.
@@ -131,13 +131,13 @@ class NoiseSchedule:
         return type(self)(stretched**2)
 
     def for_sampling(self) -> Self:
-        """This schedule with a terminal a = 0 replaced by 2^-24, so that every sigma is finite."""
+        """Return this schedule with a terminal a = 0 replaced by 2^-24, so that every sigma is finite."""
         if self.alphas_cumprod[-1] > 0:
             return self
         return type(self)(torch.cat([self.alphas_cumprod[:-1], torch.tensor([SMALLEST_ALPHA_CUMPROD]).double()]))
 
     def sampling_timesteps(self, steps: int, spacing: str = "leading", steps_offset: int = 0) -> Tensor:
-        """(steps,), int64, decreasing: the timesteps at which a sampler of so many steps calls the network.
+        """Return (steps,), int64, decreasing: the timesteps at which a sampler of so many steps calls the network.
 
         spacing: "leading" (multiples of timesteps // steps, plus steps_offset), "trailing" (ends at the last timestep
         and counts down by timesteps / steps) or "linspace" (both ends included).
@@ -155,7 +155,7 @@ class NoiseSchedule:
         return timesteps
 
     def spaced_timesteps(self, steps: int, spacing: str, steps_offset: int = 0) -> Tensor:
-        """sampling_timesteps before "linspace" is rounded to whole timesteps: (steps,), float64, decreasing."""
+        """Return sampling_timesteps before "linspace" is rounded to whole timesteps: (steps,), float64, decreasing."""
         match spacing:  # in NumPy, whose last bits decide which way a half is rounded: as diffusers has it
             case "leading":
                 spaced = np.arange(steps, dtype=np.float64)[::-1] * (self.timesteps // steps) + steps_offset
@@ -168,7 +168,7 @@ class NoiseSchedule:
         return torch.from_numpy(spaced.copy())
 
     def timestep_at(self, sigma: float) -> float:
-        """The fractional timestep of a sigma, interpolated in log sigma, within [0, timesteps - 1].
+        """Return the fractional timestep of a sigma, interpolated in log sigma, within [0, timesteps - 1].
 
         Source: Karras et al. 2022, appendix C.3, for a schedule of discrete sigmas.
         """
@@ -182,7 +182,7 @@ class NoiseSchedule:
 
 
 def ldm_beta_schedule(name: str) -> str:
-    """The name of from_config for one of LDM's or NeMo's, as config files and ModelSpec have them."""
+    """Return the name of from_config for one of LDM's or NeMo's, as config files and ModelSpec have them."""
     if name not in LDM_BETA_SCHEDULES:
         raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(LDM_BETA_SCHEDULES)}")
     return LDM_BETA_SCHEDULES[name]

@@ -55,11 +55,11 @@ class SamplingSchedule:
         return (1 + self.sigmas[-1].item() ** 2) ** 0.5
 
     def timestep_at(self, sigma: float) -> float:
-        """The timestep of the visited sigma nearest to this one, for Denoiser(timestep_at=...)."""
+        """Return the timestep of the visited sigma nearest to this one, for Denoiser(timestep_at=...)."""
         return self.timesteps[(self.sigmas[:-1] - sigma).abs().argmin()].item()
 
     def from_step(self, start: int) -> Self:
-        """The rest from step `start` on, for latents that begin as a noised image, not as pure noise."""
+        """Return the rest from step `start` on, for latents that begin as a noised image, not as pure noise."""
         if not 0 <= start < self.steps:
             raise ValueError(f"start {start} leaves no step of {self.steps}")
         scale = (1 + self.sigmas[start].item() ** 2) ** 0.5 if start else self.start_scale
@@ -97,7 +97,7 @@ def build_sampling_schedule(
 
 
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """(n,), float64: sigmas from sigma_max down to sigma_min, even in sigma^(1/rho); no 0 follows them.
+    """Return (n,), float64: sigmas from sigma_max down to sigma_min, even in sigma^(1/rho); no 0 follows them.
 
     Source: Karras et al. 2022, equation 5; section 3 finds images best with rho from 5 to 10.
     """
@@ -117,7 +117,7 @@ def _visited_timesteps(
 
 
 def _interpolated(table: Tensor, timesteps: Tensor) -> Tensor:
-    """The table's sigmas at fractional timesteps, linear between whole ones."""
+    """Return the table's sigmas at fractional timesteps, linear between whole ones."""
     below = timesteps.long().clamp(max=len(table) - 1)
     above = (below + 1).clamp(max=len(table) - 1)
     return table[below] + (timesteps - below) * (table[above] - table[below])

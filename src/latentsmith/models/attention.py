@@ -43,8 +43,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        kept, gate = self.proj(tokens).chunk(2, dim=-1)
-        return kept * F.gelu(gate)
+        value, gate = self.proj(tokens).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):
@@ -125,5 +125,5 @@ class AttentionBlock(nn.Module):
 
 
 def to_pixels(tokens: Tensor, height: int) -> Tensor:
-    """(batch, height * width, channels) -> (batch, channels, height, width)."""
+    """Reshape (batch, height * width, channels) to (batch, channels, height, width)."""
     return tokens.transpose(1, 2).unflatten(2, (height, -1))

@@ -99,7 +99,7 @@ class Middle(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSizes:
-    """The ddconfig of a VAE; attention is at the levels whose size, `resolution` halved at each, is named."""
+    """Sizes of a VAE: its ddconfig. Attention is at the levels whose size, `resolution` halved at each, is named."""
 
     z_channels: int
     ch: int
@@ -123,7 +123,7 @@ class VaeSizes:
         return [self.ch * mult for mult in self.ch_mult]
 
     def residuals(self, level: int, channels: int, count: int) -> list[ResnetBlock]:
-        """The first from `channels` to the width of the level."""
+        """Make the residual blocks of a level, the first of which is given `channels`."""
         widths = [channels] + count * [self.widths[level]]
         return [ResnetBlock(before, after, self.dropout, self.num_groups) for before, after in pairwise(widths)]
 
@@ -205,8 +205,11 @@ class AutoencoderKL(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fresh weights that learn from the first step: every residual branch starts as the identity, so that the rest
-        is nearly linear and finds colours at once, and latents are drawn with little noise."""
+        """Initialise weights that learn from the first step.
+
+        Every residual branch starts as the identity, so that the rest is nearly linear and finds colours at once, and
+        latents have little noise.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -218,43 +221,43 @@ class AutoencoderKL(nn.Module):
         nn.init.constant_(self.quant_conv.bias[self.embed_dim :], FIRST_LOGVAR)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Moments (batch, 2 * embed_dim, height / f, width / f): mean, then log variance, of unscaled latents.
+        """Return moments (batch, 2 * embed_dim, height / f, width / f): mean, then log variance, of unscaled latents.
 
         images: (batch, 3, height, width) in [-1, 1].
         """
         return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (batch, 3, f * height, f * width), about [-1, 1], from unscaled latents."""
+        """Return images (batch, 3, f * height, f * width), about [-1, 1], of unscaled latents."""
         return self.decoder(self.post_quant_conv(latents))
 
     def to_latents(self, vae_latents: Tensor) -> Tensor:
-        """Latents of about unit variance, on which the U-Net works, from those of the VAE."""
+        """Scale what the VAE encodes to latents of about unit variance, on which the U-Net works."""
         return to_latents(vae_latents, self.scale_factor, self.shift_factor)
 
     def to_vae_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of to_latents."""
+        """Undo to_latents."""
         return latents / self.scale_factor + self.shift_factor
 
     @staticmethod
     def mode(moments: Tensor) -> Tensor:
-        """The most likely latents: the mean, (batch, embed_dim, height, width)."""
+        """Return the most likely latents: the mean, (batch, embed_dim, height, width)."""
         return moments.chunk(2, dim=1)[0]
 
     @staticmethod
     def sample(moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents drawn from `moments` with standard normal `noise` (batch, embed_dim, height, width)."""
+        """Sample latents from `moments` with standard normal `noise` (batch, embed_dim, height, width)."""
         mean, logvar = moments.chunk(2, dim=1)
         return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise
 
     @staticmethod
     def kl(moments: Tensor) -> Tensor:
-        """KL divergence from the standard normal, (batch,), in nats per image (Kingma & Welling 2014, appendix B)."""
+        """Return the KL divergence from the standard normal, (batch,), in nats (Kingma & Welling 2014, appendix B)."""
         mean, logvar = moments.chunk(2, dim=1)
         logvar = logvar.clamp(-30.0, 20.0)
         return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
 def to_latents(vae_latents: Tensor, scale_factor: float, shift_factor: float = 0.0) -> Tensor:
-    """Latents of about unit variance; for cached VAE latents, where there is no VAE to ask."""
+    """Scale VAE latents to about unit variance; a function, since a run on cached latents has no VAE."""
     return (vae_latents - shift_factor) * scale_factor

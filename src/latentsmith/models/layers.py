@@ -8,21 +8,21 @@ from torch import Tensor, nn
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """`module` with all its parameters at zero: a residual branch that starts as the identity (Goyal et al. 2017)."""
+    """Set all parameters of `module` to zero: a residual branch that starts as the identity (Goyal et al. 2017)."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation; ValueError where `groups` does not divide `channels`."""
+    """Make a group normalisation; ValueError where `groups` does not divide `channels`."""
     if channels % groups:
         raise ValueError(f"group norm with {groups} groups cannot divide {channels} channels")
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of `timesteps` (batch,), whole or fractional: (batch, dim), float32, cosines first.
+    """Return sinusoids of `timesteps` (batch,), whole or fractional: (batch, dim), float32, cosines first.
 
     Source: Vaswani et al. 2017, section 3.5, in the layout of Ho et al. 2020.
     """
@@ -34,7 +34,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, fused: bool, causal: bool = False) -> Tensor:
-    """softmax(query key^T / sqrt(head_dim)) value, all (batch, heads, length, head_dim).
+    """Return softmax(query key^T / sqrt(head_dim)) value, all (batch, heads, length, head_dim).
 
     fused: PyTorch's fused kernels (flash attention where the device has it); else the plain product, in float32
     through the softmax. Source: Vaswani et al. 2017, equation 1; Dao et al. 2022 for the fused form.
@@ -49,10 +49,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, fused: bool, causal:
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
-    """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+    """Reshape (batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def join_heads(tokens: Tensor) -> Tensor:
-    """(batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
+    """Reshape (batch, heads, length, head_dim) -> (batch, length, heads * head_dim)."""
     return tokens.transpose(1, 2).flatten(2)

@@ -93,7 +93,7 @@ class ClipTextEncoder(nn.Module):
     """Token ids to text embeddings: one transformer for v1 (quick_gelu, last layer) and v2 (gelu, penultimate).
 
     arch: "ViT-L-14" or "ViT-H-14" sets width, layers, heads, intermediate_size and activation; each can also be
-    given by itself. layer: "last", or "penultimate", which leaves out the last of `layers` (the final norm follows
+    set by itself. layer: "last", or "penultimate", which leaves out the last of `layers` (the final norm follows
     either way); the module holds only the layers that it runs.
     pad_to: output is filled up with zero vectors to this length, which attention then sees: NeMo v2.0.0 trains v1 so,
     with 80. vocab_size, max_length: of the tokenizer. freeze: no gradients and always in evaluation mode.
@@ -115,10 +115,10 @@ class ClipTextEncoder(nn.Module):
         freeze: bool = True,
     ):
         super().__init__()
-        given = dict(
+        overrides = dict(
             width=width, layers=layers, heads=heads, intermediate_size=intermediate_size, activation=activation
         )
-        sizes = text_sizes(arch, given)
+        sizes = text_sizes(arch, overrides)
         if layer not in ("last", "penultimate"):
             raise ValueError(f'layer is {layer!r}; it can be "last" or "penultimate"')
         if pad_to is not None and pad_to < max_length:
@@ -136,9 +136,11 @@ class ClipTextEncoder(nn.Module):
             self.requires_grad_(False).eval()
 
     def reset_parameters(self) -> None:
-        """Fresh weights whose output is each word's own embedding: every residual branch starts as the identity, so a
-        U-Net that learns beside them can tell the words apart from its first step. The rest is CLIP's initialisation
-        (Radford et al. 2021)."""
+        """Initialise weights whose output is each token's own embedding.
+
+        Every residual branch starts as the identity, so that a U-Net that learns beside them can tell tokens apart from
+        its first step. The rest is CLIP's initialisation (Radford et al. 2021).
+        """
         model, layers = self.text_model, cast(list[EncoderLayer], list(self.text_model.encoder.layers))
         nn.init.normal_(model.embeddings.token_embedding.weight)
         nn.init.normal_(model.embeddings.position_embedding.weight, std=0.1)
@@ -153,22 +155,22 @@ class ClipTextEncoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def train(self, mode: bool = True) -> "ClipTextEncoder":
-        """Training mode, unless the encoder is frozen."""
+        """Set training mode, unless the encoder is frozen."""
         return super().train(mode and not self.frozen)
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """Text embeddings (batch, length or pad_to, width) of `token_ids` (batch, length), integers."""
+        """Return text embeddings (batch, length or pad_to, width) of `token_ids` (batch, length), integers."""
         embedded = self.text_model(token_ids)
         return F.pad(embedded, (0, 0, 0, self.pad_to - embedded.shape[1])) if self.pad_to else embedded
 
 
-def text_sizes(arch: str | None, given: dict[str, int | str | None]) -> dict[str, Any]:
-    """The five sizes of a text transformer; ValueError names what is missing, unknown or does not divide."""
+def text_sizes(arch: str | None, overrides: dict[str, int | str | None]) -> dict[str, Any]:
+    """Return the five sizes of a text transformer; ValueError names what is missing, unknown or does not divide."""
     if arch is not None and arch not in CLIP_SIZES:
-        raise ValueError(f"text encoder arch {arch!r} is unknown; known: {', '.join(CLIP_SIZES)}")
+        raise ValueError(f"text encoder arch {arch!r} is unknown; choose from {', '.join(CLIP_SIZES)}")
     sizes: dict[str, Any] = asdict(CLIP_SIZES[arch]) if arch else {}
-    sizes |= {name: value for name, value in given.items() if value is not None}
-    if missing := [name for name in given if name not in sizes]:
+    sizes |= {name: value for name, value in overrides.items() if value is not None}
+    if missing := [name for name in overrides if name not in sizes]:
         raise ValueError(f"the text encoder needs {', '.join(missing)}, or an arch ({', '.join(CLIP_SIZES)})")
     if sizes["activation"] not in ACTIVATIONS:
         raise ValueError(f"text encoder activation {sizes['activation']!r} is not one of {', '.join(ACTIVATIONS)}")

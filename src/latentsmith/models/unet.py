@@ -126,12 +126,12 @@ class Levels:
         )
 
     def layers(self, level: int, channels: int) -> list[nn.Module]:
-        """A residual block from `channels` to the width of `level`, and attention if the level has it."""
+        """Make a residual block from `channels` to the width of `level`, and attention if the level has it."""
         layers: list[nn.Module] = [self.residual(channels, self.widths[level])]
         return [*layers, self.attend(level)] if 2**level in self.attention_resolutions else layers
 
     def input_blocks(self, first: nn.Module, channels: int) -> tuple[nn.ModuleList, list[int]]:
-        """The way down behind `first`, which gives `channels`; and the channels of what each block passes across."""
+        """Make the way down behind `first`, which gives `channels`; return the channels of each skip connection too."""
         blocks, skips = [UNetBlock(first)], [channels]
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks[level]):
@@ -147,7 +147,7 @@ class Levels:
         return UNetBlock(self.residual(width, width), self.attend(-1), self.residual(width, width))
 
     def output_blocks(self, skips: list[int]) -> nn.ModuleList:
-        """The way up; each block is given the result of the one before and, last first, what came across."""
+        """Make the way up; each block takes the result of the one before and a skip connection, the last one first."""
         blocks, width, skips = [], self.widths[-1], list(skips)
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks[level] + 1):
@@ -226,7 +226,7 @@ class UNetModel(nn.Module):
                 module.use_checkpoint = use_checkpoint
 
     def compile_blocks(self, *, cuda_graphs: bool = False) -> None:
-        """Compile each kind of repeated block with TorchInductor, rather than one graph of the whole network.
+        """Compile each class of repeated block with TorchInductor, rather than one graph of the whole network.
 
         cuda_graphs: replay each block's kernels as one CUDA graph.
         """
@@ -235,12 +235,12 @@ class UNetModel(nn.Module):
             block.compile(dynamic=False, options=options)  # one size a run; dynamic shapes fail on a CPU
 
     def repeated_blocks(self) -> list[nn.Module]:
-        """The blocks that make up nearly all of the network, each used once in a pass."""
+        """Return the blocks that make up nearly all of the network, each used once in a pass."""
         repeated = ResBlock | SpatialTransformer | AttentionBlock
         return [module for module in self.modules() if isinstance(module, repeated)]
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
-        """The network's prediction, (batch, out_channels, height, width).
+        """Return the network's prediction, (batch, out_channels, height, width).
 
         latents: (batch, in_channels, height, width), noisy and scaled, of any size.
         timesteps: (batch,), 0..999, whole or fractional. context: (batch, length, context_dim) text embeddings.
@@ -261,18 +261,18 @@ class UNetModel(nn.Module):
 
 
 def time_embedding(channels: int, emb_channels: int) -> nn.Sequential:
-    """Sinusoids of the timestep (batch, channels) to (batch, emb_channels)."""
+    """Make the layers from sinusoids of the timestep (batch, channels) to (batch, emb_channels)."""
     return nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
 
 
 def output_layers(channels: int, out_channels: int, groups: int) -> nn.Sequential:
-    """The last convolution, at zero, behind its norm: a fresh network predicts zero."""
+    """Make the last convolution, at zero, behind its norm: a fresh network predicts zero."""
     convolution = zero_init(nn.Conv2d(channels, out_channels, 3, padding=1))
     return nn.Sequential(group_norm(channels, groups, eps=1e-5), nn.SiLU(), convolution)
 
 
 def check_options(use_spatial_transformer: bool, context_dim: int | None, num_heads: int, head_channels: int) -> None:
-    """ValueError for options of which one excludes the other."""
+    """Raise ValueError for options of which one excludes the other."""
     if use_spatial_transformer != (context_dim is not None):
         raise ValueError("use_spatial_transformer and context_dim go together: give both or neither")
     if (num_heads == -1) == (head_channels == -1):
@@ -280,7 +280,7 @@ def check_options(use_spatial_transformer: bool, context_dim: int | None, num_he
 
 
 def per_level(value: int | Sequence[int], levels: int) -> list[int]:
-    """`value` for each level; ValueError if a list has another length."""
+    """Return `value` for each level; ValueError if a list has another length."""
     values = [value] * levels if isinstance(value, int) else list(value)
     if len(values) != levels:
         raise ValueError(f"{values} has {len(values)} numbers, channel_mult has {levels}")
@@ -288,7 +288,7 @@ def per_level(value: int | Sequence[int], levels: int) -> list[int]:
 
 
 def head_count(width: int, num_heads: int, num_head_channels: int) -> int:
-    """Attention heads of a layer `width` wide; ValueError if they do not divide it."""
+    """Return the attention heads of a layer `width` wide; ValueError if they do not divide it."""
     heads = num_heads if num_head_channels == -1 else width // num_head_channels
     if heads < 1 or width % heads or (num_head_channels != -1 and width % num_head_channels):
         raise ValueError(f"{width} channels cannot be cut into heads (num_heads or num_head_channels)")
