@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import subprocess
 import tarfile
 import tracemalloc
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from latentsmith.data.image_sizes import image_sizes
 from latentsmith.data.shards import (
@@ -155,7 +157,11 @@ def test_garbage_is_refused_with_its_byte(folder, tmp_path):
     index_path(path).unlink()
     with pytest.raises(BadInput, match=rf"garbage instead of a tar header at byte {header_of_second:,}"):
         Shard(path)
-    for content, message in ((b"", "0 bytes"), (os.urandom(3000), "garbage"), (b"\x1f\x8b" * 1000, "garbage")):
+    for content, message in (
+        (b"", "0 bytes"),
+        (os.urandom(3000), "garbage"),
+        (b"\x1f\x8b" * 1000, "compressed with gzip"),
+    ):
         (tmp_path / "bad.tar").write_bytes(content)
         with pytest.raises(BadInput, match=rf"bad\.tar: .*{message}"):
             Shard(tmp_path / "bad.tar")
@@ -247,3 +253,101 @@ def test_a_file_of_somebody_else_beside_a_tar_is_not_replaced(tmp_path, png):
     shards = ShardSet(tar)
     assert shards[0].text("txt") == "one" and image_sizes(shards).tolist() == [[30, 40]]
     assert {path.name: path.read_bytes() for path in tar.parent.iterdir()} == before
+
+
+def make_tar(path, *members, **options):
+    """members: (name, bytes), or (name, type, name of the target)."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, *content in members:
+            header = tarfile.TarInfo(name)
+            if len(content) == 2:
+                header.type, header.linkname = content
+                tar.addfile(header)
+            else:
+                header.size = len(content[0])
+                tar.addfile(header, io.BytesIO(content[0]))
+    return path
+
+
+OLD = [("0.png", b"p" * 900), ("0.txt", b"a red cat"), ("1.png", b"q" * 700), ("1.txt", b"two dogs, no cat")]
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        [OLD[0], ("0.txt", b"a red catamaran on the sea"), ("7.png", b"q" * 600), ("7.txt", b"no dog")],
+        [*OLD[:2], ("7.png", b"q" * 700), ("7.txt", OLD[3][1])],  # other keys alone
+        [*OLD[:2], ("1.jpg", b"q" * 700), OLD[3]],  # another extension alone
+        [OLD[0], ("0.txt", b"a cat"), *OLD[2:]],  # another size within the same block
+        [*OLD, ("2.png", b"r"), ("2.txt", b"three")],
+    ],
+)
+@pytest.mark.parametrize("in_set", [False, True])
+def test_index_of_a_tar_made_anew_under_the_same_name(tmp_path, new, in_set):
+    """Also where it is older than the index, as when it was moved there."""
+    tar = make_tar(tmp_path / "a.tar", *OLD)
+    assert len(ShardSet(tmp_path)) == 2
+    make_tar(tar, *new)
+    os.utime(tar, (0, 0))
+    if in_set:
+        Shard(tar, checksum="of a set")
+    expected = {}
+    for name, data in new:
+        expected.setdefault(name[0], {})[name[2:]] = data
+    assert contents(ShardSet(tmp_path)) == list(expected.items())
+
+
+def test_sizes_of_a_tar_made_anew_under_the_same_name(tmp_path):
+    """Images of the same number of bytes and another shape."""
+    for size in ((4, 8), (8, 4)):
+        image = io.BytesIO()
+        Image.new("RGB", size).save(image, "BMP")
+        make_tar(tmp_path / "a.tar", ("0.bmp", image.getvalue()), ("0.txt", b"a"))
+        assert image_sizes(ShardSet(tmp_path)).tolist() == [list(reversed(size))]
+
+
+@pytest.mark.parametrize("style", ["gnu", "pax", "oldgnu"])
+def test_sparse_members_are_refused_by_name(tmp_path, style):
+    with open(tmp_path / "0.npy", "wb") as file:
+        file.seek(200_000)
+        file.write(b"toto")
+        file.truncate(400_000)
+    (tmp_path / "0.txt").write_text("a")
+    names = ["0.npy", "0.txt"]
+    subprocess.run(["tar", f"--format={style}", "-cSf", "a.tar", *names], cwd=tmp_path, check=True)
+    with pytest.raises(BadInput, match=r"a\.tar: member '0\.npy' at byte \d+ is stored sparse; .*without --sparse"):
+        ShardSet(tmp_path)
+
+
+def test_tars_put_together_are_read_to_the_end(tmp_path):
+    first, second = make_tar(tmp_path / "p", *OLD), make_tar(tmp_path / "q", ("9.txt", b"nine"))
+    tar = tmp_path / "a.tar"
+    tar.write_bytes(first.read_bytes())
+    assert len(ShardSet(tar)) == 2
+    tar.write_bytes(first.read_bytes() + second.read_bytes())
+    assert contents(ShardSet(tar))[2:] == [("9", {"txt": b"nine"})]  # the index of the first alone is not taken
+    end = len(first.read_bytes())
+    tar.write_bytes(first.read_bytes() + b"x" * 600)
+    with pytest.raises(BadInput, match=rf"garbage.* byte {end:,}"):
+        ShardSet(tar)
+    tar.write_bytes(first.read_bytes() + bytes(100_000))
+    assert len(ShardSet(tar)) == 2
+
+
+def test_links_in_a_tar(tmp_path):
+    links = [("1.png", tarfile.LNKTYPE, "0.png"), ("1.txt", tarfile.SYMTYPE, "../0.txt")]
+    tar = make_tar(tmp_path / "a.tar", *OLD[:2], (links[0][0], *links[0][1:]), ("1.txt", tarfile.SYMTYPE, "./0.txt"))
+    for _ in range(2):
+        one, other = contents(ShardSet(tar))
+        assert one[1] == other[1] == {"png": OLD[0][1], "txt": OLD[1][1]}
+    make_tar(tar, *OLD[:2], links[1])
+    with pytest.raises(BadInput, match=r"member '1\.txt' is a link to '\.\./0\.txt', which is not in the tar"):
+        ShardSet(tar)
+
+
+@pytest.mark.parametrize("name", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_named(tmp_path, name):
+    with tarfile.open(tmp_path / "a.tar", f"w:{name}") as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"), io.BytesIO())
+    with pytest.raises(BadInput, match=r"a\.tar: a tar compressed with (gzip|bzip2|xz)"):
+        ShardSet(tmp_path)

@@ -42,9 +42,11 @@ def sizes_path(tar: Path) -> Path:
 def sizes_of(shard: Shard, imported: bool) -> np.ndarray:
     """Return (samples, 2) uint32, the sizes of one shard. imported: whether our import wrote the set.
 
-    The file beside the tar has a first row that is a digest of the tar's index, by which a stale one is found out.
+    The file beside the tar has a first row that is a digest of the tar's index and checksum, or of its index and time
+    of change, by which a stale one is found out.
     """
-    digest = hashlib.blake2b(shard.index.tobytes(), digest_size=8).digest()
+    state = shard.checksum or (shard.path.stat().st_mtime_ns if shard.path.exists() else "")
+    digest = hashlib.blake2b(shard.index.tobytes() + str(state).encode(), digest_size=8).digest()
     stored = load_beside(sizes_path(shard.path), is_sizes)
     if stored is not None and len(stored) == len(shard) + 1 and stored[0].tobytes() == digest:
         return stored[1:].view(np.uint32).reshape(-1, 2)

@@ -34,6 +34,7 @@ from .tar_index import SAMPLE_NAME, Row, build_index, index_array, load_index, p
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"
 OPEN_SHARDS = 200  # each holds three file descriptors, and 1,024 is the usual limit of a process
+HEADERS_OF_SET, HEADERS_FAR = 64, 3  # samples whose headers are compared with a tar's index
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,22 @@ class ShardRecord:
 class Shard:
     """One tar, memory-mapped, with its index; builds the index if there is none or it is of another tar.
 
-    remote: the local copy of a remote set that the tar belongs to; it is fetched if need be.
+    remote: the local copy of a remote set that the tar belongs to; it is fetched if need be. checksum: what set.json
+    says of it; its index is then compared with some of the tar's headers, else with all.
     BadInput, naming the tar and the byte, if it is missing, empty, truncated or garbage.
     """
 
-    def __init__(self, path: str | os.PathLike, remote: Mirror | None = None):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, remote: Mirror | None = None, checksum: str = ""):
+        self.path, self.checksum = Path(path), checksum
         not_fetched = remote.fetch(self.path.name) if remote else None
         self.bytes: mmap.mmap | RemoteFile = not_fetched or _map_file(self.path)
         self.index = self._open_index()
         self.extensions = tuple(name[1:] for name in (self.index.dtype.names or ())[1:])
 
     def _open_index(self) -> np.ndarray:
-        index = load_index(self.path, self.bytes)
+        is_far = isinstance(self.bytes, RemoteFile)  # each header is a request
+        rows_checked = HEADERS_FAR if is_far else HEADERS_OF_SET if self.checksum else None
+        index = load_index(self.path, self.bytes, rows_checked)
         if index is None:
             index = build_index(self.path, self.bytes.opened() if isinstance(self.bytes, RemoteFile) else None)
             with suppress(OSError):  # in a read-only folder the index lives in memory, and is built again next time
@@ -148,7 +152,9 @@ class ShardSet(Sequence):
         shard = self._open.get(number)
         if shard is None:
             path = self.paths[number]
-            shard = self._open[number] = _checked(Shard(path, self._remote_copy(path.parent)), self.records[number])
+            record = self.records[number]
+            shard = Shard(path, self._remote_copy(path.parent), record.checksum if record else "")
+            self._open[number] = _checked(shard, record)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)

@@ -5,6 +5,7 @@ bytes, offset 0 where a sample has no such member. It lies beside the tar as `.i
 """
 
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from latentsmith.files.errors import BadInput
 Row = tuple[str, dict[str, tuple[int, int]]]  # key, then (offset, size) of each member by extension
 
 MAX_EXTENSIONS = 64
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = tarfile.BLOCKSIZE
 # WebDataset's rule: the extension starts at the first dot of the file's name.
 SAMPLE_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -63,10 +65,13 @@ def index_array(path: Path, rows: Sequence[Row]) -> np.ndarray:
     return index
 
 
-def load_index(tar: Path, data: Any) -> np.ndarray | None:
-    """Return the index beside a tar, memory-mapped; None if there is none, or it is not of the tar's `data`."""
+def load_index(tar: Path, data: Any, rows_checked: int | None = None) -> np.ndarray | None:
+    """Return the index beside a tar, memory-mapped; None if there is none, or it is not of the tar's `data`.
+
+    rows_checked: compare only so many samples, evenly spread, with the tar's headers; all by default.
+    """
     index = load_beside(index_path(tar), is_index)
-    return index if index is not None and _fits(index, data) else None
+    return index if index is not None and _fits(index, data, rows_checked) else None
 
 
 def write_index(tar: Path, index: np.ndarray) -> None:
@@ -102,30 +107,107 @@ def padded(size: int) -> int:
 
 
 def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> list[tuple[str, int, int]]:
-    """(name, offset, size) of each regular file in a tar, which must be whole to its end-of-archive mark."""
+    """Return (name, offset, size) of each regular file in a tar, which must be whole to its end-of-archive mark.
+
+    A link to a member has the span of that member. Tars put together by `cat` are read one after the other.
+    """
+    members: list[tuple[str, int, int]] = []
+    links: list[tuple[int, str, str]] = []  # place in `members`, name, name of the target
+    start: int | None = 0
     with opened or open(path, "rb") as file:
         total = file.seek(0, os.SEEK_END)
         file.seek(0)
-        try:
-            with tarfile.TarFile(fileobj=file) as tar:
-                members = [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
-                stopped = tar.offset  # past an unreadable header tarfile ends as if the archive did
-        except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-            where = f"near byte {file.tell():,} of {total:,}"
-            raise BadInput(f"{path}: truncated or garbage, no plain tar {where} ({error}); make it again") from None
-        file.seek(stopped)
-        block = file.read(BLOCK)
-    if len(block) < BLOCK:
-        raise BadInput(f"{path}: the tar is truncated: it ends at byte {total:,} without its end mark; make it again")
-    if any(block):
-        raise BadInput(f"{path}: garbage instead of a tar header at byte {stopped:,} of {total:,}; make the tar again")
+        if compression := compression_of(file.read(BLOCK)):
+            raise BadInput(f"{path}: a tar compressed with {compression}, of which no sample can be read; unpack it")
+        while start is not None:
+            file.seek(start)
+            try:
+                with tarfile.TarFile(fileobj=file) as tar:
+                    for member in tar:
+                        if member.issparse():
+                            where = f"member {member.name!r} at byte {member.offset:,} is stored sparse"
+                            raise BadInput(f"{path}: {where}; make the tar again without --sparse")
+                        if member.isreg():
+                            members.append((member.name, member.offset_data, member.size))
+                        elif (member.islnk() or member.issym()) and SAMPLE_NAME.fullmatch(member.name):
+                            below = os.path.dirname(member.name) if member.issym() else ""
+                            target = posixpath.normpath(posixpath.join(below, member.linkname))
+                            links.append((len(members), member.name, target))
+                            members.append((member.name, 0, 0))
+                    stopped = tar.offset  # past an unreadable header tarfile ends as if the archive did
+            except BadInput:
+                raise
+            except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+                where = f"near byte {file.tell():,} of {total:,}"
+                raise BadInput(f"{path}: truncated or garbage, no plain tar {where} ({error}); make it again") from None
+            file.seek(stopped)
+            block = file.read(BLOCK)
+            if len(block) < BLOCK:
+                ends = f"it ends at byte {total:,} without its end mark"
+                raise BadInput(f"{path}: the tar is truncated: {ends}; make it again")
+            if any(block):
+                garbage = f"garbage instead of a tar header at byte {stopped:,} of {total:,}"
+                raise BadInput(f"{path}: {garbage}; make the tar again")
+            start = _next_tar(file, stopped)
+    spans = {posixpath.normpath(name): (offset, size) for name, offset, size in members if offset}
+    for number, name, target in links:
+        if target not in spans:
+            raise BadInput(f"{path}: member {name!r} is a link to {target!r}, which is not in the tar; store the file")
+        spans[posixpath.normpath(name)] = spans[target]
+        members[number] = (name, *spans[target])
     return members
 
 
-def _fits(index: np.ndarray, data: Any) -> bool:
-    """Return whether an index ends exactly where the tar does: at the zero block after the last member."""
+def compression_of(head: bytes) -> str | None:
+    """Return what compressed a file, from its first bytes; None if nothing known did."""
+    return next((name for magic, name in COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def _next_tar(file: IO[bytes], end_mark: int) -> int | None:
+    """Return the byte at which another tar begins after an end mark; None if only zeros follow it."""
+    file.seek(end_mark)
+    at = end_mark
+    while piece := file.read(2**20):
+        if rest := piece.lstrip(b"\0"):
+            return (at + len(piece) - len(rest)) // BLOCK * BLOCK
+        at += len(piece)
+    return None
+
+
+def _fits(index: np.ndarray, data: Any, rows_checked: int | None) -> bool:
+    """Return whether an index ends where the tar does, and its members' names and sizes are in the tar's headers."""
     if not len(index):
         return False
-    last = max((index[name][-1].tolist() for name in (index.dtype.names or ())[1:]), default=[0, 0])
-    end = last[0] + padded(last[1])
-    return data[end : end + BLOCK] == bytes(BLOCK)
+    extensions = (index.dtype.names or ())[1:]
+    spans = np.stack([index[name] for name in extensions], axis=1).reshape(-1, 2)  # sample by sample
+    offsets, first = np.unique(spans[:, 0], return_index=True)  # later samples share the member or link to it
+    first = first[offsets > 0]
+    last = spans[spans[:, 0].argmax()].tolist()
+    if last[0] + padded(last[1]) + BLOCK > len(data) or any(data[last[0] + padded(last[1]) :].lstrip(b"\0")[:1]):
+        return False
+    rows = first // len(extensions)
+    if rows_checked is not None and rows_checked < len(index):
+        chosen = np.linspace(0, len(index) - 1, rows_checked).astype(int)
+        first = first[np.isin(rows, chosen)]
+    for place in first.tolist():
+        row, column = divmod(place, len(extensions))
+        offset, size = spans[place].tolist()
+        if not _is_header(data[offset - BLOCK : offset], index["key"][row] + extensions[column].encode(), size):
+            return False
+    return True
+
+
+def _is_header(header: bytes, name: bytes, size: int) -> bool:
+    """Return whether a block is the header of a file of this name, its extension in lower case, and of this size."""
+    if len(header) < BLOCK or header[156:157] not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return False
+    held = header[:100].rstrip(b"\0")
+    if header[257:263] == b"ustar\0" and (prefix := header[345:500].rstrip(b"\0")):
+        held = prefix + b"/" + held
+    stem = SAMPLE_NAME.fullmatch(held.decode("utf-8", "surrogateescape"))
+    if stem is None or f"{stem[1]}.{stem[2].lower()}".encode("utf-8", "surrogateescape") != name:
+        return False  # also a name that is in an extra header, being long or not ASCII: such a tar is indexed each time
+    try:
+        return int(header[124:136].rstrip(b" \0") or b"0", 8) == size
+    except ValueError:
+        return False
