@@ -77,7 +77,7 @@ def with_diffusers(folder: Path, batch: int, steps: int, tuned: bool) -> list[tu
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        averages.update(unet, number + 1) if tuned else averages.step(unet.parameters())
+        averages.update(unet, number + 1, torch.tensor(True)) if tuned else averages.step(unet.parameters())
         rows.append((time.perf_counter() - start, loss.item()))
     return rows
 
