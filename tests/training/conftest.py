@@ -57,7 +57,7 @@ class ToyText(nn.Module):
 
 
 def record(index: int, position: int) -> dict:
-    """Sample `index` of the set, as a cache and as pictures would give it."""
+    """Sample `index` of the set, as a cache and as images give it."""
     generator = torch.Generator().manual_seed(index)
     return {
         "keys": str(index),

@@ -11,7 +11,7 @@ def test_reconstruction_loss_in_closed_form():
     decoded = torch.full_like(images, 0.5)
     moments = torch.cat([torch.full((2, 4, 2, 2), 2.0), torch.full((2, 4, 2, 2), math.log(3.0))], dim=1)
     losses = ReconstructionLoss(l1_weight=1.0, l2_weight=2.0, edge_weight=5.0, kl_weight=0.1)(images, decoded, moments)
-    kl = 16 * 0.5 * (2.0**2 + 3.0 - 1 - math.log(3.0))  # nats per picture: 16 latent values alike
+    kl = 16 * 0.5 * (2.0**2 + 3.0 - 1 - math.log(3.0))  # nats per image: 16 latent values alike
     assert losses["l1"].item() == 0.5 and losses["l2"].item() == 0.25
     assert losses["kl"].item() == pytest.approx(kl)
     assert losses["loss"].item() == pytest.approx(0.5 + 2 * 0.25 + 0.1 * kl)  # a flat difference has no edges

@@ -8,7 +8,8 @@ import torch
 from latentsmith.data.loader import RunPositions, collate, run_loader
 from latentsmith.data.shuffle import sample_seed, shuffled_index
 from latentsmith.diffusion import NoiseSchedule
-from latentsmith.training.random_draws import DiffusionDraws, PosteriorDraws, ValidationDraws
+from latentsmith.training.hooks.validation import ValidationDraws
+from latentsmith.training.random_draws import DiffusionDraws, PosteriorDraws
 
 SCHEDULE = NoiseSchedule.from_config()
 DRAWS = DiffusionDraws(5, (4, 6, 8), SCHEDULE, 0.3, 0.0)

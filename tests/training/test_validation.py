@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from latentsmith.data.loader import collated
-from latentsmith.training.hooks.validation import HeldOut, Validation
+from latentsmith.training.hooks import evaluating
+from latentsmith.training.hooks.validation import HeldOut, Validation, ValidationDraws
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.objectives import DiffusionLoss
-from latentsmith.training.random_draws import ValidationDraws
-from latentsmith.training.state import evaluating
 
 from .conftest import SAMPLES, SIZE, record
 

@@ -31,8 +31,9 @@ from latentsmith.files.hashing import hash_file
 from latentsmith.files.memory import available_bytes
 from latentsmith.files.tensors import open_tensors, save_safetensors
 
+from .clipping import parameters_of
 from .hooks import Hook
-from .optimizers import STATE_VALUES, parameters_of
+from .optimizers import STATE_VALUES
 from .sharding import copy_whole, is_sharded, on_first_process, split_like, whole
 from .state import TrainingState, trained_parameters
 
@@ -364,10 +365,10 @@ class SaveCheckpoints(Hook):
             write_checkpoint(self.plan.folder, snapshot, self.plan.keep, self.plan.metadata)
         except OSError as error:
             last = checkpoints_in(self.plan.folder)
-            kept = f"{last[-1].name} is the last one" if last else "there is none yet"
+            newest = f"{last[-1].name} is the last one" if last else "there is none yet"
             reason = error.strerror or str(error)
             line = f"checkpoint of step {snapshot.state['global_step']:,} not written ({reason})"
-            print(f"{line}: training goes on, {kept}", file=sys.stderr, flush=True)
+            print(f"{line}: training goes on, {newest}", file=sys.stderr, flush=True)
 
 
 def check_disk(plan: CheckpointPlan, state: TrainingState, max_steps: int) -> None:

@@ -120,7 +120,7 @@ def memory(
 
 def unet_forward(config: Config, latent_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Return (floating-point operations, bytes kept for the backward pass) of the U-Net on one micro batch."""
-    model, kept = config.model, {}
+    model, saved_bytes = config.model, {}
     half = half_precision(config.trainer.precision)
     with FakeTensorMode():
         sizes: Any = network_arguments(model.unet_config)
@@ -130,7 +130,7 @@ def unet_forward(config: Config, latent_shape: tuple[int, int, int]) -> tuple[in
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in owned:
-                kept[storage._cdata] = storage.nbytes()
+                saved_bytes[storage._cdata] = storage.nbytes()
             return tensor
 
         micro, text = model.micro_batch_size, model.cond_stage_config
@@ -141,4 +141,4 @@ def unet_forward(config: Config, latent_shape: tuple[int, int, int]) -> tuple[in
         saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with torch.autocast("cpu", half, enabled=half is not None), counter, saved:
             unet(latents, timesteps, context)
-    return counter.get_total_flops(), sum(kept.values())
+    return counter.get_total_flops(), sum(saved_bytes.values())

@@ -36,15 +36,13 @@ class Ema:
         if self.updates.device.type == "cpu":
             if finite:
                 self.updates += 1
-                torch._foreach_lerp_(self.averages, weights, 1 - self._decay(int(self.updates)))
+                decay = min(self.decay, (1 + int(self.updates)) / (10 + int(self.updates)))
+                torch._foreach_lerp_(self.averages, weights, 1 - decay)
             return
         self.updates += finite
         share = finite * (9 / (10 + self.updates)).clamp(min=1 - self.decay)
         for average, weight in zip(self.averages, weights, strict=True):
             local_shard(average).lerp_(local_shard(weight), share)
-
-    def _decay(self, updates: int) -> float:
-        return min(self.decay, (1 + updates) / (10 + updates))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages by parameter name, float32."""

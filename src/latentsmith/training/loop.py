@@ -1,15 +1,13 @@
 """The training loop: batches in, weights out.
 
-What a training step does, networks and libraries apart, is in these files:
-    loop.py             the step itself: batch, loss, backward, clip, skip if not finite, step, average, hooks
-    objectives.py       a batch -> its loss and metrics
-    random_draws.py     noise, timesteps and dropped captions, as functions of the sample's position in the run
-    optimizers.py       optimizers, learning rates, gradient clipping, skipping
-    ema.py              averages of the weights
-    state.py            what a checkpoint keeps
-    sharding.py         weights split over processes, and sums in the same order after a resume
-    hooks/__init__.py   what may act before, between and after steps
-    ../diffusion/loss.py and ../data/loader.py   the loss of a prediction; positions -> batches
+What a training step does, networks and libraries apart, is in these files, which set up nothing and write nothing:
+    loop.py                the step itself: batch, loss, backward, clip, skip if not finite, step, average, hooks
+    objectives.py          a batch -> its loss and metrics
+    ../diffusion/loss.py   a prediction -> the loss of each sample
+    random_draws.py        noise, timesteps and dropped captions, as functions of the sample's position in the run
+    clipping.py            the gradients' norm, clipping to it, skipping
+    ema.py                 averages of the weights
+    state.py               what a checkpoint keeps
 """
 
 import time
@@ -24,9 +22,10 @@ from torch import Tensor
 
 from latentsmith.data.loader import Record, no_worker_left, to_device
 
+from .clipping import clip_and_skip, gradient_norm, gradients_of
 from .hooks import Hook
 from .objectives import Objective
-from .optimizers import Schedule, clip_and_skip, gradient_norm, gradients_of
+from .optimizers import Schedule
 from .sharding import fix_bucket_order, leave_group
 from .state import TrainingState
 

@@ -37,8 +37,8 @@ def drop_rows_after(path: Path, step: int) -> None:
         return
     header, *lines = path.read_text("utf-8").splitlines(keepends=True) or [""]
     whole = [line for line in lines if line.endswith("\n") and line.count(",") == header.count(",")]
-    kept = [line for line in whole if float(line.split(",")[0]) <= step]
-    write_text(path, "".join([header, *kept]) if kept else "")
+    earlier = [line for line in whole if float(line.split(",")[0]) <= step]
+    write_text(path, "".join([header, *earlier]) if earlier else "")
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:

@@ -11,8 +11,6 @@ from latentsmith.diffusion import min_snr_weight, per_sample_loss, training_targ
 from latentsmith.models import AutoencoderKL
 from latentsmith.models.autoencoder import to_latents
 
-from .losses import ReconstructionLoss, psnr
-
 BANDS = 4
 
 
@@ -113,22 +111,6 @@ class DiffusionObjective(Objective):
             with torch.set_grad_enabled(torch.is_grad_enabled() and "text_encoder" in self.trained):
                 context = self.networks["text_encoder"](token_ids)
         return torch.where(batch["zero_embedding"][:, None, None], torch.zeros_like(context), context)
-
-
-class VaeObjective(Objective):
-    """Encode, sample, decode, compare: trains networks["vae"] to give back the `images` of a batch."""
-
-    def __init__(self, vae: AutoencoderKL, loss: ReconstructionLoss):
-        super().__init__({"vae": vae}, ("vae",))
-        self.loss = loss
-
-    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        vae: Any = self.networks["vae"]
-        images = batch["images"]
-        moments = vae.encode(images)
-        decoded = vae.decode(vae.sample(moments, batch["posterior_noise"]))
-        losses = self.loss(images, decoded, moments)
-        return losses["loss"], {**losses, "psnr": psnr(images, decoded.detach()).mean()}
 
 
 def vae_latents(batch: Mapping[str, Any], vae: Any) -> Tensor:

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from latentsmith.data.loader import Shape
-from latentsmith.data.shuffle import DRAWS, sample_seed, shuffled_index
+from latentsmith.data.shuffle import DRAWS, sample_seed
 from latentsmith.diffusion import NoiseSchedule
-
-VALIDATION = 20230501  # the seed of every validation loss, so that runs can be compared
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class DiffusionDraws:
 
     latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
     caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
-    offset_noise: deviation of a noise that is the same all over a channel, added to the noise, so that pictures can
+    offset_noise: deviation of a noise that is the same all over a channel, added to the noise, so that images can
         become very dark or light (Guttenberg 2023). input_perturbation: deviation of the noise added to the U-Net's
         input but not to its target (Ning et al. 2023, "Input perturbation reduces exposure bias in diffusion models").
     """
@@ -33,10 +31,12 @@ class DiffusionDraws:
     input_perturbation: float = 0.0
 
     def __call__(self, positions: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        """Draws for the samples at `positions`, stacked: `noise` and `posterior_noise` of latent_shape (the samples'
-        own, where they have one), `timesteps` with their `signal` and `noise_level`, the flags `empty_caption` and
-        `zero_embedding`, and, with input_perturbation, the `input_noise` that the U-Net sees in place of the noise it
-        is to find."""
+        """Return the draws for the samples at `positions`, stacked.
+
+        `noise`, `posterior_noise`: of latent_shape (the samples' own, where they have one). `timesteps`, with their
+        `signal` and `noise_level`. `empty_caption`, `zero_embedding`: flags. `input_noise`, with input_perturbation:
+        what the U-Net sees in place of the noise that it is to find.
+        """
         count, shape = len(positions), latent_shape or self.latent_shape
         chances, timesteps = torch.empty(count, 2), torch.empty(count, dtype=torch.long)
         noise, posterior_noise = torch.empty(count, *shape), torch.empty(count, *shape)
@@ -67,26 +67,6 @@ class DiffusionDraws:
 
 
 @dataclass(frozen=True)
-class ValidationDraws:
-    """What the validation loss takes for samples `numbers` of `count`: the same in every run, whatever its seed.
-
-    The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
-    dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
-    """
-
-    latent_shape: tuple[int, int, int]
-    schedule: NoiseSchedule
-    count: int
-
-    def __call__(self, numbers: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
-        strata = torch.tensor([shuffled_index(VALIDATION, number, self.count) for number in numbers])
-        timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
-        drawn = DiffusionDraws(VALIDATION, self.latent_shape, self.schedule)(numbers, latent_shape)
-        signal, noise_level = self.schedule.signal_and_noise(timesteps)
-        return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
-
-
-@dataclass(frozen=True)
 class PosteriorDraws:
     """What training an autoencoder draws for each sample: the noise that its latents are sampled with."""
 
@@ -101,5 +81,5 @@ class PosteriorDraws:
 
 
 def seeded(generator: torch.Generator, seed: int, position: int) -> torch.Generator:
-    """The same generator, put into a state that depends on nothing but the seed and the position."""
+    """Put a generator into a state that depends on nothing but the seed and the position."""
     return generator.manual_seed(sample_seed(seed, position, DRAWS))

@@ -41,18 +41,6 @@ class TrainingState:
             yield
 
 
-@contextmanager
-def evaluating(objective: nn.Module) -> Iterator[None]:
-    """Switch gradients and dropout off inside the context."""
-    training = objective.training
-    objective.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        objective.train(training)
-
-
 def trained_parameters(networks: Mapping[str, nn.Module], trained: tuple[str, ...]) -> list[nn.Parameter]:
     """Return the parameters that the optimizer moves, in the order in which checkpoints number them."""
     return [parameter for name in trained for parameter in networks[name].parameters() if parameter.requires_grad]

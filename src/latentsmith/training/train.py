@@ -31,10 +31,10 @@ from .dry_run import header, memory
 from .hooks import Hook
 from .hooks.metrics import Metrics
 from .hooks.samples import SampleImages
-from .hooks.validation import HeldOut, Validation
+from .hooks.validation import VALIDATION_SEED, HeldOut, Validation, ValidationDraws
 from .loop import Plan
 from .objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt, vae_latents
-from .random_draws import VALIDATION, DiffusionDraws, PosteriorDraws, ValidationDraws
+from .random_draws import DiffusionDraws, PosteriorDraws
 from .run_folder import Resume, open_run_folder, resume_together, run_folder
 from .sharding import on_first_process
 
@@ -219,7 +219,7 @@ def held_out_samples(
     processes = setup.process_count(config)
     wanted = limit * length if isinstance(limit, float) else limit * model.micro_batch_size * processes
     count = max(1, min(length, int(wanted)))
-    read = dataset.reader(opened, VALIDATION, None if is_encoded(model.cond_stage_key) else tokenizer)
+    read = dataset.reader(opened, VALIDATION_SEED, None if is_encoded(model.cond_stage_key) else tokenizer)
     draw = ValidationDraws(opened.latent_shape, setup.noise_schedule(model), count)
     return HeldOut(read, draw, length, 1 if opened.sizes else model.micro_batch_size)
 

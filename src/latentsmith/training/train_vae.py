@@ -18,7 +18,7 @@ from latentsmith.files.errors import BadInput
 
 from . import setup
 from .dry_run import check_folder, header
-from .objectives import VaeObjective
+from .losses import VaeObjective
 from .random_draws import PosteriorDraws
 from .run_folder import open_run_folder, resume_together, run_folder
 

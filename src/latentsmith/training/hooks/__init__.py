@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
     from ..loop import Step, Training
 
@@ -34,3 +37,15 @@ def log_os_errors(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         print(f"{what} not written ({error.strerror or error}): training goes on", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def evaluating(objective: nn.Module) -> Iterator[None]:
+    """Switch gradients and dropout off inside the context."""
+    training = objective.training
+    objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        objective.train(training)

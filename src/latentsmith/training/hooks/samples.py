@@ -14,8 +14,7 @@ from latentsmith.files.errors import BadInput
 from latentsmith.inference import Pipeline
 
 from ..loop import Step, Training
-from ..state import evaluating
-from . import Hook, log_os_errors
+from . import Hook, evaluating, log_os_errors
 from .metrics import Metrics
 
 PROMPTS = "prompts"  # key of a PNG's text: a JSON list, from left to right

@@ -6,18 +6,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from latentsmith.data.loader import Reader, Record, to_device
+from latentsmith.data.loader import Reader, Record, Shape, to_device
+from latentsmith.data.shuffle import shuffled_index
+from latentsmith.diffusion import NoiseSchedule
 
 from ..loop import Step, Training
 from ..metrics_log import append_row, drop_rows_after
 from ..objectives import DiffusionObjective
-from ..random_draws import ValidationDraws
-from ..state import evaluating
-from . import Hook, log_os_errors
+from ..random_draws import DiffusionDraws
+from . import Hook, evaluating, log_os_errors
 from .metrics import Metrics
 
 VALIDATION_FILE = "validation.csv"
+VALIDATION_SEED = 20230501  # of every validation loss, so that runs can be compared
+
+
+@dataclass(frozen=True)
+class ValidationDraws:
+    """What the validation loss takes for samples `numbers` of `count`: the same in every run, whatever its seed.
+
+    The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
+    dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
+    """
+
+    latent_shape: tuple[int, int, int]
+    schedule: NoiseSchedule
+    count: int
+
+    def __call__(self, numbers: Sequence[int], latent_shape: Shape | None = None) -> dict[str, Tensor]:
+        strata = torch.tensor([shuffled_index(VALIDATION_SEED, number, self.count) for number in numbers])
+        timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
+        drawn = DiffusionDraws(VALIDATION_SEED, self.latent_shape, self.schedule)(numbers, latent_shape)
+        signal, noise_level = self.schedule.signal_and_noise(timesteps)
+        return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
 
 
 @dataclass(frozen=True)
@@ -41,7 +64,7 @@ class HeldOut:
         """Yield the micro batches of one process. All have as many: samples of weight 0 fill up the last."""
         count = self.draw.count
         share = -(-count // processes)
-        numbers = [rank + processes * place for place in range(share)]
+        numbers = [rank + processes * number for number in range(share)]
         for at in range(0, share, self.batch_size):
             taken = numbers[at : at + self.batch_size]
             weight = torch.tensor([float(number < count) for number in taken])
