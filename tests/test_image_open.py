@@ -169,7 +169,7 @@ def test_generate(marker, postscript, tmp_path, capsys, flag):
     words = ["generate", "--from", str(tmp_path / "no-model"), "--out", str(tmp_path / "out"), flag, str(postscript)]
     assert main([*words, *([] if flag == "--again" else ["a prompt"])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{postscript}: cannot be read as a picture (the format is PostScript" in line
+    assert f"{postscript}: cannot be read as an image (the format is PostScript" in line
     assert not marker.exists()
 
 
@@ -252,5 +252,5 @@ def test_damage_is_one_line_that_names_the_file(tmp_path):
         data = image_bytes(kind, size=(64, 64))
         for part in (0.0, 0.1, 0.5, 0.9):
             (tmp_path / "a.jpg").write_bytes(data[: int(len(data) * part)])
-            with pytest.raises(BadImage, match=r"^\S+/a\.jpg: cannot be read as a picture \(.*\)$"):
+            with pytest.raises(BadImage, match=r"^\S+/a\.jpg: cannot be read as an image \(.*\)$"):
                 read_image(tmp_path / "a.jpg")
