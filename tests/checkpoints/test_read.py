@@ -16,7 +16,9 @@ import yaml
 from diffusers.loaders import single_file_utils as theirs
 
 from latentsmith.checkpoints import match, open_checkpoint
+from latentsmith.checkpoints.run import check_sums
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import hash_file
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -360,6 +362,7 @@ def test_own_folders(tmp_path, canonical, shapes):
         for file, scale in (("unet", factor), ("ema/unet", factor * 2)):
             scaled = {name: tensor * scale for name, tensor in canonical["unet"].items()}
             safetensors.torch.save_file(scaled, folder / f"{file}.safetensors")
+        (folder / "state.json").write_text("{}")
     (step.parent / "step-00000030.INCOMPLETE").mkdir()
     (step.parent / "step-00000030.INCOMPLETE" / "unet.safetensors").write_bytes(b"half")
     for part in ("vae", "text_encoder"):
@@ -370,6 +373,29 @@ def test_own_folders(tmp_path, canonical, shapes):
         equal(load(path, shapes, "vae"), canonical["vae"])
         equal(load(path, shapes, "text_encoder"), canonical["text_encoder"])
     equal(load(step / "unet.safetensors", shapes, "unet"), canonical["unet"])
+
+
+def test_unfinished_and_damaged_steps_are_never_taken(tmp_path, canonical, shapes):
+    run = tmp_path / "run"
+    good = run / "checkpoints" / "step-00000010"
+    for name in ("step-00000010", "step-00000020.DAMAGED", "step-00000020.DAMAGED-2", "step-00000030", "old-40"):
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        factor = 1 if folder == good else 2
+        scaled = {key: tensor * factor for key, tensor in canonical["unet"].items()}
+        safetensors.torch.save_file(scaled, folder / "unet.safetensors")
+        if name != "step-00000030":  # killed before its state was written
+            checksums = {"unet.safetensors": hash_file(folder / "unet.safetensors")}
+            (folder / "state.json").write_text(json.dumps({"checksums": checksums}))
+    equal(load(run, shapes, "unet"), canonical["unet"])
+    with pytest.raises(BadInput, match="an unfinished or damaged checkpoint; take another of the run"):
+        open_checkpoint(run / "checkpoints" / "step-00000020.DAMAGED")
+    check_sums(good / "unet.safetensors")
+    data = bytearray((good / "unet.safetensors").read_bytes())
+    data[-1] ^= 1  # a flipped bit leaves a file that reads well
+    (good / "unet.safetensors").write_bytes(data)
+    with pytest.raises(BadInput, match="unet.safetensors: damaged since it was written; take another checkpoint"):
+        check_sums(open_checkpoint(run).parts["unet"].path)
 
 
 def test_shard_indices_name_only_neighbours(tmp_path, shapes):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -115,6 +116,23 @@ def test_half_precision_is_rounded_once_and_measured(tmp_path, source, capsys):
         assert worst > 0 and f"largest difference {worst:.3g} (" in tensors
         output, scale = re.search(r"of its output (\S+), where the largest value is (\S+)", outputs).groups()
         assert 0 < float(output) < 0.01 * float(scale)
+
+
+def test_what_half_precision_cannot_hold(tmp_path, source, capsys):
+    shutil.copytree(source, tmp_path / "large")
+    file = tmp_path / "large" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["conv_in.bias"][:2] = torch.tensor([1e-9, -1e-9])
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    convert(tmp_path / "large", tmp_path / "small.nemo", "nemo", dtype="fp16")
+    assert re.search(r"float16, .* MiB, [2-9] numbers became 0$", capsys.readouterr().out.splitlines()[0])
+    weights["conv_in.bias"][3] = -7e4
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    for format, name in ENDING.items():
+        with pytest.raises(BadInput, match=r"input_blocks\.0\.0\.bias holds -70000, above 65504, the largest float16"):
+            convert(tmp_path / "large", tmp_path / name, format, dtype="fp16")
+        assert not (tmp_path / name).exists()
+    convert(tmp_path / "large", tmp_path / "m.safetensors", "ldm", dtype="bf16", verify=True)
 
 
 def test_prediction_type_is_taken_from_the_caller(tmp_path, source):

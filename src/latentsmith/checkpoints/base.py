@@ -1,6 +1,7 @@
 """What a checkpoint is once it is open, and what a format has to provide (see the package's docstring)."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ SPEC_KEY = "latentsmith.spec"  # entries of ours in the metadata of safetensors 
 NULL_TEXT_KEY = "latentsmith.null_text"
 PAD_KEY = "latentsmith.pad_to"
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
-               "x0": "sample", "sample": "sample"}  # fmt: skip
+               "v_pred": "v_prediction", "x0": "sample", "sample": "sample"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,11 @@ class Format:
     loses: Callable[[ModelSpec], list[str]] = lambda spec: []
 
 
+def known_prediction(stated: Any) -> str | None:
+    """Return diffusers' name of a prediction type in any spelling ("V-prediction"); None for an unknown one."""
+    return PREDICTIONS.get(re.sub(r"[\s-]+", "_", str(stated).strip().lower()))
+
+
 def renamed(table: Mapping[str, str]) -> dict[str, SourceKey]:
     """Return a table whose tensors are stored whole, each under one key."""
     return {name: SourceKey(key) for name, key in table.items()}
@@ -195,7 +201,7 @@ def packed(
     """
     grouped: dict[str, dict[int, LazyTensor]] = {}
     for name, source in dialect.table(tensors).items():
-        grouped.setdefault(source.key, {})[source.third or 0] = LazyTensor.of(tensors[name]).to(dtype)
+        grouped.setdefault(source.key, {})[source.third or 0] = LazyTensor.of(tensors[name]).to(dtype, name)
     return {prefix + key: group[0] if len(group) == 1 else _joined(group) for key, group in grouped.items()}
 
 
@@ -208,6 +214,12 @@ def _joined(thirds: Mapping[int, LazyTensor]) -> LazyTensor:
 def lost_zero_snr(spec: ModelSpec) -> list[str]:
     """Return what `Format.loses` says where there is no key for a schedule with zero terminal SNR."""
     return ["zero terminal SNR (their schedule is the plain one)"] if spec.zero_terminal_snr else []
+
+
+def lost_clip_skip(spec: ModelSpec) -> list[str]:
+    """Return what `Format.loses` says where a text encoder that is not OpenCLIP's always runs to its last layer."""
+    skips = spec.penultimate and not spec.open_clip
+    return ["a text encoder that stops before its last layer, which is left out (clip skip)"] if skips else []
 
 
 def lost_padding(spec: ModelSpec) -> list[str]:

@@ -225,7 +225,7 @@ def text_tower(
     """Return a text encoder as LDM and NeMo hold it below `prefix`: Hugging Face's names, or OpenCLIP's."""
     if open_clip:
         return packed(tensors, OPEN_CLIP_DIALECT, dtype, f"{prefix}model.")
-    return {f"{prefix}transformer.{name}": LazyTensor.of(tensor).to(dtype) for name, tensor in tensors.items()}
+    return {f"{prefix}transformer.{name}": LazyTensor.of(tensor).to(dtype, name) for name, tensor in tensors.items()}
 
 
 FORMAT = Format(name="clip", title="text encoder", key_rules=KEY_RULES, dialects={"text_encoder": dialect_of})

@@ -22,6 +22,7 @@ from .formats import FORMATS
 from .load import network_shapes
 from .match import match, unused_text
 from .open import open_checkpoint
+from .run import check_sums
 from .spec import spec_of
 from .verify import verify_conversion
 
@@ -54,12 +55,19 @@ def convert(
     spec = spec_of(checkpoint, _canonical(prediction_type))
     shapes = {part: network_shapes(part, spec.config_of(part)) for part in COMPONENTS}
     parts = {part: match(checkpoint, part, shapes[part]) for part in COMPONENTS}
+    for part in parts:
+        check_sums(checkpoint.parts[part].path)
     options = {}
     if format.needs_tokenizer:
         options["tokenizer"] = tokenizer_files(checkpoint, parts["text_encoder"], spec, tokenizer)
     if format.keeps_unused_text:
         parts["text_encoder"] |= unused_text(checkpoint, shapes["text_encoder"])
     done, total = 0, sum(len(tensors) for tensors in parts.values())
+    zeroed: list[int] = []
+    rounded = {
+        part: {name: tensor.to(dtype, f"{src}: {part} {name}", zeroed.append) for name, tensor in tensors.items()}
+        for part, tensors in parts.items()
+    }
     with progress("converting", "tensors") as bar:
 
         def written(key: str) -> None:
@@ -68,8 +76,8 @@ def convert(
             bar(done, total)
 
         assert format.write
-        format.write(parts, dst, spec, dtype=dtype, written=written, **options)
-    print(_summary(format, parts, dst, spec, dtype))
+        format.write(rounded, dst, spec, written=written, **options)
+    print(_summary(format, rounded, dst, spec) + (f", {sum(zeroed):,} numbers became 0" if zeroed else ""))
     for fact in _unread_facts(format, spec):
         print(f"note: other programs do not know of {fact}")
     if verify:
@@ -127,12 +135,10 @@ def _unread_facts(format: Format, spec: ModelSpec) -> list[str]:
     return null_text + format.loses(spec)
 
 
-def _summary(
-    format: Format, parts: Mapping[str, Mapping[str, LazyTensor]], dst: Path, spec: ModelSpec, dtype: torch.dtype | None
-) -> str:
+def _summary(format: Format, parts: Mapping[str, Mapping[str, LazyTensor]], dst: Path, spec: ModelSpec) -> str:
     """Return one line that says what was written."""
     tensors = [tensor for part in parts.values() for tensor in part.values()]
-    dtypes = {str(dtype or tensor.dtype).removeprefix("torch.") for tensor in tensors}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}
     files = [dst] if dst.is_file() else [file for file in dst.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return (

@@ -213,7 +213,7 @@ def export_diffusers(
         for name, data in contents.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
-        text = {name: LazyTensor.of(tensor).to(dtype) for name, tensor in parts["text_encoder"].items()}
+        text = {name: LazyTensor.of(tensor).to(dtype, name) for name, tensor in parts["text_encoder"].items()}
         for name, tensors, metadata in (
             ("unet/diffusion_pytorch_model", packed(parts["unet"], UNET, dtype), own),
             ("vae/diffusion_pytorch_model", _vae(parts["vae"], dtype), {}),

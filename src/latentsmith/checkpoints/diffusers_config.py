@@ -8,18 +8,48 @@ from typing import Any
 
 from torch import Tensor
 
+from latentsmith.architectures import CLIP_SIZES
 from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
 from latentsmith.files.errors import BadInput
 from latentsmith.files.json import read_json
 from latentsmith.files.lazy import LazyTensor
 
 from . import clip
-from .base import PREDICTIONS, Checkpoint, ModelSpec, Part, Parts
+from .base import Checkpoint, ModelSpec, Part, Parts, known_prediction
 
 VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
 BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
 SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
                  "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
+_LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+_NARROW = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
+_CLIPPING = {**_LINEAR, "clip_sample": True}
+SCHEDULERS = {  # class -> its defaults, which hold for keys that a config leaves out
+    "PNDMScheduler": _LINEAR, "DDIMScheduler": _CLIPPING, "DDPMScheduler": _CLIPPING, "DEISMultistepScheduler": _LINEAR,
+    "DPMSolverMultistepScheduler": _LINEAR, "DPMSolverSinglestepScheduler": _LINEAR, "DPMSolverSDEScheduler": _NARROW,
+    "EulerAncestralDiscreteScheduler": _LINEAR, "EulerDiscreteScheduler": _LINEAR, "HeunDiscreteScheduler": _NARROW,
+    "KDPM2AncestralDiscreteScheduler": _NARROW, "KDPM2DiscreteScheduler": _NARROW, "LMSDiscreteScheduler": _LINEAR,
+    "UniPCMultistepScheduler": _LINEAR,
+    "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
+}  # fmt: skip
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+FIXED = {  # part -> keys of its config.json and the only values with which our networks compute the same
+    "unet": {
+        "act_fn": ("silu", "swish"), "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
+        "downsample_padding": (1,), "mid_block_scale_factor": (1,), "norm_eps": (1e-5,), "class_embed_type": (None,),
+        "only_cross_attention": (False,), "dual_cross_attention": (False,), "addition_embed_type": (None,),
+        "resnet_time_scale_shift": ("default",), "encoder_hid_dim_type": (None,), "attention_type": ("default",),
+        "num_class_embeds": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
+        "time_embedding_act_fn": (None,), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1,),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_only_cross_attention": (None, False),
+        "cross_attention_norm": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+    },
+    "vae": {
+        "act_fn": ("silu", "swish"), "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,),
+        "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+    },
+    "text_encoder": {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")},
+}  # fmt: skip
 WEIGHTS_FILE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model|model_weights)"
     r"(\.(?P<variant>\w+))??\.(?P<type>safetensors|bin|ckpt)(\.index(\.(?P<index_variant>\w+))?\.json)?"
@@ -43,13 +73,30 @@ def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
     config = component_config(part)
     if not config:
         return None
+    for key, values in FIXED[part.name].items():
+        stated = config.get(key, values[0])
+        if any(value not in values for value in (stated if isinstance(stated, list) else [stated])):
+            raise BadInput(f"{part.path}: its config.json says {key} {stated!r}; only {values[0]!r} is supported")
     if part.name == "unet":
         upcast = {"upcast_attention": True} if config.get("upcast_attention") else {}
         return {**_our_heads(part, config), **upcast, "resblock_gn_groups": config.get("norm_num_groups", 32)}
     if part.name == "vae":
         return {"num_groups": config.get("norm_num_groups", 32)}
     keys = {"heads": config.get("num_attention_heads"), "activation": config.get("hidden_act")}
-    return {key: value for key, value in keys.items() if value}
+    return {key: value for key, value in keys.items() if value} | _used_layers(part, config)
+
+
+def _used_layers(part: Part, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many layers a text encoder has and where it stops: transformers builds num_hidden_layers of them."""
+    held = clip.depth(part.entries)
+    used = config.get("num_hidden_layers", held)
+    if used not in (held, held - 1):
+        raise BadInput(
+            f"{part.path}: {held} layers, num_hidden_layers {used}: only {held} and {held - 1} are supported"
+        )
+    if used < held:
+        return {"layers": held, "layer": "penultimate"}
+    return {"layers": held, "layer": "last"} if held == CLIP_SIZES["ViT-H-14"].layers else {}
 
 
 def _our_heads(part: Part, config: Mapping[str, Any]) -> dict[str, int]:
@@ -72,15 +119,40 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     found = {"image_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}
     scheduler = _config(checkpoint.path / "scheduler", "scheduler_config.json")
     if scheduler:
-        prediction = PREDICTIONS.get(scheduler.get("prediction_type", "epsilon"))
-        found["prediction"] = prediction, "scheduler_config.json"
+        stated = scheduler.get("prediction_type", "epsilon")
+        prediction = known_prediction(stated)
+        found["prediction"] = prediction, f"scheduler_config.json{'' if prediction else f' says {stated!r}'}"
+        scheduler = SCHEDULERS.get(scheduler.get("_class_name", ""), {}) | scheduler
+        found["refused"], found["notes"] = _refused(scheduler), _notes(scheduler)
         found |= {ours: scheduler[theirs] for theirs, ours in SCHEDULE_KEYS.items() if theirs in scheduler}
-        schedule = scheduler.get("beta_schedule", "scaled_linear")
+        schedule = scheduler.get("beta_schedule", "linear")
         found["beta_schedule"] = BETA_SCHEDULES.get(schedule, schedule)
         found["timestep_spacing"] = scheduler.get("timestep_spacing")
         found["steps_offset"] = scheduler.get("steps_offset", 0)
         found["set_alpha_to_one"] = scheduler.get("set_alpha_to_one")
     return found
+
+
+def _refused(scheduler: Mapping[str, Any]) -> str | None:
+    """Return the first key of a scheduler's config, class defaults included, that samples in a way unknown here."""
+    name, where = scheduler.get("_class_name"), "scheduler_config.json: "
+    if name not in SCHEDULERS and (name or not _LINEAR.keys() <= scheduler.keys()):
+        return f"{where}_class_name {name!r} is not one of {', '.join(SCHEDULERS)}"
+    if scheduler.get("trained_betas") is not None:
+        return f"{where}trained_betas, a schedule of its own, is not supported"
+    if key := next((key for key in ("thresholding", "use_flow_sigmas") if scheduler.get(key)), None):
+        return f"{where}{key} true is not supported"
+    return None
+
+
+def _notes(scheduler: Mapping[str, Any]) -> list[str]:
+    """Return what a scheduler's config, class defaults included, says of sampling and is not done here by itself."""
+    notes = []
+    if scheduler.get("clip_sample"):
+        notes.append("clip_sample true, which diffusers obeys (also where the key is left out), is not done here")
+    if key := next((key for key in SIGMAS if scheduler.get(key)), None):
+        notes.append(f"{key} true is left to the sampler that is asked for, as in sampler=dpmsolver++_karras")
+    return [f"scheduler_config.json: {note}" for note in notes]
 
 
 # ---- Writing ----
@@ -145,6 +217,7 @@ def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
         "num_train_timesteps": spec.timesteps,
         "trained_betas": None,
         "prediction_type": spec.prediction_type,
+        "clip_sample": False,  # PNDM has no such key, but DDIM and DDPM made from this config default to True
         "steps_offset": spec.steps_offset,
     }
     spacing = spec.timestep_spacing or ("trailing" if spec.zero_terminal_snr else None)
@@ -152,7 +225,7 @@ def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
     config |= {key: value for key, value in optional.items() if value is not None}
     if not ddim:
         return config | {"skip_prk_steps": True}
-    return config | {"clip_sample": False, "rescale_betas_zero_snr": spec.zero_terminal_snr}
+    return config | {"rescale_betas_zero_snr": spec.zero_terminal_snr}
 
 
 def unet_config(spec: ModelSpec) -> dict[str, Any]:

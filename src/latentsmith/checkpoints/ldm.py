@@ -16,7 +16,6 @@ from latentsmith.files.tensors import open_tensors, save_safetensors
 
 from . import clip
 from .base import (
-    PREDICTIONS,
     SPEC_KEY,
     Checkpoint,
     Contents,
@@ -25,6 +24,8 @@ from .base import (
     ModelSpec,
     Parts,
     Written,
+    known_prediction,
+    lost_clip_skip,
     lost_padding,
     lost_zero_snr,
     packed,
@@ -43,6 +44,7 @@ KEY_RULES = (
     ("unet", r"(model\.){0,2}diffusion_model\."),
     ("vae", r"(model\.)?first_stage_model\."),
     ("text_encoder", r"(model\.)?cond_stage_model\."),
+    ("schedule", r"(?=(v_pred|ztsnr)$)"),  # empty tensors, which ComfyUI and web UIs obey
     ("schedule", rf"(model\.)?(?=({BUFFERS})$)"),
     ("other", r"(?=(control_model|embedding_manager|loss|discriminator)\.)"),  # extras of other trainings
     ("unet", r"(?=(input_blocks|middle_block|output_blocks|time_embed|out)\.)"),
@@ -79,11 +81,13 @@ def ema_key(key: str) -> str:
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the prediction type that ModelSpec metadata (SAI's, 1.0.0) state."""
+    """Return what ModelSpec metadata (SAI's, 1.0.0) and the empty tensors v_pred and ztsnr state."""
+    found: dict[str, Any] = {"zero_terminal_snr": True} if "ztsnr" in checkpoint.ignored else {}
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
-        if checkpoint.metadata.get(key) in PREDICTIONS:
-            return {"prediction": (PREDICTIONS[checkpoint.metadata[key]], f"metadata {key}")}
-    return {}
+        if stated := checkpoint.metadata.get(key):
+            prediction = known_prediction(stated)
+            return found | {"prediction": (prediction, f"metadata {key}{'' if prediction else f' is {stated!r}'}")}
+    return found | ({"prediction": ("v_prediction", "key v_pred")} if "v_pred" in checkpoint.ignored else {})
 
 
 def export_ldm(
@@ -170,5 +174,5 @@ FORMAT = Format(
     write=export_ldm,
     ending=".safetensors",
     keeps_unused_text=True,
-    loses=lambda spec: lost_zero_snr(spec) + lost_padding(spec),
+    loses=lambda spec: lost_zero_snr(spec) + lost_clip_skip(spec) + lost_padding(spec),
 )

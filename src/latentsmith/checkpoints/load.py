@@ -18,6 +18,7 @@ from latentsmith.files.lazy import forget_maps
 from .base import Checkpoint, Shapes
 from .match import match
 from .open import open_checkpoint
+from .run import check_sums
 
 PARTS = {component.class_path: part for part, component in COMPONENTS.items()}
 
@@ -57,7 +58,9 @@ def load_component(
     (True) or diffusers' (False); None recognises them.
     Raises BadInput, one line, unless every key of the network is filled once and every key of the file is used.
     """
-    found = match(open_checkpoint(path, weights), part, shapes_of(network), from_nemo)
+    checkpoint = open_checkpoint(path, weights)
+    found = match(checkpoint, part, shapes_of(network), from_nemo)
+    check_sums(checkpoint.parts[part].path)
     if any(tensor.is_meta for tensor in network.state_dict().values()):
         network.to_empty(device=torch.get_default_device())
     with torch.no_grad():
@@ -74,6 +77,7 @@ def mapped_network(part: str, arguments: Mapping[str, Any], checkpoint: Checkpoi
     with meta_weights():
         network = new_network(part, arguments)
     found = match(checkpoint, part, shapes_of(network))
+    check_sums(checkpoint.parts[part].path)
     network.load_state_dict({name: tensor.read() for name, tensor in found.items()}, assign=True)
     return network
 

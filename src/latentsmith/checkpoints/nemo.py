@@ -20,7 +20,6 @@ from latentsmith.files.torch_zip import write_torch_zip
 
 from . import clip, ldm
 from .base import (
-    PREDICTIONS,
     Checkpoint,
     Contents,
     Dialect,
@@ -29,6 +28,8 @@ from .base import (
     Part,
     Parts,
     Written,
+    known_prediction,
+    lost_clip_skip,
     lost_zero_snr,
     packed,
     renamed,
@@ -160,8 +161,10 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     found |= {key: checkpoint.config.get(key) for key in ("image_size", "scale_factor")}
     if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
         found["null_text"] = "zero"
-    if config.get("parameterization") in PREDICTIONS:
-        found["prediction"] = PREDICTIONS[config["parameterization"]], "the model config's parameterization"
+    if stated := config.get("parameterization"):
+        prediction = known_prediction(stated)
+        source = f"the model config's parameterization{'' if prediction else f' is {stated!r}'}"
+        found["prediction"] = prediction, source
     return found
 
 
@@ -315,7 +318,11 @@ def _plain(value: Any) -> Any:
 def loses(spec: ModelSpec) -> list[str]:
     """Return what other programs do not read; NeMo itself pads the text of every v1 model."""
     pads = spec.open_clip or spec.cond_stage_config.get("pad_to")
-    return lost_zero_snr(spec) + ([] if pads else ["text without NeMo's three zero vectors (NeMo adds them)"])
+    return (
+        lost_zero_snr(spec)
+        + lost_clip_skip(spec)
+        + ([] if pads else ["text without NeMo's three zero vectors (NeMo adds them)"])
+    )
 
 
 FORMAT = Format(

@@ -5,10 +5,14 @@ from pathlib import Path
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.files.atomic import INCOMPLETE
+from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import hash_file
+from latentsmith.files.json import read_json
 from latentsmith.files.tensors import open_tensors
 
 from .base import Contents, Format
 
+STATE_FILE = "state.json"  # written last, with a checksum of every other file of a checkpoint
 FILES = {part: f"{part}.safetensors" for part in COMPONENTS}
 
 
@@ -17,10 +21,12 @@ def open_run(path: Path, weights: str) -> Contents | None:
 
     Averages lie in the checkpoint's `ema/`. Frozen parts are stored once per run, in the run folder itself.
     """
-    steps = [step for step in (path / "checkpoints").glob("*") if not step.name.endswith(INCOMPLETE) and _is_ours(step)]
+    steps = [step for step in (path / "checkpoints").glob("step-*") if _is_finished(step)]
     if steps:
-        folders = [max(steps, key=_step), path]
+        folders = [max(steps, key=lambda step: int(step.name.removeprefix("step-"))), path]
     elif _is_ours(path):
+        if path.name.endswith((INCOMPLETE, ".DAMAGED")):
+            raise BadInput(f"{path}: an unfinished or damaged checkpoint; take another of the run")
         folders = [path, path.parent.parent] if path.parent.name == "checkpoints" else [path]
     else:
         return None
@@ -36,9 +42,19 @@ def _is_ours(folder: Path) -> bool:
     return any((folder / file).is_file() for file in FILES.values())
 
 
-def _step(folder: Path) -> tuple[int, str]:
-    numbers = re.findall(r"\d+", folder.name)
-    return (int(numbers[-1]) if numbers else -1, folder.name)
+def _is_finished(step: Path) -> bool:
+    return bool(re.fullmatch(r"step-\d+", step.name)) and (step / STATE_FILE).is_file() and _is_ours(step)
+
+
+def check_sums(file: Path) -> None:
+    """Raise BadInput for a file of a checkpoint that is not as training wrote it; other files pass unread."""
+    folder = file.parent.parent if file.parent.name == "ema" else file.parent
+    if not (folder / STATE_FILE).is_file():
+        return
+    checksums = read_json(folder / STATE_FILE, "the state of a run").get("checksums")
+    expected = checksums.get(file.relative_to(folder).as_posix()) if isinstance(checksums, dict) else None
+    if expected and hash_file(file) != expected:
+        raise BadInput(f"{file}: damaged since it was written; take another checkpoint of the run")
 
 
 FORMAT = Format(name="run", title="run", open=open_run)

@@ -1,6 +1,7 @@
 """What weights do not show of a whole model, and where each format says it: prediction type, schedule, null text."""
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,10 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
         )
     facts = _facts(checkpoint)
     facts.pop("prediction", None)
+    if refused := facts.pop("refused", None):
+        raise BadInput(f"{checkpoint.path}: {refused}")
+    for note in facts.pop("notes", ()):
+        warnings.warn(f"{checkpoint.path}: {note}", stacklevel=2)
     if facts.get("beta_schedule", "linear") not in LDM_BETA_SCHEDULES:
         raise BadInput(f"{checkpoint.path}: the beta_schedule {facts['beta_schedule']} of its config is not supported")
     v2_at_768 = prediction == "v_prediction" and version_of(checkpoint) == "v2"

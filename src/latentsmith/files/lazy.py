@@ -38,11 +38,28 @@ class LazyTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def to(self, dtype: torch.dtype | None) -> "LazyTensor":
-        """Return the tensor in another dtype; integers, and everything if dtype is None, stay as they are."""
+    def to(
+        self, dtype: torch.dtype | None, name: str = "a tensor", zeroed: Callable[[int], None] | None = None
+    ) -> "LazyTensor":
+        """Return the tensor in another dtype; integers, and everything if dtype is None, stay as they are.
+
+        zeroed: called on reading with how many numbers were rounded to 0. Reading raises BadInput, with `name`, for a
+        number above the largest of the dtype.
+        """
         if dtype is None or not self.dtype.is_floating_point or self.dtype == dtype:
             return self
-        return LazyTensor(dtype, self.shape, lambda: self.read().to(dtype))
+
+        def read() -> Tensor:
+            wide = self.read()
+            rounded = wide.to(dtype)
+            if (lost := wide.isfinite() & ~rounded.isfinite()).any():
+                title, limit = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+                raise BadInput(f"{name} holds {wide[lost][0]:.7g}, above {limit:.7g}, the largest {title}; take fp32")
+            if zeroed and (count := int(wide.count_nonzero() - rounded.count_nonzero())):
+                zeroed(count)
+            return rounded
+
+        return LazyTensor(dtype, self.shape, read)
 
     def reshape(self, shape: tuple[int, ...]) -> "LazyTensor":
         """Return the tensor in another shape of as many elements."""
