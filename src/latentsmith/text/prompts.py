@@ -3,19 +3,28 @@
 import re
 import warnings
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from latentsmith.files.errors import BadInput
+
 from .tokenizer import Tokenizer
 
 EMPHASIS = 1.1  # of one pair of brackets, as in web UIs
-MARKS = re.compile(
-    r"\\(?P<literal>[()\[\]\\])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])"
-    r"|(?P<text>[^\\()\[\]:]+|.)",
+LONGEST_PROMPT = 20_000  # characters; 60 chunks of a text encoder's 77 tokens hold about as many
+LARGEST_WEIGHT = 100.0
+SMALLEST_MEAN = 0.01  # of the root mean square: below it a mean is rounding, and a ratio of means is noise
+MARKS = re.compile(  # possessive throughout, so that no input makes it try again
+    r"\\(?P<literal>[()\[\]\\])|(?P<open>[(\[])|:\s*+(?P<weight>[+-]?(?:\d++(?:\.\d*+)?|\.\d++))\s*+\)|(?P<close>[)\]])"
+    r"|(?P<text>[^\\()\[\]:]++|.)",
     re.DOTALL,
 )
-EXPLICIT = re.compile(r"\([^()]+:\s*[\d.]+\s*\)")
+EXPLICIT = re.compile(r":\s*+[+-]?[\d.]++\s*+\)")
+TAGS = re.compile(  # what web UIs obey and this package does not
+    r"<(?:lora|lyco|hypernet):[^<>]{1,200}>|\b(?:BREAK|AND)\b|\[[^\[\]]{0,200}(?::[^\[\]:]{0,200}:\s*+[\d.]++\s*+|\|[^\[\]]{0,200})\]"
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,20 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """Return the tokens and weights of a prompt. syntax, long_prompts: as in SamplingOptions.
 
-    Warns of what is cut, and of a plain prompt that looks weighted.
+    Warns of what is cut, of a plain prompt that looks weighted and of web UIs' other tags, which are text here.
+    Raises BadInput for a prompt that is too long or has a weight beyond LARGEST_WEIGHT.
     """
-    if syntax == "plain" and EXPLICIT.search(prompt):
+    if len(prompt) > LONGEST_PROMPT:
+        raise BadInput(f'"{shortened(prompt)}" has {len(prompt):,} characters; a prompt has {LONGEST_PROMPT:,} at most')
+    if tags := web_ui_tags(prompt):
+        note = f"has {', '.join(tags[:3])}, which web UIs obey; here {'it is' if len(tags) == 1 else 'they are'} text"
+        warnings.warn(f'"{shortened(prompt)}" {note}', stacklevel=2)
+    if syntax == "plain" and "(" in prompt and EXPLICIT.search(prompt):
         note = "has weights, which are taken as text; prompt_syntax webui reads them as weights"
         warnings.warn(f'"{shortened(prompt)}" {note}', stacklevel=2)
     parts = weighted_parts(prompt) if syntax == "webui" else [(prompt, 1.0)]
+    if heaviest := [weight for _, weight in parts if abs(weight) > LARGEST_WEIGHT]:
+        raise BadInput(f'"{shortened(prompt)}" has weight {heaviest[0]:g}; weights lie within {LARGEST_WEIGHT:g}')
     tokens = [(token, weight) for text, weight in parts for token in tokenizer.encode(text)]
     room = tokenizer.max_length - 2
     if long_prompts == "cut" and len(tokens) > room:
@@ -50,6 +67,11 @@ def encode_prompt(
         tokens = tokens[:room]
     starts = range(0, max(len(tokens), 1), room)
     return EncodedPrompt(tuple(tuple(tokens[start : start + room]) for start in starts))
+
+
+def web_ui_tags(prompt: str) -> list[str]:
+    """Return the tags of a prompt that web UIs obey: <lora:...>, BREAK, AND, [a:b:0.5], [a|b]; each once, shortened."""
+    return list(dict.fromkeys(shortened(tag) for tag in TAGS.findall(prompt)))
 
 
 def shortened(prompt: str, length: int = 40) -> str:
@@ -62,42 +84,51 @@ def weighted_parts(prompt: str) -> list[tuple[str, float]]:
     (text) has weight 1.1, (text:1.3) 1.3, [text] 1 / 1.1; nested brackets multiply, a backslash makes a bracket a
     character, and a bracket that is not closed holds to the end.
     """
-    parts: list[tuple[str, float]] = []
-    open_brackets: list[tuple[str, int]] = []  # bracket, and the part that follows it
+    texts: list[str] = []
+    open_brackets: list[tuple[str, int]] = []  # bracket, and the text that follows it
+    factors: list[tuple[int, int, float]] = []  # start and end of the texts that a pair of brackets weighs
 
-    def weigh(start: int, factor: float) -> None:
-        parts[start:] = [(text, weight * factor) for text, weight in parts[start:]]
+    def close(factor: float | None = None) -> None:
+        bracket, start = open_brackets.pop()
+        factors.append(
+            (start, len(texts), factor if factor is not None else EMPHASIS if bracket == "(" else 1 / EMPHASIS)
+        )
 
     for mark in MARKS.finditer(prompt):
         if mark["open"]:
-            open_brackets.append((mark["open"], len(parts)))
+            open_brackets.append((mark["open"], len(texts)))
         elif mark["weight"] and open_brackets and open_brackets[-1][0] == "(":
-            weigh(open_brackets.pop()[1], float(mark["weight"]))
+            close(float(mark["weight"]))
         elif mark["close"] and open_brackets and open_brackets[-1][0] == {")": "(", "]": "["}[mark["close"]]:
-            bracket, start = open_brackets.pop()
-            weigh(start, EMPHASIS if bracket == "(" else 1 / EMPHASIS)
+            close()
         else:
-            parts.append((mark["literal"] or mark[0], 1.0))
-    for bracket, start in open_brackets:
-        weigh(start, EMPHASIS if bracket == "(" else 1 / EMPHASIS)
-    return joined(parts)
+            texts.append(mark["literal"] or mark[0])
+    while open_brackets:
+        close()
+    weights, ends = [], [(len(texts), 1.0)]  # pairs nest: the innermost one's end and the product of all around it
+    outer_first = iter([*sorted(factors, key=lambda each: (each[0], -each[1])), (len(texts), 0, 1.0)])
+    start, end, factor = next(outer_first)
+    for index in range(len(texts)):
+        while ends[-1][0] <= index:
+            ends.pop()
+        while start <= index:
+            if end > start:
+                ends.append((end, ends[-1][1] * factor))
+            start, end, factor = next(outer_first)
+        weights.append(ends[-1][1])
+    return joined(list(zip(texts, weights, strict=True)))
 
 
 def joined(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """Join neighbours of equal weight, so that words cut by the syntax are encoded whole."""
-    whole: list[tuple[str, float]] = []
-    for text, weight in parts:
-        if whole and whole[-1][1] == weight:
-            whole[-1] = (whole[-1][0] + text, weight)
-        else:
-            whole.append((text, weight))
-    return whole
+    return [("".join(text for text, _ in group), weight) for weight, group in groupby(parts, lambda part: part[1])]
 
 
 def embed_prompt(prompt: EncodedPrompt, chunks: int, tokenizer: Tokenizer, text_encoder: nn.Module) -> Tensor:
     """Return (chunks * length, context_dim): each chunk encoded by itself, padded with empty ones to `chunks`.
 
-    Weights multiply the embeddings of their tokens; each chunk's mean is then restored, as web UIs do.
+    Weights multiply the embeddings of their tokens; each chunk's mean is then restored, as web UIs do. Where the mean
+    is too near 0 for that, or would change the chunk more than twofold, its root mean square is restored instead.
     """
     filled = [*prompt.chunks, *[()] * (chunks - len(prompt.chunks))]
     device = next(text_encoder.parameters()).device
@@ -108,5 +139,18 @@ def embed_prompt(prompt: EncodedPrompt, chunks: int, tokenizer: Tokenizer, text_
         for row, chunk in enumerate(filled):
             weights[row, 1 : len(chunk) + 1] = torch.tensor([weight for _, weight in chunk])
         weighted = embedded * weights.to(device)[:, :, None]
-        embedded = weighted * (embedded.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+        embedded = weighted * restoring_factor(embedded.float(), weighted.float()).to(weighted)
     return embedded.flatten(0, 1)
+
+
+def restoring_factor(before: Tensor, after: Tensor) -> Tensor:
+    """Return what each chunk is multiplied by after weighting, (chunks, 1, 1); always finite and above 0.
+
+    before, after: embeddings (chunks, length, context_dim). The start token has weight 1, so `after` is never all 0.
+    """
+    axes = (1, 2)
+    size = before.square().mean(axes, keepdim=True).sqrt()
+    mean = before.mean(axes, keepdim=True)
+    ratio = mean / after.mean(axes, keepdim=True)
+    sound = (mean.abs() >= SMALLEST_MEAN * size) & (ratio >= 0.5) & (ratio <= 2)
+    return torch.where(sound, ratio, size / after.square().mean(axes, keepdim=True).sqrt())
