@@ -394,7 +394,7 @@ def test_unfinished_and_damaged_steps_are_never_taken(tmp_path, canonical, shape
     data = bytearray((good / "unet.safetensors").read_bytes())
     data[-1] ^= 1  # a flipped bit leaves a file that reads well
     (good / "unet.safetensors").write_bytes(data)
-    with pytest.raises(BadInput, match="unet.safetensors: damaged since it was written; take another checkpoint"):
+    with pytest.raises(BadInput, match=r"unet\.safetensors: damaged since it was written; take another checkpoint"):
         check_sums(open_checkpoint(run).parts["unet"].path)
 
 

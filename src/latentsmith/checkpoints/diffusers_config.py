@@ -24,7 +24,7 @@ SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_tr
 _LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 _NARROW = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
 _CLIPPING = {**_LINEAR, "clip_sample": True}
-SCHEDULERS = {  # class -> its defaults, which hold for keys that a config leaves out
+SCHEDULERS: dict[str, dict[str, Any]] = {  # class -> its defaults, which hold for keys that a config leaves out
     "PNDMScheduler": _LINEAR, "DDIMScheduler": _CLIPPING, "DDPMScheduler": _CLIPPING, "DEISMultistepScheduler": _LINEAR,
     "DPMSolverMultistepScheduler": _LINEAR, "DPMSolverSinglestepScheduler": _LINEAR, "DPMSolverSDEScheduler": _NARROW,
     "EulerAncestralDiscreteScheduler": _LINEAR, "EulerDiscreteScheduler": _LINEAR, "HeunDiscreteScheduler": _NARROW,
@@ -33,7 +33,8 @@ SCHEDULERS = {  # class -> its defaults, which hold for keys that a config leave
     "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
 }  # fmt: skip
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-FIXED = {  # part -> keys of its config.json and the only values with which our networks compute the same
+# part -> keys of its config.json and the only values with which our networks compute the same
+FIXED: dict[str, dict[str, Any]] = {
     "unet": {
         "act_fn": ("silu", "swish"), "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
         "downsample_padding": (1,), "mid_block_scale_factor": (1,), "norm_eps": (1e-5,), "class_embed_type": (None,),
