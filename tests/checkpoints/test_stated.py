@@ -1,17 +1,30 @@
 """What a checkpoint states of how it is run is obeyed, named in a note, or refused by its key."""
 
+import collections
+import datetime
 import json
+import pathlib
 import shutil
+import struct
 import warnings
+from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from latentsmith.checkpoints import open_checkpoint, prediction_of, spec_of
-from latentsmith.checkpoints.diffusers_config import SCHEDULERS, scheduler_config
+from latentsmith.checkpoints import architecture, nemo, open_checkpoint, prediction_of, spec_of
+from latentsmith.checkpoints.convert import tokenizer_files
+from latentsmith.checkpoints.diffusers_config import SCHEDULERS, model_index, scheduler_config
+from latentsmith.checkpoints.load import network_shapes
+from latentsmith.checkpoints.spec import _beside
+from latentsmith.files.archives import _parse_config
 from latentsmith.files.errors import BadInput
+from latentsmith.files.tensors import open_tensors
+from latentsmith.text.tokenizer import train_vocabulary
+from latentsmith.text.vocabulary import read_vocabulary
 
 SCALED = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -121,3 +134,161 @@ def test_spellings_and_markers_of_v_prediction(tmp_path, make_shapes, metadata, 
     safetensors.torch.save_file(state | {key: torch.ones(0) for key in keys}, tmp_path / "m.safetensors", metadata)
     found, source = prediction_of(open_checkpoint(tmp_path / "m.safetensors"))
     assert found == expected and (expected or "rectified" in source)
+
+
+# --- what a file is
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "a LoRA"),
+        ("unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight", "a LoRA"),
+        ("model.diffusion_model.input_blocks.1.1.proj_in.scale_weight", "scaled fp8"),
+        ("control_model.input_hint_block.0.weight", "a ControlNet"),
+        ("controlnet_cond_embedding.conv_in.weight", "a ControlNet"),
+        ("conditioner.embedders.0.transformer.text_model.final_layer_norm.weight", "an SDXL model"),
+        ("add_embedding.linear_1.weight", "an SDXL model"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "a diffusion transformer"),
+        ("emb_params", "a textual inversion embedding"),
+    ],
+)
+def test_foreign_weights_are_named_as_what_they_are(tmp_path, key, message):
+    safetensors.torch.save_file({key: torch.ones(2, 2)}, tmp_path / "m.safetensors")
+    with pytest.raises(BadInput, match=f"m.safetensors: .*{message}.*, which is not supported"):
+        open_checkpoint(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("wrap", [("model",), ("module",), ("state_dict", "state_dict"), ("model", "module")])
+def test_a_state_dict_is_found_under_its_wrappers(tmp_path, wrap):
+    state = {"conv_in.weight": torch.arange(3.0)}
+    for key in wrap:
+        state = {key: state, "epoch": 3}
+    torch.save(state, tmp_path / "m.ckpt")
+    file = open_tensors(tmp_path / "m.ckpt")
+    assert list(file) == ["conv_in.weight"] and file.extras["epoch"] == 3
+
+
+def test_harmless_objects_of_a_pickle_are_placeholders(tmp_path):
+    harmless = [
+        pathlib.PurePosixPath("a"), collections.Counter("ab"), collections.deque([1]), datetime.datetime(2024, 1, 2),
+        datetime.timedelta(1), torch.device("cpu"), torch.float16, torch.Size([2]), np.arange(3), np.float64(2),
+        np.random.RandomState(0).get_state(), torch.get_rng_state(),
+    ]  # fmt: skip
+    torch.save({"state_dict": {"conv_in.weight": torch.ones(2)}, "rest": harmless}, tmp_path / "m.ckpt")
+    assert list(open_tensors(tmp_path / "m.ckpt")) == ["conv_in.weight"]
+
+
+def test_null_metadata_and_rare_dtypes(tmp_path):
+    header = json.dumps({"__metadata__": None, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "null.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + struct.pack("<f", 2))
+    assert open_tensors(tmp_path / "null.safetensors")["a"].item() == 2
+    rare = {name: torch.ones(2).to(getattr(torch, name)) for name in ("uint16", "uint32", "uint64", "complex64")}
+    rare["float8_e8m0fnu"] = torch.ones(2).to(torch.float8_e8m0fnu)
+    safetensors.torch.save_file(rare, tmp_path / "rare.safetensors")
+    file = open_tensors(tmp_path / "rare.safetensors")
+    assert {name: str(file[name].dtype) for name in file} == {name: f"torch.{name}" for name in rare}
+
+
+def test_files_beside_a_single_file_are_named(tmp_path, folder):
+    for name in ("m.safetensors", "m.yaml", "m.vae.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [note.split()[0] for note in _beside(tmp_path / "m.safetensors")] == ["m.yaml", "m.vae.pt"]
+
+
+# --- NeMo's model configs
+
+
+def with_config(tmp_path, shapes, **config):
+    state = {f"model.text_encoder.{name}": torch.zeros(shape) for name, shape in shapes["text_encoder"].items()}
+    torch.save(state | {"model.scale_factor": torch.tensor(0.7543)}, tmp_path / "m.ckpt")
+    return replace(open_checkpoint(tmp_path / "m.ckpt"), config=config)
+
+
+def test_nemo_keys(tmp_path, shapes):
+    checkpoint = with_config(tmp_path, shapes, scale_factor=1.0, cosine_s=0.01, beta_schedule="cosine")
+    facts = nemo.facts(checkpoint)
+    assert facts["scale_factor"] == pytest.approx(0.7543) and facts["cosine_s"] == 0.01
+    text = {"num_attention_heads": 4, "activation": "quick-gelu", "layernorm_epsilon": "1e-5"}
+    checkpoint = with_config(tmp_path, shapes, cond_stage_config={"cfg": {"text": text}})
+    sizes = architecture(checkpoint)["text_encoder"]
+    assert (sizes["heads"], sizes["activation"]) == (4, "quick_gelu")
+    for layer in ("hidden", "pooled"):
+        with pytest.raises(BadInput, match=f"cond_stage_config.layer '{layer}' is not supported"):
+            architecture(with_config(tmp_path, shapes, cond_stage_config={"layer": layer}))
+    both = {"unet_config": {"num_heads": 8, "num_head_channels": 64}}
+    part = checkpoint.parts["text_encoder"]
+    assert nemo.sizes(replace(checkpoint, config=both), replace(part, name="unet")) == {"num_head_channels": 64}
+
+
+def test_numbers_of_yaml_are_numbers(tmp_path):
+    found = _parse_config(tmp_path, b"{linear_start: 85e-5, scale_factor: 1e0, a: 1e-5, name: e5, version: 1e}")
+    assert found == {"linear_start": 85e-5, "scale_factor": 1.0, "a": 1e-5, "name": "e5", "version": "1e"}
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": False}, "do_lower_case false is not supported"),
+        ("tokenizer.json", {"normalizer": None}, "its normalizer does not lower-case"),
+        ("added_tokens.json", {"<cat>": 520}, "adds the token '<cat>'"),
+    ],
+)
+def test_tokenizers_that_would_read_otherwise(tmp_path, file, content, message):
+    train_vocabulary(["a red circle"], 516, tmp_path)
+    whole = json.loads((tmp_path / file).read_text()) if (tmp_path / file).is_file() else {}
+    (tmp_path / file).write_text(json.dumps(whole | content))
+    with pytest.raises(BadInput, match=message):
+        read_vocabulary(tmp_path)
+
+
+def test_the_pad_token_of_a_folder_is_kept(tmp_path, folder):
+    """A folder of v2 that pads with the end token is not turned into one that pads with "!"."""
+    train_vocabulary(["a"], 516, tmp_path / "tokens")
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        (tmp_path / "tokens" / file).unlink(missing_ok=True)
+    checkpoint = open_checkpoint(folder)
+    tensors = {"text_model.embeddings.token_embedding.weight": torch.zeros(600, 32)}
+    files = tokenizer_files(checkpoint, tensors, spec_of(checkpoint), tmp_path / "tokens")
+    assert json.loads(files["special_tokens_map.json"])["pad_token"] == "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [(4, "StableDiffusionPipeline"), (8, "StableDiffusionInstructPix2PixPipeline"),
+     (9, "StableDiffusionInpaintPipeline")],
+)  # fmt: skip
+def test_the_pipeline_that_a_folder_names(folder, inputs, name):
+    spec = spec_of(open_checkpoint(folder))
+    spec = replace(spec, unet_config={**spec.unet_config, "in_channels": inputs})
+    assert model_index(spec)["_class_name"] == name
+    assert hasattr(diffusers, name)
+
+
+def test_no_pipeline_is_named_for_depth_models(folder):
+    spec = spec_of(open_checkpoint(folder))
+    with pytest.raises(BadInput, match="a U-Net of 5 input channels, a depth model: no diffusers folder"):
+        model_index(replace(spec, unet_config={**spec.unet_config, "in_channels": 5}))
+
+
+def test_depths_of_transformers_are_told_by_level(tmp_path, make_shapes):
+    shapes = make_shapes(1, unet={"transformer_depth": [1, 2, 2]})["unet"]
+    torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "m.ckpt")
+    config = {"unet_config": {"num_heads": 2}}
+    found = architecture(replace(open_checkpoint(tmp_path / "m.ckpt"), config=config))["unet"]
+    assert found["transformer_depth"] == [1, 2, 2] and network_shapes("unet", found) == shapes
+
+
+def test_a_nemo_config_has_the_keys_that_restore_from_reads(folder):
+    checkpoint = open_checkpoint(folder)
+    spec = spec_of(checkpoint)
+    parts = {"text_encoder": checkpoint.parts["text_encoder"].entries}
+    keys = (
+        "optim num_timesteps_cond scale_by_std ignore_keys clip_denoised log_every_t use_positional_encodings inductor "
+        "inductor_cudagraphs ckpt_path v_posterior original_elbo_weight l_simple_weight given_betas cosine_s loss_type "
+        "learn_logvar logvar_init concat_mode cond_stage_forward fused_opt"
+    )
+    assert set(keys.split()) <= nemo.nemo_config(parts, spec).keys()

@@ -146,4 +146,4 @@ def test_missing_folder_and_foreign_objects(tmp_path):
 
 def test_safetensors_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(BadInput, match="which safetensors cannot hold"):
-        save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2, dtype=torch.complex64)})
+        save_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(2, dtype=torch.complex128)})

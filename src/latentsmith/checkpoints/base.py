@@ -22,6 +22,7 @@ Written = Callable[[str], None]  # called with each key once its tensor is on di
 SPEC_KEY = "latentsmith.spec"  # entries of ours in the metadata of safetensors files
 NULL_TEXT_KEY = "latentsmith.null_text"
 PAD_KEY = "latentsmith.pad_to"
+SCALE_FACTOR_KEY = "buffer scale_factor"  # of a checkpoint's extras: the number in a tensor of that name
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v_pred": "v_prediction", "x0": "sample", "sample": "sample"}  # fmt: skip
 

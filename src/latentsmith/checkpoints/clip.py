@@ -119,7 +119,7 @@ def _interleaved_heads(title: str, entries: Mapping[str, LazyTensor], config: Ma
     nothing, as that is NeMo's default. A file without a CLIP config is taken as NeMo's two shipped configs make it,
     which say true, with a warning. Heads: from that config, else width / 64 as in every CLIP text tower.
     """
-    text = _text_config(config)
+    text = text_config(config)
     if title == "megatron" and not text:
         note = "a Megatron CLIP without its config: its q, k, v are read in the layout of megatron_legacy: true"
         warnings.warn(note, stacklevel=2)
@@ -129,7 +129,7 @@ def _interleaved_heads(title: str, entries: Mapping[str, LazyTensor], config: Ma
     return int(text.get("num_attention_heads") or width // 64)
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a CLIP config's `text` section: at the top of a CLIP .nemo, else in cond_stage_config.cfg."""
     for inner in (config, (config.get("cond_stage_config") or {}).get("cfg") or {}):
         if isinstance(inner.get("text"), Mapping):

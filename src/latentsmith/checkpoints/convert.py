@@ -1,5 +1,6 @@
 """`latentsmith convert`: a checkpoint of any format rewritten in another, one tensor at a time."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from latentsmith.files.lazy import LazyTensor
 from latentsmith.precision import dtype_of
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
-from latentsmith.text.vocabulary import find_vocabulary, read_vocabulary
+from latentsmith.text.vocabulary import END, START, find_vocabulary, own_vocabulary, read_vocabulary
 
 from . import clip
 from .base import Checkpoint, Format, ModelSpec
+from .diffusers_config import scheduler_class
 from .formats import FORMATS
 from .load import network_shapes
 from .match import match, unused_text
@@ -78,7 +80,7 @@ def convert(
         assert format.write
         format.write(rounded, dst, spec, written=written, **options)
     print(_summary(format, rounded, dst, spec) + (f", {sum(zeroed):,} numbers became 0" if zeroed else ""))
-    for fact in _unread_facts(format, spec):
+    for fact in _unread_facts(format, spec) + _lost_facts(format, spec, checkpoint):
         print(f"note: other programs do not know of {fact}")
     if verify:
         for line in verify_conversion(parts, open_checkpoint(dst), spec, shapes, dtype):
@@ -122,7 +124,9 @@ def tokenizer_files(
             "give the model's own (--tokenizer)"
         )
     if (found / "merges.txt").is_file():
-        return {file.name: file.read_bytes() for file in sorted(found.iterdir()) if file.suffix in (".json", ".txt")}
+        files = {file.name: file.read_bytes() for file in sorted(found.iterdir()) if file.suffix in (".json", ".txt")}
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": vocabulary.pad or END}
+        return {"special_tokens_map.json": json.dumps(special, indent=2).encode()} | files
     pad = "!" if spec.open_clip and vocabulary.pad is None else None
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer(vocabulary, clip.max_length(text_encoder), pad=pad).save(folder)
@@ -133,6 +137,16 @@ def _unread_facts(format: Format, spec: ModelSpec) -> list[str]:
     """Return a phrase for each fact that only latentsmith reads back, so that other programs generate otherwise."""
     null_text = ["zeros as the null text (they take the empty prompt)"] if spec.null_text == "zero" else []
     return null_text + format.loses(spec)
+
+
+def _lost_facts(format: Format, spec: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Return a phrase for each fact of a diffusers folder that the format written has no place for."""
+    lost, scheduler, own = [], scheduler_class(checkpoint), own_vocabulary(checkpoint.path)
+    if scheduler not in (None, "PNDMScheduler", "DDIMScheduler"):
+        lost.append(f"the source's scheduler, {scheduler}, which is not written")
+    if own and spec.open_clip and not format.needs_tokenizer and (pad := read_vocabulary(own).pad or END) != "!":
+        lost.append(f"the pad token {pad} (they pad with !)")
+    return lost
 
 
 def _summary(format: Format, parts: Mapping[str, Mapping[str, LazyTensor]], dst: Path, spec: ModelSpec) -> str:

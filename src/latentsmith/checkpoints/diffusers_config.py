@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from latentsmith.architectures import CLIP_SIZES
+from latentsmith.architectures import CLIP_SIZES, UNET_INPUTS
 from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
 from latentsmith.files.errors import BadInput
 from latentsmith.files.json import read_json
@@ -32,6 +32,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {  # class -> its defaults, which hold f
     "UniPCMultistepScheduler": _LINEAR,
     "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
 }  # fmt: skip
+PIPELINES = {0: "StableDiffusionPipeline", 4: "StableDiffusionInstructPix2PixPipeline",
+             5: "StableDiffusionInpaintPipeline"}  # by the U-Net's input channels beside its latents  # fmt: skip
 SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 # part -> keys of its config.json and the only values with which our networks compute the same
 FIXED: dict[str, dict[str, Any]] = {
@@ -189,7 +191,7 @@ def written_tokenizer(files: Mapping[str, bytes], parts: Parts, spec: ModelSpec)
 def model_index(spec: ModelSpec) -> dict[str, Any]:
     """Return model_index.json."""
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": _pipeline_class(spec),
         **VERSION,
         "scheduler": ["diffusers", scheduler_config(spec)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -201,6 +203,20 @@ def model_index(spec: ModelSpec) -> dict[str, Any]:
         "safety_checker": [None, None],
         "requires_safety_checker": False,
     }
+
+
+def _pipeline_class(spec: ModelSpec) -> str:
+    """Return the pipeline for the input channels that a U-Net has beside its latents. Raises BadInput for others."""
+    inputs, latents = spec.unet_config.get("in_channels", 4), spec.unet_config.get("out_channels", 4)
+    if inputs - latents not in PIPELINES:
+        purpose = UNET_INPUTS.get(inputs, "a model of another kind")
+        raise BadInput(f"a U-Net of {inputs} input channels, {purpose}: no diffusers folder is written of it")
+    return PIPELINES[inputs - latents]
+
+
+def scheduler_class(checkpoint: Checkpoint) -> str | None:
+    """Return the class that a folder's scheduler_config.json names; None where there is none."""
+    return _config(checkpoint.path / "scheduler", "scheduler_config.json").get("_class_name")
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:

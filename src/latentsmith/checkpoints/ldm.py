@@ -16,6 +16,7 @@ from latentsmith.files.tensors import open_tensors, save_safetensors
 
 from . import clip
 from .base import (
+    SCALE_FACTOR_KEY,
     SPEC_KEY,
     Checkpoint,
     Contents,
@@ -41,6 +42,7 @@ BUFFERS = (
 )
 KEY_RULES = (
     ("ema", r"model_ema\."),
+    ("other", r"(?=(model\.)?first_stage_model\.model_ema\.)"),  # averages of the VAE's own training
     ("unet", r"(model\.){0,2}diffusion_model\."),
     ("vae", r"(model\.)?first_stage_model\."),
     ("text_encoder", r"(model\.)?cond_stage_model\."),
@@ -83,6 +85,7 @@ def ema_key(key: str) -> str:
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what ModelSpec metadata (SAI's, 1.0.0) and the empty tensors v_pred and ztsnr state."""
     found: dict[str, Any] = {"zero_terminal_snr": True} if "ztsnr" in checkpoint.ignored else {}
+    found |= {"scale_factor": checkpoint.extras.get(SCALE_FACTOR_KEY)}
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if stated := checkpoint.metadata.get(key):
             prediction = known_prediction(stated)

@@ -15,11 +15,13 @@ import yaml
 
 from latentsmith.files.archives import is_archive, open_nemo
 from latentsmith.files.atomic import atomic_open
+from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.torch_zip import write_torch_zip
 
 from . import clip, ldm
 from .base import (
+    SCALE_FACTOR_KEY,
     Checkpoint,
     Contents,
     Dialect,
@@ -39,9 +41,16 @@ from .base import (
 TARGET = "nemo.collections.multimodal.models.text_to_image.stable_diffusion.ldm.ddpm.MegatronLatentDiffusion"
 ENCODERS = "nemo.collections.multimodal.modules.stable_diffusion"
 AUTOENCODER = "nemo.collections.multimodal.models.text_to_image.stable_diffusion.ldm.autoencoder.AutoencoderKL"
+RESTORE_KEYS: dict[str, Any] = {  # read by NeMo's restore_from without a default; the values are those of its configs
+    "optim": {"name": "fused_adam", "lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]},
+    "num_timesteps_cond": 1, "scale_by_std": False, "ignore_keys": [], "clip_denoised": True, "log_every_t": 10,
+    "use_positional_encodings": False, "inductor": False, "inductor_cudagraphs": False, "ckpt_path": None,
+    "v_posterior": 0.0, "original_elbo_weight": 0.0, "l_simple_weight": 1.0, "given_betas": None, "loss_type": "l2",
+    "learn_logvar": False, "logvar_init": 0.0, "concat_mode": True, "cond_stage_forward": None, "fused_opt": True,
+}  # fmt: skip
 OWN_SECTION = "latentsmith"  # of a model config that we write: what NeMo has no key for
 PADDED_LENGTH = 80  # text embeddings of a caption in NeMo v2.0.0, zeros from the 78th on
-SCHEDULE = ("linear_start", "linear_end", "timesteps", "beta_schedule")
+SCHEDULE = ("linear_start", "linear_end", "timesteps", "beta_schedule", "cosine_s")
 OWN_SCHEDULE = ("zero_terminal_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one")
 BLOCK = 512  # bytes of a tar header, and what members are padded to
 KEY_RULES = (
@@ -123,15 +132,24 @@ def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
         if not isinstance(unet, Mapping):
             return None
         found = {key: unet.get(key) for key in ("num_heads", "num_head_channels", "resblock_gn_groups")}
+        if (unet.get("num_head_channels") or -1) != -1:  # where both are set, NeMo takes this one
+            found["num_heads"] = None
         found["upcast_attention"] = (own.get("unet_config") or {}).get("upcast_attention")
         return {key: value for key, value in found.items() if value and value != -1}
     if part.name == "vae":
         groups = ((config.get("first_stage_config") or {}).get("ddconfig") or {}).get("num_groups")
         return {"num_groups": groups} if groups else None
-    stated = stated_text(checkpoint)
+    stated, tower = stated_text(checkpoint), clip.text_config(config)
+    if stated.get("layer") not in (None, "last", "penultimate"):
+        raise BadInput(f"{part.path}: cond_stage_config.layer {stated['layer']!r} is not supported (last, penultimate)")
+    if float(tower.get("layernorm_epsilon") or 1e-5) != 1e-5:
+        raise BadInput(f"{part.path}: its CLIP's layernorm_epsilon is {tower['layernorm_epsilon']}, only 1e-5 works")
+    activation = str(tower.get("activation") or "").replace("-", "_") or None
+    if activation not in (None, "gelu", "quick_gelu"):
+        raise BadInput(f"{part.path}: its CLIP's activation {activation!r} is not supported (gelu, quick_gelu)")
     found = {
-        "heads": stated.get("num_attention_heads") or stated.get("heads"),
-        "activation": stated.get("hidden_act") or stated.get("activation"),
+        "heads": stated.get("num_attention_heads") or stated.get("heads") or tower.get("num_attention_heads"),
+        "activation": stated.get("hidden_act") or stated.get("activation") or activation,
         "layer": stated.get("layer") if stated.get("layer") in ("last", "penultimate") else None,
         "pad_to": PADDED_LENGTH if pads_text(stated) and clip.max_length(part.entries) == 77 else None,
     }
@@ -158,7 +176,12 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what a model config states of a model."""
     config = {**checkpoint.config, **own_section(checkpoint)}
     found = {key: config[key] for key in (*SCHEDULE, *OWN_SCHEDULE) if key in config}
+    if found.get("cosine_s", 0) is None:
+        del found["cosine_s"]
+    if config.get("given_betas"):
+        found["refused"] = "its model config gives given_betas, a schedule of its own, which is not supported"
     found |= {key: checkpoint.config.get(key) for key in ("image_size", "scale_factor")}
+    found["scale_factor"] = checkpoint.extras.get(SCALE_FACTOR_KEY, found["scale_factor"])  # scale_by_std measured it
     if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
         found["null_text"] = "zero"
     if stated := config.get("parameterization"):
@@ -262,6 +285,8 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "cond_stage_trainable": False,
         "conditioning_key": "crossattn",
         "scale_factor": spec.scale_factor,
+        **RESTORE_KEYS,
+        "cosine_s": spec.cosine_s,
         "text_embedding_dropout_rate": 0.1 if spec.null_text == "zero" else 0.0,
         "unet_config": _plain(unet),
         "first_stage_config": _plain(vae),

@@ -1,7 +1,7 @@
 """Open any supported checkpoint and sort what it holds into parts, reading headers only."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,19 @@ from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile
 
 from . import clip, ldm
-from .base import Checkpoint, Contents, Part, some
+from .base import SCALE_FACTOR_KEY, Checkpoint, Contents, Part, some
 from .formats import FORMATS, classify_key
+
+FOREIGN = {  # what only the keys of a model that is not supported match -> what the file is
+    r"\.lora[._](A|B|up|down|linear_layer)|^lora_|\.lora_(A|B|up|down|magnitude)|_lora\.|\.hada_w|\.lokr_w|\.base_layer\.":
+        "a LoRA, or weights with one left in them; merge it first",
+    r"\.scale_(weight|input)$|^scaled_fp8$|\.weight_scale$": "weights in scaled fp8; take those in half precision",
+    r"^controlnet_|controlnet_cond_embedding|^input_hint_block|^zero_convs": "a ControlNet",
+    r"^conditioner\.embedders\.|label_emb\.0\.|add_embedding\.": "an SDXL model",
+    r"joint_blocks\.|(^|\.)x_embedder|context_embedder|double_blocks\.|^single_transformer_blocks\.":
+        "a diffusion transformer (SD3, FLUX)",
+    r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual inversion embedding",
+}  # fmt: skip
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
@@ -30,6 +41,17 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     if None in contents.files:
         return _classified(path, contents.files[None], weights, contents)
     return _merged(path, contents, weights)
+
+
+def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:
+    """Raise BadInput, with what the file is, for weights of a model that is not supported."""
+    keys = list(keys)
+    alone = all(key.startswith("control_model.") for key in keys)  # beside a U-Net it is left unread
+    for key in keys:
+        key = key.removeprefix("control_model.") if alone else key
+        for pattern, title in FOREIGN.items():
+            if re.search(pattern, key):
+                raise BadInput(f"{path}: {title} ({key}), which is not supported")
 
 
 def _merged(folder: Path, contents: Contents, weights: str) -> Checkpoint:
@@ -54,6 +76,7 @@ def _merged(folder: Path, contents: Contents, weights: str) -> Checkpoint:
 
 def _classified(path: Path, file: TensorFile, weights: str, contents: Contents | None = None) -> Checkpoint:
     """Return the checkpoint of one file, every key of it in exactly one class."""
+    _refuse_foreign(path, file.entries)
     entries: dict[str, dict[str, LazyTensor]] = {}
     keys: dict[str, dict[str, str]] = {}
     for key, entry in file.entries.items():
@@ -66,9 +89,13 @@ def _classified(path: Path, file: TensorFile, weights: str, contents: Contents |
     unknown = tuple(keys.get("unknown", {}).values())
     if unknown and entries.keys() <= {"unknown", "other", "schedule"}:
         raise BadInput(f"{path}: {len(unknown)} keys of no known format ({some(unknown)})")
-    has_ema = len(entries.get("ema", {})) > 2  # "ema-only" files carry just decay and num_updates
+    # "ema-only" files carry just decay and num_updates; the averages of a VAE alone are its own.
+    has_ema = len(entries.get("ema", {})) > 2 and ("unet" in entries or "vae" not in entries)
     if has_ema and weights == "ema":
         entries["unet"] = ldm.averaged_unet(path, entries["ema"], entries.get("unet", {}))
+    extras = file.extras
+    if measured := entries.get("schedule", {}).get("scale_factor"):
+        extras = {**extras, SCALE_FACTOR_KEY: float(measured.read())}
     parts = {part: Part(part, path, entries[part], keys[part]) for part in COMPONENTS if part in entries}
     return Checkpoint(
         path,
@@ -76,7 +103,7 @@ def _classified(path: Path, file: TensorFile, weights: str, contents: Contents |
         parts,
         tuple(key for cls in ("ema", "schedule", "other") for key in keys.get(cls, {}).values()),
         file.metadata,
-        file.extras,
+        extras,
         (contents and contents.config) or _stored_config(file),
         has_ema,
         unknown,

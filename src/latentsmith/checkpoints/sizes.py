@@ -66,6 +66,8 @@ def _unet(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         resnets = _counted(shapes, r"down_blocks\.(\d+)\.resnets\.(\d+)\.time_emb_proj\.weight")
         depths = _counted(shapes, r"down_blocks\.(\d+)\.attentions\.0\.transformer_blocks\.(\d+)\.attn2\.to_k\.weight")
+        middle = _counted(shapes, r"mid_block\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.attn2\.to_k\.weight")
+        deep = [depth or middle[0] for depth in depths + [0] * (len(resnets) - len(depths))]
         widths = [shapes[f"down_blocks.{level}.resnets.0.time_emb_proj.weight"][0] for level in range(len(resnets))]
         channels, inputs = shapes["conv_in.weight"][:2]
         projection = next(shape for name, shape in shapes.items() if name.endswith("proj_in.weight"))
@@ -76,7 +78,7 @@ def _unet(part: Part, checkpoint: Checkpoint) -> dict[str, Any]:
             "channel_mult": [width // channels for width in widths],
             "num_res_blocks": resnets[0] if len(set(resnets)) == 1 else resnets,
             "attention_resolutions": [2**level for level, depth in reversed(list(enumerate(depths))) if depth],
-            "transformer_depth": max(depths),
+            "transformer_depth": deep[0] if len(set(deep)) == 1 else deep,
             "context_dim": context_width(checkpoint),
             "use_linear_in_transformer": len(projection) == 2,
         }

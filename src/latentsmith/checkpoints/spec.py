@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from latentsmith.architectures import COMPONENTS
@@ -48,8 +49,18 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
     facts["scale_factor"] = facts.get("scale_factor") or ModelSpec.scale_factor
     if NULL_TEXT_KEY in checkpoint.metadata:
         facts["null_text"] = checkpoint.metadata[NULL_TEXT_KEY]
+    for note in _beside(checkpoint.path):
+        warnings.warn(f"{checkpoint.path}: {note}", stacklevel=2)
     configs = architecture(checkpoint)
     return ModelSpec(configs["unet"], configs["vae"], configs["text_encoder"], prediction, **facts)
+
+
+def _beside(path: Path) -> list[str]:
+    """Return a note for each file beside a single file that web UIs read with it, and that is not read here."""
+    if not path.is_file():
+        return []
+    names = [path.with_suffix(ending).name for ending in (".yaml", ".vae.pt", ".vae.safetensors", ".vae.ckpt")]
+    return [f"{name} beside it, which web UIs use, is not read" for name in names if path.with_name(name).is_file()]
 
 
 def _stored(checkpoint: Checkpoint) -> ModelSpec:

@@ -89,12 +89,20 @@ def _config_bytes(path: Path, plain: Path, members: dict[str, tarfile.TarInfo]) 
         return file.read(config.size)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with OmegaConf's rule of what is a number: 1e-5 and 1e0 are, not only 1.0e-5."""
+
+
+EXPONENT = re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+
+
 def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
     # safe_load expands aliases by reference, but they are all that can nest a small file into a large one.
     if text.count(b"*") > 1000:
         raise BadInput(f"{path}: refused, its model_config.yaml is full of aliases")
     try:
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"{path}: its model_config.yaml is no YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(config, dict):

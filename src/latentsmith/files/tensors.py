@@ -26,8 +26,11 @@ from .torch_zip import read_torch_zip
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64, "C64": torch.complex64,
 }  # fmt: skip
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys under which programs put a state dict
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -110,12 +113,17 @@ def tensors_of(path: Path, loaded: Any) -> TensorFile:
     if not isinstance(loaded, dict):
         raise BadInput(f"{path}: holds a {type(loaded).__name__}, not a dictionary of tensors")
     inner = loaded.get("state_dict", loaded)
+    while isinstance(inner, dict) and not any(isinstance(value, LazyTensor) for value in inner.values()):
+        wrapper = next((key for key in WRAPPERS if isinstance(inner.get(key), dict)), None)
+        if wrapper is None:
+            break
+        inner = inner[wrapper]
     if not isinstance(inner, dict):
         raise BadInput(f"{path}: its state_dict is a {type(inner).__name__}, not a dictionary of tensors")
     entries = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, LazyTensor)}
     if not entries:
         raise BadInput(f"{path}: holds no tensors")
-    extras = {str(name): value for name, value in loaded.items() if name != "state_dict" and str(name) not in entries}
+    extras = {str(name): value for name, value in loaded.items() if name not in WRAPPERS and str(name) not in entries}
     return TensorFile(path, entries, extras=extras)
 
 

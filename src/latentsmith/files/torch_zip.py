@@ -35,9 +35,15 @@ INERT_NAMES = frozenset(
         "_codecs.encode",  # how numpy scalars and bytes are spelt in old pickle protocols
         "typing.Any",  # OmegaConf's metadata names types; none is ever called
         "argparse.Namespace",
-        "pathlib.Path",
-        "pathlib.PosixPath",
-        "collections.defaultdict",
+        *(f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in
+          ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+        *(f"collections.{name}" for name in ("defaultdict", "Counter", "deque")),
+        *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+        *(f"{module}.{name}" for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric",
+          "numpy._core.numeric") for name in ("_reconstruct", "_frombuffer")),
+        "numpy.ndarray",
+        "torch.device",
+        "uuid.UUID",
         "_io.BytesIO",  # scales that Transformer Engine keeps as _extra_state
         "io.BytesIO",
         *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in

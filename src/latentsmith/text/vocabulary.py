@@ -148,9 +148,22 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
             f"{path}: no vocabulary; give a folder with vocab.json and merges.txt, tokenizer.json or .txt.gz"
         )
     folder = path if path.is_dir() else path.parent
+    _refuse_cased(folder)
+    added = folder / "added_tokens.json"
+    if added.is_file() and (extra := sorted(read_json(added, TOKENIZER_FILE).keys() - tokens.keys())):
+        raise BadInput(f"{added}: adds the token {extra[0]!r}; added tokens are not supported, give CLIP's own file")
     if path.suffix == ".gz":
         return _checked(path, Vocabulary(tokens, merges))
     return _checked(path, Vocabulary(tokens, merges, _pad_of(folder), _cleaning_of(folder)))
+
+
+def _refuse_cased(folder: Path) -> None:
+    """Raise BadInput for a tokenizer that keeps capitals: captions are lower-cased here, as CLIP's are."""
+    config, whole = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if config.is_file() and read_json(config, TOKENIZER_FILE).get("do_lower_case") is False:
+        raise BadInput(f"{config}: do_lower_case false is not supported; CLIP's tokenizer lower-cases")
+    if whole.is_file() and "Lowercase" not in str(read_json(whole, TOKENIZER_FILE).get("normalizer", "Lowercase")):
+        raise BadInput(f"{whole}: its normalizer does not lower-case, which is not supported; give CLIP's tokenizer")
 
 
 def _checked(path: Path, vocabulary: Vocabulary) -> Vocabulary:
