@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LAST_SEED = 2**63 - 1
+LONGEST_SIDE = 16_384  # pixels
+MAX_PIXELS = 2**25  # of one image; its float32 pixels are 400 MB
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -71,6 +73,12 @@ def check_options(described: Any) -> None:
     for name, each in options_of(type(described)).items():
         if (value := getattr(described, name)) is not None:
             each.check(name, value)
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Raise BadInput for an image of more than MAX_PIXELS."""
+    if height * width > MAX_PIXELS:
+        raise BadInput(f"an image of {height}x{width} has {height * width:,} pixels; at most {MAX_PIXELS:,} are made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +152,22 @@ class SamplingOptions:
     """
 
     height: int | None = option(
-        int, None, "Pixels; by default what the model was trained at.", low=1, flags=("--height", "-H"), nemo="height"
+        int,
+        None,
+        "Pixels; by default what the model was trained at.",
+        low=1,
+        high=LONGEST_SIDE,
+        flags=("--height", "-H"),
+        nemo="height",
     )
     width: int | None = option(
-        int, None, "Pixels; by default what the model was trained at.", low=1, flags=("--width", "-W"), nemo="width"
+        int,
+        None,
+        "Pixels; by default what the model was trained at.",
+        low=1,
+        high=LONGEST_SIDE,
+        flags=("--width", "-W"),
+        nemo="width",
     )
     num_inference_steps: int = option(
         int, 25, "Sampling steps.", low=1, nemo="inference_steps", axis=True,
@@ -191,6 +211,13 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.height and self.width:
+            check_pixels(self.height, self.width)
+
+    @property
+    def steps_from_image(self) -> int:
+        """Steps done from an image to start from: strength times the steps, rounded down, but for errors of floats."""
+        return int(self.num_inference_steps * self.strength + 1e-9)
 
     @property
     def size(self) -> tuple[int, int]:

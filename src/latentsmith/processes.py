@@ -6,10 +6,22 @@ from latentsmith.files.errors import BadInput
 
 
 def process_of() -> tuple[int, int]:
-    """Return (rank, number of processes) as torchrun or srun sets them; (0, 1) without either and in a batch script."""
-    for rank, processes in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if rank in os.environ and processes in os.environ:
-            return int(os.environ[rank]), int(os.environ[processes])
+    """Return (rank, number of processes) as torchrun or srun sets them; (0, 1) without either and in a batch script.
+
+    Raises BadInput for variables that cannot be: left over, or set by hand.
+    """
+    for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if all(name in os.environ for name in names):
+            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            try:
+                rank, processes = (int(os.environ[name]) for name in names)
+            except ValueError:
+                raise BadInput(f"{given}: give whole numbers, or unset both to run one process") from None
+            if not 0 <= rank < processes:
+                raise BadInput(f"{given}: a rank is below the number of processes; unset both to run one process")
+            return rank, processes
+    if os.environ.get("RANK", "0") != "0" and "LOCAL_RANK" not in os.environ:
+        raise BadInput(f"RANK={os.environ['RANK']} without WORLD_SIZE: set both, or unset it to run one process")
     return 0, 1
 
 

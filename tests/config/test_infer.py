@@ -30,7 +30,7 @@ def test_what_generate_reads():
     assert found == {
         "guidance_scale": 7.5, "count": 4, "batch_size": 8, "height": 512, "width": 512, "num_inference_steps": 25,
         "sampler": "DPM",
-        "eta": 0, "out": "stable-diffusion", "seed": 123, "source": "sd.nemo", "dtype": "fp16",
+        "negative_prompt": "", "eta": 0, "out": "stable-diffusion", "seed": 123, "source": "sd.nemo", "dtype": "fp16",
     }  # fmt: skip
     fid = read_infer(FID)
     assert fid["fid"]["classifier_free_guidance"] == [1.5, 2, 8] and fid["out"] == "output"

@@ -70,3 +70,16 @@ def test_karras_sigmas_of_the_paper():
 def test_grids_that_do_not_exist(sampler, steps, message):
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         sampling_schedule(SCHEDULE, sampler, steps)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "end", "differ"),
+    [
+        ("leading", 13, 0, 0), ("trailing", 25, 0, 0), ("trailing", 13, 0.0292, 11), ("trailing", 7, 0.0292, 5),
+        ("linspace", 7, 0, 6), ("linspace", 13, 0, 12), ("linspace", 20, 0, 19), ("linspace", 30, 0, 29),
+    ],
+)  # fmt: skip
+def test_ddims_targets_are_as_docs_sampling_says(spacing, steps, end, differ):
+    schedule = sampling_schedule(NoiseSchedule.from_config(), "ddim", steps, spacing=spacing, set_alpha_to_one=True)
+    assert schedule.sigmas[-1].item() == pytest.approx(end, abs=1e-4)
+    assert (schedule.step_targets[:-1] != schedule.sigmas[1:-1]).sum() == differ

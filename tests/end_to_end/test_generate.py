@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentsmith.diffusion import samplers
 from latentsmith.inference import generate as module
 from latentsmith.inference.png import parameters_text, read_metadata
 from latentsmith.text.tokenizer import train_vocabulary
@@ -181,7 +182,16 @@ def test_one_process_of_several_says_so(run_generate, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, printed = run_generate("a", "b", "c")
     assert code == 0 and "1 images, share 2 of 2" in printed.out
+    assert "share 2 of 2: the environment says that this is process 1 of 2" in printed.out
     assert run_generate("--sheet", "a", "b")[0] == 2
+    for rank, processes in [("2", "2"), ("-1", "2"), ("0", "0"), ("x", "2"), ("", "2")]:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        code, printed = run_generate("a")
+        assert code == 2 and f"RANK={rank}, WORLD_SIZE={processes}: " in printed.err
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "1")
+    assert run_generate("a")[0] == 2
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script, not srun
     monkeypatch.setenv("SLURM_NTASKS", "4")
@@ -335,13 +345,39 @@ def test_processes_share_the_work(world, tmp_path):
 
 
 def test_parameters_of_any_prompt_survive(tmp_path):
-    options = dict(num_inference_steps=1, sampler="ddim", strength=0.75, eta=0.0)
+    options = dict(
+        num_inference_steps=1, sampler="ddim", strength=0.75, eta=0.0, prompt_syntax="plain", timestep_spacing=None,
+        guidance_rescale=0.0,
+    )  # fmt: skip
     made = dict(
-        prompt="日本 🐈\nsecond line", negative_prompt=None, seed=1, guidance_scale=1.0,
+        prompt="日本 🐈\nsecond (line)", negative_prompt=None, seed=1, guidance_scale=1.0,
         variation_strength=0.0, variation_seed=0, sampler="ddim", image=None,
         options=options, model={"hash": "ab" * 32, "from": "a,b.ckpt"}, versions={"latentsmith": "0"},
     )  # fmt: skip
     path = module.save_image(Image.new("RGB", (8, 8)), tmp_path, made)
     assert path.name == "second-line-seed1.png"
-    assert Image.open(path).info["parameters"] == parameters_text(made, (8, 8))
+    assert Image.open(path).info["parameters"] == (
+        "日本 🐈 second \\(line\\)\nSteps: 1, Sampler: DDIM, Schedule type: Uniform, CFG scale: 1.0, "
+        'Seed: 1, Size: 8x8, Model hash: ababababab, Model: "a,b", RNG: CPU, Version: latentsmith 0'
+    )
     assert json.loads(Image.open(path).info["latentsmith"]) == made
+    made["options"]["prompt_syntax"] = "webui"
+    assert parameters_text(made | {"prompt": "(a:1.2)"}, (8, 8)).startswith("(a:1.2)\n")
+    for name, value in [
+        ("prompt", "a cat\nSteps: 5, Seed: 1"), ("prompt", "Negative prompt: a"), ("prompt", "a BREAK b"),
+        ("negative_prompt", "x\nNegative prompt:"), ("negative_prompt", "<lora:x:1>"),
+    ]:  # fmt: skip
+        with pytest.warns(UserWarning, match="is not written for web UIs, which would misread it"):
+            path = module.save_image(Image.new("RGB", (8, 8)), tmp_path, made | {name: value})
+        assert "parameters" not in Image.open(path).info and "latentsmith" in Image.open(path).info
+
+
+def test_a_sampler_added_as_contributing_says_is_saved(run_generate, tmp_path):
+    register = samplers.register("mine", samplers.EVERY_SIGMA, "Mine", ["k_mine"])
+    register(samplers.sample_euler)
+    try:
+        assert run_generate("--sampler", "k_mine", "a")[0] == 0
+    finally:
+        del samplers.SAMPLERS["mine"]
+    (path,) = (tmp_path / "out").iterdir()
+    assert read_metadata(path)["sampler"] == "mine" and "Sampler: Mine," in Image.open(path).info["parameters"]

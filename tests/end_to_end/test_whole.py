@@ -79,7 +79,7 @@ def test_generate_writes_pictures_that_say_how_they_were_made(world, tmp_path):
         text = picture.text["parameters"]
     expected = {"prompt": PROMPTS[0], "negative_prompt": "blurry", "seed": 6, "sampler": "ddim"}
     assert all(made[name] == value for name, value in expected.items()) and made["guidance_scale"] == 2
-    settings = "Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 6, Size: 16x16"
+    settings = "Steps: 3, Sampler: DDIM, Schedule type: Uniform, CFG scale: 2.0, Seed: 6, Size: 16x16"
     assert text.startswith(f"a small red circle\nNegative prompt: blurry\n{settings}")
     assert not np.array_equal(pictures["a-star-seed5.png"], pictures["a-star-seed6.png"])
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from latentsmith.checkpoints import ModelSpec
+from latentsmith.diffusion import NoiseSchedule
 from latentsmith.files.errors import BadInput
-from latentsmith.image_request import options_from_nemo
+from latentsmith.image_request import SamplingOptions, options_from_nemo
 from latentsmith.inference import Pipeline, Tokenizer
-from latentsmith.inference.images import to_image
+from latentsmith.inference.images import InitImage, to_image
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 from latentsmith.text.tokenizer import train_vocabulary
 
@@ -92,6 +93,40 @@ def test_guidance_of_each_prompt(pipeline):
         assert apart(alone, both[number : number + 1]) <= 1
 
 
+def test_a_long_negative_prompt_of_an_image_without_guidance(pipeline):
+    options = dict(negative_prompt=LONG * 2)
+    both = images(pipeline, [LONG, LONG + " red", "a"], guidance_scale=[1.0, 7.5, 1.0], **options)
+    for number, (prompt, scale) in enumerate([(LONG, 1.0), (LONG + " red", 7.5), ("a", 1.0)]):
+        assert apart(images(pipeline, prompt, guidance_scale=scale, **options), both[number : number + 1]) <= 1
+    mixed = images(pipeline, ["a", "b"], negative_prompt=[LONG * 2, None], guidance_scale=[1.0, 7.5])
+    assert apart(images(pipeline, "a", guidance_scale=1.0), mixed[:1]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "done"), [(100, 0.29, 29), (30, 0.834, 25), (30, 0.843, 25), (4, 1.0, 4)]
+)
+def test_steps_done_from_an_image(steps, strength, done):
+    assert SamplingOptions(num_inference_steps=steps, strength=strength).steps_from_image == done
+
+
+def test_nothing_outside_a_mask_depends_on_what_is_generated():
+    """A product with 0 keeps NaN."""
+    mask = torch.zeros(1, 4, 4)
+    init_image = InitImage(torch.ones(3, 4, 4), mask, mask)
+    assert (init_image.around(torch.full((3, 4, 4), float("nan"))) == 1).all()
+
+
+def test_karras_sigmas_of_a_steep_schedule_are_noted(pipeline):
+    cosine = copy.copy(pipeline)
+    cosine.schedule = NoiseSchedule.from_config(beta_schedule="squaredcos_cap_v2")
+    for sampler in ("dpmsolver++", "dpmsolver++_sde", "dpmsolver++_singlestep", "unipc"):
+        for steps in (10, 50):
+            with pytest.warns(UserWarning, match=f"of {steps} steps share timesteps"):
+                cosine.completed(SamplingOptions(sampler=f"{sampler} Karras", num_inference_steps=steps))
+            pipeline.completed(SamplingOptions(sampler=f"{sampler} Karras", num_inference_steps=steps))
+    cosine.completed(SamplingOptions(sampler="euler Karras", num_inference_steps=10))
+
+
 def test_a_distinct_prompt_is_encoded_once(pipeline, monkeypatch):
     encoded = []
     encode = pipeline.text_encoder.forward
@@ -165,13 +200,22 @@ def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
         (dict(eta=0.5, sampler="heun"), "heun has no share of noise to choose"),
         (dict(timestep_spacing="wide"), "wide"),
         (dict(strength=0.1, image=Image.new("RGB", (24, 16))), "strength 0.1 of 4 steps leaves none"),
+        (dict(height=65_536, width=65_536), "height is 65536; it must be between 1 and 16384"),
+        (dict(height=16_384, width=16_384), "16384x16384 has 268,435,456 pixels; at most 33,554,432 are made"),
+        (
+            dict(image=Image.new("L", (12_000, 12_000)), height=None, width=None),
+            "144,000,000 pixels; at most 33,554,432",
+        ),
+        (dict(image=Image.new("L", (12_000, 16)), height=12_000, width=None), "144,000,000 pixels; at most 33,554,432"),
+        (dict(seed=2**64 - 1), "seed is 18446744073709551615; it must be between 0 and 9223372036854775807"),
+        (dict(seed=2**63 - 1, num_images_per_prompt=2), "seed is 9223372036854775808; it must be between 0 and"),
         (dict(image="cat.png"), "image is a str; give a PIL image"),
         (dict(seed=[1, 2]), "seed holds 2 for 1 prompts"),
         (dict(seed=-1), "seed is -1; it must be between 0 and"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
         (dict(num_inference_steps=0), "num_inference_steps is 0; it must be at least 1"),
         (dict(num_inference_steps=2.5), "num_inference_steps is 2.5; it must be a whole number"),
-        (dict(height=0), "height is 0; it must be at least 1"),
+        (dict(height=0), "height is 0; it must be between 1 and 16384"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(guidance_scale="high"), "guidance_scale is 'high'; it must be a number"),
         (dict(sampler="eular"), "'eular' is not a sampler"),
@@ -179,6 +223,14 @@ def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
     ]:
         with pytest.raises(BadInput, match=line):
             pipeline.stream("a", **OPTIONS | options)
+    image = Image.new("RGB", (24, 16))
+    with pytest.raises(BadInput, match="some requests of a call have an image to start from and some have none"):
+        pipeline.stream(["a", "b"], image=[image, None])
+    for empty in (pipeline, pipeline.stream, pipeline.encode_prompt):
+        with pytest.raises(BadInput, match="no prompt: give at least one"):
+            empty([])
+    with pytest.raises(BadInput, match="no prompt: give at least one"):
+        pipeline.sample(torch.zeros(0, 12, 16))
 
 
 def test_a_unet_that_wants_more_than_latents(pipeline):

@@ -151,6 +151,8 @@ def _with_nemo(config: Path, texts: list[str], given: dict[str, Any]) -> tuple[l
 
     read = read_infer(config, [text for text in texts if is_override(text)])
     prompts = [text for text in texts if not is_override(text)]
+    if "negative_prompt" not in given:
+        print(f"{config}: without --negative the empty prompt is the negative one, as in NeMo")
     fid, listed = read.pop("fid", None), read.pop("prompts", [])
     if prompts or fid is None:
         return prompts or listed, None, read | given

@@ -33,6 +33,7 @@ def read_infer(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
         found["source"] = config.model.restore_from_path
     if isinstance(found.get("prompts"), str):
         found["prompts"] = [found["prompts"]]
+    found["negative_prompt"] = ""  # NeMo has no key for it and always encodes the empty prompt
     if config.trainer.precision in DTYPES:
         found["dtype"] = DTYPES[config.trainer.precision]
     if config.fid != FidConfig():

@@ -50,9 +50,12 @@ class GuidedDenoiser:
         if self.off:
             return self.denoiser(noisy, sigma, **self.conditioning)
         cond, uncond = self._outputs(noisy, sigma)
-        guided = uncond + self._scale(noisy) * (cond - uncond)
+        scale = self._scale(noisy)
+        guided = uncond + scale * (cond - uncond)
         if self.rescale > 0:
             guided = self._rescaled(guided, cond)
+        if isinstance(scale, Tensor):
+            guided = torch.where(scale == 1, cond, guided)  # exactly, and whatever the null text gives
         return self.denoiser.from_output(guided, noisy, sigma)
 
     def _outputs(self, noisy: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:

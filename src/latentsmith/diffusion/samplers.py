@@ -152,7 +152,8 @@ def sample_plms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, averaged: 
     """Pseudo linear multistep: DDIM steps along an Adams-Bashforth average of past network outputs; steps + 1 calls.
 
     averaged: the prediction_type whose outputs are averaged. "epsilon" is the method's own, whatever the network
-        predicts, as in LDM and NeMo; diffusers averages what the network predicts.
+        predicts, as in LDM; diffusers averages what the network predicts. NeMo does the same for epsilon, but with v
+        takes the clean estimate from the last output alone and averages only the direction.
     Source: Liu et al. 2022, "Pseudo numerical methods for diffusion models on manifolds", equations 11 to 14.
     """
     sigma_list, past = sigmas.tolist(), list[Tensor]()

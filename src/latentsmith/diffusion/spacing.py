@@ -54,6 +54,12 @@ class SamplingSchedule:
         """Divides the sampler's result into unit-variance latents: not 1 only where the sigmas end above 0."""
         return (1 + self.sigmas[-1].item() ** 2) ** 0.5
 
+    @property
+    def shared_timesteps(self) -> int:
+        """The number of steps that give the network a timestep of which the sigmas span more than a factor of 2."""
+        groups = [self.sigmas[:-1][self.timesteps == timestep] for timestep in self.timesteps.unique()]
+        return sum(len(group) for group in groups if group[0] > 2 * group[-1])
+
     def timestep_at(self, sigma: float) -> float:
         """Return the timestep of the visited sigma nearest to this one, for Denoiser(timestep_at=...)."""
         return self.timesteps[(self.sigmas[:-1] - sigma).abs().argmin()].item()

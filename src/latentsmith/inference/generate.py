@@ -147,10 +147,14 @@ def generate(
         raise BadInput(f"{preview}: is a folder; name a PNG for the preview")
     images = {"image": image and read_image(image), "mask_image": mask and read_image(mask)}
     jobs = jobs_of(prompts, count, axes, names, options | images)
+    if processes > 1:
+        print(f"share {rank + 1} of {processes}: the environment says that this is process {rank} of {processes}")
     with GenerationModel(source, device, dtype, weights, prediction_type, tokenizer) as model:
         files, mine = {"image": described(image), "mask": described(mask)}, jobs[rank::processes]
         paths = already_there(mine, out, model, files)
         left = [job for job in mine if job not in paths]
+        for used in dict.fromkeys(job.options for job in left if image):
+            print(f"strength {used.strength:g}: {used.steps_from_image} of {used.num_inference_steps} steps")
         streams = streams_of(model.pipeline, left, batch_size)
         if not paths:
             model.start_hashing()

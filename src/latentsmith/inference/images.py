@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from latentsmith.files.errors import BadInput
-from latentsmith.image_request import ImageRequest
+from latentsmith.image_request import ImageRequest, check_pixels
 from latentsmith.models import AutoencoderKL
 
 TILE = 64  # latents a side; a quarter of it overlaps
@@ -71,7 +71,9 @@ class InitImage:
 
     def around(self, generated: Tensor) -> Tensor:
         """Return a generated image with this one's own pixels outside the mask."""
-        return generated if self.mask is None else self.image + self.mask * (generated - self.image)
+        if self.mask is None:
+            return generated
+        return torch.where(self.mask > 0, self.image + self.mask * (generated - self.image), self.image)
 
 
 def prepare_init_images(
@@ -104,6 +106,7 @@ def prepare_init_image(
     for name, each in {"image": image, "mask_image": mask}.items():
         if each is not None and not isinstance(each, Image.Image):
             raise BadInput(f"{name} is a {type(each).__name__}; give a PIL image")
+    check_pixels(height or image.height, width or image.width)
     upright = ImageOps.exif_transpose(image)
     if mask is not None and mask.size != upright.size:
         raise BadInput(

@@ -1,5 +1,6 @@
 """Prompts to images: text encoder, guided U-Net, sampler, VAE."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -209,12 +210,17 @@ class Pipeline:
         if options.size[0] % factor or options.size[1] % factor:
             raise BadInput(f"images of {options.height}x{options.width} do not divide by {factor}, the VAE's factor")
         try:
-            self.sampling_schedule(options)
+            schedule = self.sampling_schedule(options)
         except ValueError as error:
             raise BadInput(str(error)) from None
+        if shared := schedule.shared_timesteps:
+            note = (
+                "share timesteps though their sigmas differ more than twofold: this noise schedule is too steep there"
+            )
+            warnings.warn(f"{options.sampler}: {shared} of {schedule.steps} steps {note}", stacklevel=2)
         if options.eta > 0 and "eta" not in sampler_keywords(options):
             raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
-        if init_image and int(options.num_inference_steps * options.strength) < 1:
+        if init_image and options.steps_from_image < 1:
             raise BadInput(
                 f"strength {options.strength} of {options.num_inference_steps} steps leaves none; give more of either"
             )
@@ -252,7 +258,8 @@ class Pipeline:
         Each distinct prompt is encoded once, and kept in prompt_cache for the next batch.
         """
         guided = any(each.request.guidance_scale != 1 for each in batch)
-        prompts = [each.prompt for each in batch] + ([each.negative for each in batch] if guided else [])
+        negatives = [each.prompt if each.request.guidance_scale == 1 else each.negative for each in batch]
+        prompts = [each.prompt for each in batch] + (negatives if guided else [])
         found = {
             prompt: prompt_cache[prompt, chunks]
             if (prompt, chunks) in prompt_cache
@@ -266,10 +273,8 @@ class Pipeline:
             return text, None
         zero = self.spec.null_text == "zero"
         null = [
-            torch.zeros_like(found[each.negative])
-            if zero and each.request.negative_prompt is None
-            else found[each.negative]
-            for each in batch
+            torch.zeros_like(found[negative]) if zero and each.request.negative_prompt is None else found[negative]
+            for each, negative in zip(batch, negatives, strict=True)
         ]
         return text, torch.stack(null)
 
@@ -296,7 +301,7 @@ class Pipeline:
         start = torch.stack([start_noise(each.request, shape, generator).to(self.device) for each, generator in pairs])
         init_images, mask = [each.init_image for each in batch if each.init_image], None
         if init_images:
-            schedule = schedule.from_step(schedule.steps - int(schedule.steps * options.strength))
+            schedule = schedule.from_step(schedule.steps - options.steps_from_image)
             clean = self.encode(torch.stack([each.image for each in init_images]), tiling=options.vae_tiling)
             start = (clean + schedule.sigmas[0].item() * start) / schedule.start_scale
             if any(each.mask is not None for each in init_images):
@@ -312,7 +317,7 @@ class Pipeline:
         for step in steps:
             latents = step.latents
             if mask is not None and step.index + 1 == schedule.steps:  # schedules may end a little above sigma 0
-                latents = clean + mask * (latents - clean)
+                latents = torch.where(mask > 0, latents, clean)  # latent masks are 0 or 1
             yield SamplingStep(tuple(batch), step.index + 1, schedule.steps, latents, step.denoised, options)
 
     def encode_prompt(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
 from latentsmith.image_request import ImageRequest, options_of
+from latentsmith.text.prompts import web_ui_tags
 
 OWN_KEY = "latentsmith"
 LONGEST_STEM = 60
+MARKS = re.compile(r"Negative prompt:|Steps:")  # where readers of `parameters` cut it
 
 
 def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], name: str | None = None) -> Path:
@@ -28,7 +31,8 @@ def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], na
     stem = re.sub(r"[^a-z0-9]+", "-", metadata["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "image"
     info = PngInfo()
     info.add_text(OWN_KEY, json.dumps(metadata))
-    info.add_itxt("parameters", parameters_text(metadata, image.size).encode("utf-8", "replace").decode())
+    if (text := parameters_text(metadata, image.size)) is not None:
+        info.add_itxt("parameters", text.encode("utf-8", "replace").decode())
     path = free_path(folder, f"{stem}-seed{metadata['seed']}") if name is None else folder / f"{name}.png"
     try:
         with atomic_open(path) as file:
@@ -52,28 +56,48 @@ def free_path(folder: Path, stem: str) -> Path:
             number += 1
 
 
-def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """Return the text that web UIs read back: prompt, negative prompt, then settings by their names there."""
+def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str | None:
+    """Return the text that web UIs read back: prompt, negative prompt, then settings by their names there.
+
+    Warns, and returns None, where they would read another prompt out of it.
+    """
     options, varied = metadata["options"], metadata["variation_strength"]
-    negative = f"\nNegative prompt: {metadata['negative_prompt']}" if metadata["negative_prompt"] else ""
+    plain = options["prompt_syntax"] == "plain"
+    prompt, negative = (web_ui_prompt(metadata[name] or "", plain) for name in ("prompt", "negative_prompt"))
+    found = [*MARKS.findall(f"{prompt} {negative}"), *web_ui_tags(prompt), *web_ui_tags(negative)]
+    if found:
+        warnings.warn(f"a prompt with {found[0]!r} is not written for web UIs, which would misread it", stacklevel=3)
+        return None
     settings = {
         "Steps": options["num_inference_steps"],
         "Sampler": SAMPLERS[metadata["sampler"]].title,
-        "Schedule type": "Karras" if "karras" in options["sampler"].lower() else None,
+        "Schedule type": "Karras" if "karras" in options["sampler"].lower() else "Uniform",
         "CFG scale": metadata["guidance_scale"],
         "Seed": metadata["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": metadata["model"]["hash"][:10],
-        "Model": Path(metadata["model"]["from"]).stem.replace(",", " "),
+        "Model": Path(metadata["model"]["from"]).stem,
         "Denoising strength": options["strength"] if metadata["image"] else None,
         "Variation seed": metadata["variation_seed"] if varied else None,
         "Variation seed strength": varied or None,
         "Eta": options["eta"] or None,
+        "Timestep spacing": options["timestep_spacing"],
+        "Guidance rescale": options["guidance_rescale"] or None,
         "RNG": "CPU",
         "Version": f"latentsmith {metadata['versions']['latentsmith']}",
     }
-    listed = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
-    return f"{metadata['prompt']}{negative}\n{listed}"
+    listed = ", ".join(f"{name}: {quoted(str(value))}" for name, value in settings.items() if value is not None)
+    return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), listed])
+
+
+def web_ui_prompt(prompt: str, plain: bool) -> str:
+    """Return a prompt on one line, as web UIs' syntax has it. plain: its brackets are text."""
+    return " ".join((re.sub(r"[\\()\[\]]", r"\\\g<0>", prompt) if plain else prompt).split())
+
+
+def quoted(value: str) -> str:
+    """Return a value as web UIs write it: as JSON where it holds what separates values."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\r]", value) else value
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
