@@ -38,11 +38,6 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name])
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name that --dtype has for a dtype."""
-    return {full: short for short, full in DTYPES.items()}[str(dtype).removeprefix("torch.")]
-
-
 def weights_dtype(precision: str) -> torch.dtype:
     """Return the dtype of trained weights under a trainer.precision."""
     import torch

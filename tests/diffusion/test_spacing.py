@@ -18,6 +18,15 @@ def test_every_grid_falls_to_zero_and_knows_its_timesteps(sampler, spacing):
             assert looked_up == grid.timesteps.tolist()
 
 
+def test_a_sigma_between_visited_ones_has_the_timestep_of_its_own():
+    """A sampler may evaluate between them (a midpoint): the nearest visited timestep would be far off."""
+    grid = sampling_schedule(SCHEDULE, "euler", 4)
+    between = (grid.sigmas[0] * grid.sigmas[1]).sqrt().item()
+    assert grid.timestep_at(between) == pytest.approx(SCHEDULE.timestep_at(between), abs=1e-9)
+    assert grid.timesteps[1] < grid.timestep_at(between) < grid.timesteps[0]
+    assert grid.from_step(1).timestep_at(between) == grid.timestep_at(between)
+
+
 def test_published_timesteps():
     """Reference values for Stable Diffusion's scheduler configs, 20 steps."""
     assert sampling_schedule(SCHEDULE, "ddim", 20, steps_offset=1).timesteps[[0, -2, -1]].tolist() == [951, 51, 1]

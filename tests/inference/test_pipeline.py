@@ -295,6 +295,15 @@ def test_stages_used_alone_make_the_same_image(pipeline, syntax):
     assert apart([to_image(decoded[1])], images(pipeline, LONG, "grey", seed=4)) <= 1
 
 
+def test_several_images_of_an_embedding_have_seeds_of_their_own(pipeline):
+    text, null = pipeline.encode_prompt(["a red circle", "a blue square"])
+    several = pipeline.sample(text, null, num_images_per_prompt=2, seed=[3, 8], **OPTIONS)
+    for number, (prompt, seed) in enumerate([(0, 3), (0, 4), (1, 8), (1, 9)]):
+        alone = pipeline.sample(text[prompt : prompt + 1], null[prompt : prompt + 1], seed=seed, **OPTIONS)
+        error = (several[number] - alone[0]).abs().max() / alone.abs().max()
+        assert error < 1e-4  # sums over a larger batch are rounded in another order
+
+
 def test_sampling_without_null_text_is_unguided(pipeline):
     text, null = pipeline.encode_prompt("a red circle")
     size = dict(height=16, width=24, num_inference_steps=4)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .schedule import NoiseSchedule
 
+SAME_SIGMA = 1e-5  # relative: rounding to float32 moves a sigma by 6e-8, those of a schedule are 3e-3 apart
+
 
 @dataclass(frozen=True)
 class SpacingRule:
@@ -38,12 +40,14 @@ class SamplingSchedule:
     step_targets: (steps,), float64: target sigma of each step. Equals sigmas[1:] except for DDIM when `steps` does not
         divide the schedule; the latents are then rescaled, as diffusers does.
     start_scale: unit-variance noise times this starts the sampler.
+    noise_schedule: the schedule whose sigmas these are; it has the timesteps of sigmas between them.
     """
 
     sigmas: Tensor
     timesteps: Tensor
     step_targets: Tensor
     start_scale: float
+    noise_schedule: NoiseSchedule
 
     @property
     def steps(self) -> int:
@@ -61,15 +65,19 @@ class SamplingSchedule:
         return sum(len(group) for group in groups if group[0] > 2 * group[-1])
 
     def timestep_at(self, sigma: float) -> float:
-        """Return the timestep of the visited sigma nearest to this one, for Denoiser(timestep_at=...)."""
-        return self.timesteps[(self.sigmas[:-1] - sigma).abs().argmin()].item()
+        """Return the timestep of a sigma, for Denoiser(timestep_at=...): a visited one's own, else interpolated."""
+        nearest = int((self.sigmas[:-1] - sigma).abs().argmin())
+        if abs(self.sigmas[nearest].item() - sigma) <= SAME_SIGMA * sigma:
+            return self.timesteps[nearest].item()
+        return self.noise_schedule.timestep_at(sigma)
 
     def from_step(self, start: int) -> Self:
         """Return the rest from step `start` on, for latents that begin as a noised image, not as pure noise."""
         if not 0 <= start < self.steps:
             raise ValueError(f"start {start} leaves no step of {self.steps}")
         scale = (1 + self.sigmas[start].item() ** 2) ** 0.5 if start else self.start_scale
-        return type(self)(self.sigmas[start:], self.timesteps[start:], self.step_targets[start:], scale)
+        rest = (self.sigmas[start:], self.timesteps[start:], self.step_targets[start:])
+        return type(self)(*rest, scale, self.noise_schedule)
 
 
 def build_sampling_schedule(
@@ -99,7 +107,7 @@ def build_sampling_schedule(
         step_targets = torch.where(targets >= 0, table[targets.clamp(min=0)], end)
     plain_start = rule.fractional and spacing != "leading"
     start_scale = sigmas[0].item() if plain_start else (1 + sigmas[0].item() ** 2) ** 0.5
-    return SamplingSchedule(torch.cat([sigmas, step_targets[-1:]]), timesteps, step_targets, start_scale)
+    return SamplingSchedule(torch.cat([sigmas, step_targets[-1:]]), timesteps, step_targets, start_scale, schedule)
 
 
 def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:

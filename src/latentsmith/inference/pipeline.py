@@ -343,7 +343,8 @@ class Pipeline:
         """Return scaled latents (batch, channels, height / f, width / f) sampled for text embeddings, for `decode`.
 
         text_embeddings, null_text_embeddings: as `encode_prompt` returns them; without the second guidance is off.
-        keywords: those of `stream` that are not about text; seed i for embedding i is given as a list.
+        keywords: those of `stream` that are not about text; seed i for embedding i is given as a list. With
+        num_images_per_prompt the latents of one embedding follow one another.
         """
         if null_text_embeddings is None:
             keywords = {"guidance_scale": 1.0} | keywords
@@ -351,7 +352,10 @@ class Pipeline:
         options, batch = self.prepare(requests, options)
         if null_text_embeddings is None and any(each.request.guidance_scale != 1 for each in batch):
             raise BadInput("guidance_scale other than 1 needs null_text_embeddings")
-        *_, last = self._sample_batch(batch, options, text_embeddings, null_text_embeddings)
+        images = len(batch) // len(text_embeddings)  # of each embedding
+        text = text_embeddings.repeat_interleave(images, 0)
+        null = None if null_text_embeddings is None else null_text_embeddings.repeat_interleave(images, 0)
+        *_, last = self._sample_batch(batch, options, text, null)
         return last.latents
 
     def images_of(self, step: SamplingStep) -> list[Image.Image]:
