@@ -45,7 +45,8 @@ class Buckets:
         """(samples,) uint8, the same of the rows of `sizes`, (samples, 2)."""
         aspects = np.log([height / width for height, width in self.sizes])
         borders = (aspects[:-1] + aspects[1:]) / 2
-        return np.searchsorted(borders, np.log(sizes[:, 0] / sizes[:, 1])).astype(np.uint8)
+        found: np.ndarray = np.searchsorted(borders, np.log(sizes[:, 0] / sizes[:, 1]))
+        return found.astype(np.uint8)
 
 
 @lru_cache
@@ -132,7 +133,8 @@ class MixedBuckets(BucketOrder):
         held = np.array([_counts(part, len(self.counts)) for part in parts])
         if not (kept := held.sum(axis=1)).all():
             raise BadInput(f"nothing is left of set {int(kept.argmin()) + 1} by filterings; take it off the list")
-        self.held, self.before = held.tolist(), (np.cumsum(held, axis=0) - held).tolist()  # by set and bucket
+        self.held: list[list[int]] = held.tolist()  # by set and bucket
+        self.before: list[list[int]] = (np.cumsum(held, axis=0) - held).tolist()
         share = np.asarray(weights)[:, None] * held / kept[:, None]
         self.steps = WeightedInterleave(share.sum(axis=0).tolist(), seed ^ 0xB0C4)
         self.sets = [
@@ -150,7 +152,7 @@ class MixedBuckets(BucketOrder):
 
 def _counts(numbers: np.ndarray, buckets: int) -> list[int]:
     """Return the samples of each bucket."""
-    return np.bincount(numbers, minlength=LEFT_OUT + 1)[:buckets].tolist()
+    return [int(count) for count in np.bincount(numbers, minlength=LEFT_OUT + 1)[:buckets]]
 
 
 def listing(sizes: Sequence[tuple[int, int]], counts: Sequence[int], batch: int) -> list[str]:

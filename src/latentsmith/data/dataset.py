@@ -282,7 +282,7 @@ def check_foreign(config: Config, cache: ForeignCache, encoded: Mapping[str, boo
             f"{cache.folder}: holds no embedding of the empty prompt, which model.caption_dropout_rate needs; use "
             "model.text_embedding_dropout_rate as NeMo does, or precache again"
         )
-    length = cache.info["members"][CAPTION_KEY]["shape"][0]
+    length: int = cache.info["members"][CAPTION_KEY]["shape"][0]
     if length <= model.cond_stage_config.max_length or model.cond_stage_config.pad_to:
         return None
     print(f"{cache.folder}: text embeddings filled up to {length}, so the model will be sampled so (pad_to)")
@@ -459,7 +459,7 @@ def squarest(sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 def downsampling(config: Config) -> int:
     """Return the pixels of an image's side for each of its latents'."""
-    return 2 ** (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
+    return 1 << (len(config.model.first_stage_config.ddconfig.ch_mult) - 1)
 
 
 def latent_shape(config: Config, size: tuple[int, int]) -> Shape:

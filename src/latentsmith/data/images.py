@@ -48,7 +48,7 @@ def load_image(
     if smallest_side:
         width, height = image.size
         scale = smallest_side / min(width, height)
-        image.draft(None, (ceil(width * scale), ceil(height * scale)))  # type: ignore[arg-type]
+        image.draft(None, (ceil(width * scale), ceil(height * scale)))
     with _damage_reported(image, data):
         image.load()
     return image
@@ -104,7 +104,7 @@ def _damage_reported(image: Image.Image, data: bytes | memoryview) -> Iterator[N
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (upright) to 8."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a garbled EXIF block says nothing about the pixels
         return 1
 

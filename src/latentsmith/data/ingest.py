@@ -14,12 +14,13 @@ from PIL import Image
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
+from latentsmith.files.images import MAX_PIXELS
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 
 from .errors import BadSample
 from .filters import Filters
-from .images import MAX_PIXELS, is_plain, load_image, rgb_of
+from .images import is_plain, load_image, rgb_of
 from .resumable_output import ResumableOutput, full_disk_reported
 from .sample_io import caption_of
 from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
@@ -47,8 +48,8 @@ class ImportReport:
 
 
 def import_dataset(
-    source: str | os.PathLike,
-    out: str | os.PathLike,
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     samples_per_shard: int = 1000,
     max_bad: int | None = None,
@@ -235,7 +236,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
-def import_data(source: str | os.PathLike, out: str | os.PathLike, **options: Any) -> ImportReport:
+def import_data(source: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> ImportReport:
     """Run `import_dataset` with a progress bar, and print what came in and what was set aside, by reason."""
     with progress("importing", "samples") as bar:
 

@@ -36,7 +36,7 @@ class LatentCache:
     `info` is the content of cache.json. `empty_prompt`: (length, width), None if captions were not encoded.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.shards = ShardSet(self.folder)  # first, since it refuses an unfinished folder
         self.info = _read_info(self.folder)
@@ -61,12 +61,12 @@ class LatentCache:
     @property
     def variants(self) -> int:
         """Return encodings of each image: of other crops, or mirrored."""
-        return self.info.get("variants", 1)
+        return int(self.info.get("variants", 1))
 
     @property
     def holds_means(self) -> bool:
         """Return whether image_encoded is the mean alone, not mean and log variance."""
-        return self.info.get("latents", "").endswith("means")
+        return str(self.info.get("latents", "")).endswith("means")
 
     def common(self, names: Sequence[str]) -> dict[str, Any]:
         """Return what caches have to agree on to be trained on together: all but the sizes that buckets leave open."""
@@ -156,7 +156,7 @@ def _member(name: str, variant: int) -> str:
 def _read_info(folder: Path) -> dict[str, Any]:
     path = folder / CACHE_FILE
     try:
-        info = json.loads(path.read_text("utf-8"))
+        info: dict[str, Any] = json.loads(path.read_text("utf-8"))
         is_ours = {"members", "fingerprints", "samples"} <= info.keys()
     except FileNotFoundError:
         raise BadInput(
@@ -172,6 +172,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
 def _read_empty_prompt(folder: Path) -> np.ndarray:
     path = folder / EMPTY_PROMPT_FILE
     try:
-        return np.load(path, allow_pickle=False)
+        embedding: np.ndarray = np.load(path, allow_pickle=False)
+        return embedding
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(f"{path}: the empty prompt's embedding cannot be read ({error}); precache again") from None

@@ -89,7 +89,7 @@ def read_ahead(
     read: Callable[[Any], Any], items: Iterable[Any], *, num_workers: int = 0, pin_memory: bool = False
 ) -> Iterator[Any]:
     """Yield `read(item)` for each item in order, read ahead by worker processes if there are some."""
-    loader: DataLoader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Reading(read),
         batch_size=None,  # what is read is a whole batch already
         sampler=items,
@@ -106,7 +106,7 @@ def read_ahead(
 
 
 @dataclass(frozen=True)
-class _Reading(Dataset):
+class _Reading(Dataset[Any]):
     """Call `read` in a worker. A BadInput is returned: torch would raise it with the worker's traceback as message."""
 
     read: Callable[[Any], Any]
@@ -147,10 +147,12 @@ def no_worker_left() -> Iterator[None]:
         yield
     finally:
         left = [child for child in multiprocessing.active_children() if child.daemon and child not in before]
-        for act in (lambda child: child.kill(), lambda child: child.join(JOIN_SECONDS)):
-            for child in left:
-                with suppress(RuntimeError):  # torch raises it for a dead worker, in place of the error that ended all
-                    act(child)
+        for child in left:
+            with suppress(RuntimeError):  # torch raises it for a dead worker, in place of the error that ended all
+                child.kill()
+        for child in left:
+            with suppress(RuntimeError):
+                child.join(JOIN_SECONDS)
 
 
 def collated(read: Callable[[int, int], Record]) -> Reader:

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +170,7 @@ class Mirror:
         return None
 
 
-class RemoteFile(Sequence):
+class RemoteFile:
     """The bytes of a remote file, each slice a request. Raises BadInput as RemoteStorage does."""
 
     def __init__(self, storage: RemoteStorage, name: str, size: int):
@@ -179,8 +179,8 @@ class RemoteFile(Sequence):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index):
-        assert isinstance(index, slice) and index.step is None
+    def __getitem__(self, index: slice) -> bytes:
+        assert index.step is None
         start, stop, _ = index.indices(self.size)
         if start >= stop:
             return b""

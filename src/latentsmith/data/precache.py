@@ -103,7 +103,7 @@ class CacheOptions:
 
 def write_cache(
     source: ShardSet,
-    out: str | os.PathLike,
+    out: str | os.PathLike[str],
     transforms: Transforms,
     encoders: Encoders,
     *,
@@ -211,7 +211,7 @@ class _CacheWriter:
         if self.buckets is None:
             return None
         sizes = sizes_of(self.source.shard(shard), self.source.records[shard] is not None)
-        return self.buckets.numbers_of(sizes).tolist()
+        return [int(number) for number in self.buckets.numbers_of(sizes)]
 
     def _read(self, batch: tuple[int, list[int]]) -> "_Decoded":
         """Read and decode a batch of samples; runs in the workers."""
@@ -465,7 +465,8 @@ def caption_encoder(
         token_ids, ends = tokenizer(captions, return_cut=True)
         cut["captions"] += sum(map(bool, ends))
         with autocast(device, half):
-            return text_encoder(token_ids.to(device)).float().cpu().numpy()
+            embedding: torch.Tensor = text_encoder(token_ids.to(device))
+            return embedding.float().cpu().numpy()
 
     return encode
 

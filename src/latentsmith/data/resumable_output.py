@@ -32,7 +32,7 @@ class ResumableOutput:
     (the first differing entry is named).
     """
 
-    def __init__(self, folder: str | os.PathLike, recipe: Mapping[str, Any], *, shared: bool = False):
+    def __init__(self, folder: str | os.PathLike[str], recipe: Mapping[str, Any], *, shared: bool = False):
         self.folder, self.shared = Path(folder), shared
         self.recipe = json.loads(json.dumps(recipe))
         self.is_finished = self._open()
@@ -124,7 +124,7 @@ def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, A
 
 
 @contextmanager
-def full_disk_reported(folder: str | os.PathLike) -> Iterator[None]:
+def full_disk_reported(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn the system's "no space left" into BadInput; what is complete in `folder` stays."""
     try:
         yield

@@ -2,7 +2,7 @@
 
 Beside `shard-000000.tar` lies its index (`tar_index.py`). A finished folder has `set.json`, which names the shards and
 counts their samples, so that opening a set reads one small file and maps a shard only when it is touched. A folder
-still being filled has `unfinished.json` (`work_folder.py`) and is refused.
+still being filled has `unfinished.json` (`resumable_output.py`) and is refused.
 """
 
 import bisect
@@ -13,13 +13,14 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,6 +31,8 @@ from latentsmith.files.hashing import fingerprint_text, hash_file
 from .mirrors import Mirror, MirrorCache, RemoteFile
 from .storage import is_remote
 from .tar_index import SAMPLE_NAME, Row, build_index, index_array, load_index, padded, write_index
+
+ShardSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"
@@ -71,7 +74,7 @@ class Shard:
     BadInput, naming the tar and the byte, if it is missing, empty, truncated or garbage.
     """
 
-    def __init__(self, path: str | os.PathLike, remote: Mirror | None = None, checksum: str = ""):
+    def __init__(self, path: str | os.PathLike[str], remote: Mirror | None = None, checksum: str = ""):
         self.path, self.checksum = Path(path), checksum
         not_fetched = remote.fetch(self.path.name) if remote else None
         self.bytes: mmap.mmap | RemoteFile = not_fetched or _map_file(self.path)
@@ -102,11 +105,11 @@ class Shard:
         return Sample(self.path, key.decode("utf-8", "surrogateescape"), members)
 
     def key(self, number: int) -> str:
-        return self.index["key"][number].decode("utf-8", "surrogateescape")
+        return bytes(self.index["key"][number]).decode("utf-8", "surrogateescape")
 
 
-class ShardSet(Sequence):
-    """A random-access sequence of samples over tar shards.
+class ShardSet(Iterable[Sample]):
+    """The samples of tar shards, by number or in order.
 
     source: a finished folder, a folder of WebDataset tars, one tar, a pattern such as `shard-{000..010}.tar` or
     `shard-*.tar`, or a list of these, here or at any address that fsspec opens; mirrors: the cache of
@@ -114,7 +117,7 @@ class ShardSet(Sequence):
     Nothing per sample is held in memory; at most OPEN_SHARDS shards are mapped at once. Can be pickled to workers.
     """
 
-    def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike], mirrors: MirrorCache | None = None):
+    def __init__(self, source: ShardSource, mirrors: MirrorCache | None = None):
         self._mirrors = mirrors or MirrorCache.default()
         shards = _find_shards(source, self._mirrors)
         if not shards:
@@ -136,9 +139,12 @@ class ShardSet(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Sample:
         shard, number = self.locate(index)
         return shard[number]
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
     def locate(self, index: int) -> tuple[Shard, int]:
         """Return the shard that holds sample `index`, mapped, and the sample's number within it."""
@@ -173,7 +179,7 @@ class ShardSet(Sequence):
         ]
         return fingerprint_text("\n".join(parts))
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel; a worker opens its own
 
 
@@ -186,7 +192,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: str | os.PathLike, samples_per_shard: int = 1000, start: int = 0, shared: Sequence[str] = ()
+        self, folder: str | os.PathLike[str], samples_per_shard: int = 1000, start: int = 0, shared: Sequence[str] = ()
     ):
         self.folder, self.samples_per_shard, self.shared = Path(folder), samples_per_shard, frozenset(shared)
         self.number = start
@@ -236,7 +242,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, error_type, error, traceback) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if error_type is None:
             self.finish_shard()
         elif self._open is not None:
@@ -248,7 +256,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_set_file(folder: Path, shards: Sequence[ShardRecord], **more) -> None:
+def write_set_file(folder: Path, shards: Sequence[ShardRecord], **more: Any) -> None:
     """Mark a folder as finished; `more` is kept in set.json beside the shards, in order."""
     listing = {"samples": sum(shard.samples for shard in shards), "shards": [asdict(shard) for shard in shards]}
     write_text(folder / SET_FILE, json.dumps({"format": "latentsmith-shards-1", **listing, **more}, indent=1) + "\n")
@@ -307,7 +315,7 @@ def _read_parts(source: RemoteFile, held: Mapping[str, Sequence[int]]) -> dict[s
     return {name: view[offset - first : offset - first + size] for name, (offset, size) in held.items()}
 
 
-def _find_shards(source, mirrors: MirrorCache) -> list[tuple[Path, ShardRecord | None]]:
+def _find_shards(source: ShardSource, mirrors: MirrorCache) -> list[tuple[Path, ShardRecord | None]]:
     """Return the shards that `source` means, each with its record where a set.json has one."""
     if not isinstance(source, str | os.PathLike):
         return [shard for part in source for shard in _find_shards(part, mirrors)]

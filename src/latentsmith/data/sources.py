@@ -64,7 +64,7 @@ class Source(Protocol):
         """Names the listing: another order, number or size of items gives another fingerprint."""
 
 
-def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
+def open_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
     """Return the source at `path`, here or at an address that fsspec opens.
 
     It may be a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a .jsonl or .csv file,
@@ -92,19 +92,19 @@ def open_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
         raise BadInput(f"{path}: no such folder or file")
     if suffix == ".pkl":
         open_regular(path, JSON).close()
-        folder, tars = Path(path).parent, read_wdinfo(Path(path))
-        _check_tars(LocalStorage(folder, access), tars)
-        return TarSource([folder / tar for tar in tars])
+        beside, tars = Path(path).parent, read_wdinfo(Path(path))
+        _check_tars(LocalStorage(beside, access), tars)
+        return TarSource([beside / tar for tar in tars])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
     )
 
 
-def _is_folder(path: str | os.PathLike) -> bool:
+def _is_folder(path: str | os.PathLike[str]) -> bool:
     return RemoteStorage(str(path)).is_folder() if is_remote(path) else Path(path).is_dir()
 
 
-def _without_file_protocol(path: str | os.PathLike) -> str | os.PathLike:
+def _without_file_protocol(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return the path of a `file://` address: fsspec would follow its links and wait for its FIFOs."""
     for protocol in ("file://", "local://"):
         if isinstance(path, str) and path.startswith(protocol):
@@ -129,7 +129,7 @@ def _check_pattern(pattern: str, access: Access) -> None:
             _check_tars(LocalStorage(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
 
 
-def folder_source(path: str | os.PathLike, access: Access = INSIDE) -> Source:
+def folder_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
     """Return the source that a folder is, by the files in it."""
     storage = storage_at(path, access)
     if storage.exists(SET_FILE) or storage.exists(UNFINISHED_FILE):
@@ -267,7 +267,7 @@ class TableSource:
 class TarSource:
     """WebDataset tars: in each sample an image, and a caption as .txt, .caption or an entry of the .json."""
 
-    def __init__(self, tars: str | os.PathLike | list[Path]):
+    def __init__(self, tars: str | os.PathLike[str] | list[Path]):
         self.shards = ShardSet(tars)
         if not len(self.shards):
             raise BadInput(f"{tars}: the tars hold no samples")

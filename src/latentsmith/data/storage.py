@@ -166,7 +166,7 @@ class RemoteStorage(Storage):
         return info is not None and info["type"] == "directory"
 
     def open(self, name: str) -> BinaryIO:
-        file = self.request(name, lambda system, path: system.open(path, "rb"))
+        file: BinaryIO | None = self.request(name, lambda system, path: system.open(path, "rb"))
         if file is None:
             raise BadInput(f"{self.address}/{name}: no such file")
         return file
@@ -185,7 +185,8 @@ class RemoteStorage(Storage):
 
     def fetch(self, name: str, start: int | None = None, end: int | None = None) -> bytes | None:
         """Return the bytes of a file from `start` to `end`; None if there is no such file."""
-        return self.request(name, lambda system, path: system.cat_file(path, start=start, end=end))
+        data: bytes | None = self.request(name, lambda system, path: system.cat_file(path, start=start, end=end))
+        return data
 
     def prefetch(self, names: Sequence[str]) -> None:
         """Request several files at once. `read` asks again for what does not come, and reports it."""
@@ -216,7 +217,7 @@ class RemoteStorage(Storage):
         return system, without_dots(path) if {".", ".."} & set(name.split("/")) else path
 
 
-def storage_at(path: str | os.PathLike, access: Access = INSIDE, named: str | None = None) -> Storage:
+def storage_at(path: str | os.PathLike[str], access: Access = INSIDE, named: str | None = None) -> Storage:
     """Return the storage of a folder at a path or an address."""
     return RemoteStorage(str(path), access) if is_remote(path) else LocalStorage(Path(path), access, named)
 
@@ -257,14 +258,14 @@ def without_dots(path: str) -> str:
     return protocol + mark + posixpath.normpath(rest)
 
 
-def _entries(folder: str) -> list[os.DirEntry]:
+def _entries(folder: str) -> list[os.DirEntry[str]]:
     """Return what is in a folder; nothing if it cannot be read."""
     with suppress(OSError), os.scandir(folder) as entries:
         return list(entries)
     return []
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     with suppress(OSError):  # links that lead to each other
         return entry.is_dir()
     return False
@@ -277,7 +278,8 @@ def file_system(url: str) -> tuple[Any, str]:
     """Return the fsspec file system of an address, and the path in it."""
     import fsspec.core
 
-    return fsspec.core.url_to_fs(url)
+    system, path = fsspec.core.url_to_fs(url)
+    return system, path
 
 
 @contextmanager
