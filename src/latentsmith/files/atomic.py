@@ -6,26 +6,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 INCOMPLETE = ".INCOMPLETE"
 
 
 @contextmanager
-def atomic_open(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator[IO]:
+def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file for writing that takes its name only once it is complete and on the disk.
 
-    mode: "wb" or "w" (text is UTF-8 unless `encoding` says otherwise). The parent folder is made where it is missing.
+    mode: "wb", or "w" for text in UTF-8. The parent folder is made where it is missing.
     The bytes go to a hidden `*.INCOMPLETE` file of its own in the same folder, so two writers of one name never mix;
     an error removes it and leaves what stood at `path` before untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{INCOMPLETE}")
-    if "b" not in mode:
-        kwargs.setdefault("encoding", "utf-8")
     try:
-        with open(aside, mode, **kwargs) as file:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,7 +35,7 @@ def atomic_open(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a folder under a hidden name; it takes its own, which nothing may have but an empty folder, at the end.
 
     Yields the hidden folder. An error removes it.
@@ -54,18 +52,18 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file at `path` by `data`, whole or not at all."""
     with atomic_open(path) as file:
         file.write(data)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Replace the file at `path` by `text` in UTF-8, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Flush a folder's own entries (a rename in it) to the disk, where the system can open folders."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -79,7 +77,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def remove_incomplete(folder: str | os.PathLike) -> None:
+def remove_incomplete(folder: str | os.PathLike[str]) -> None:
     """Delete what a killed writer left in `folder`. Only for a folder that no one else is writing to."""
     for leftover in Path(folder).glob(f".*{INCOMPLETE}"):
         leftover.unlink(missing_ok=True)

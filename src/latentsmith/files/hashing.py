@@ -38,7 +38,7 @@ def fingerprint_bytes(data: bytes | memoryview) -> str:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
 
 
-def sha256_files(paths: Iterable[str | os.PathLike], stop: "Event | None" = None) -> str:
+def sha256_files(paths: Iterable[str | os.PathLike[str]], stop: "Event | None" = None) -> str:
     """Return the SHA-256 in hex of one file, as model sites list it, or of several files' bytes in a row.
 
     stop: ends it early, with no meaning, once it is set.
@@ -51,7 +51,7 @@ def sha256_files(paths: Iterable[str | os.PathLike], stop: "Event | None" = None
     return digest.hexdigest()
 
 
-def hash_file(path: str | os.PathLike) -> str:
+def hash_file(path: str | os.PathLike[str]) -> str:
     """Return the hex fingerprint of a file's bytes, read in pieces."""
     with open(path, "rb") as file:
         return hash_stream(file)

@@ -61,7 +61,7 @@ class BadImage(BadInput):
 
 
 def open_image(
-    source: str | os.PathLike | bytes | bytearray | memoryview, *, max_pixels: int = MAX_PIXELS
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview, *, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Return the image in a file or in bytes, its header read and its pixels not yet decoded.
 
@@ -84,7 +84,7 @@ def open_image(
         raise _naming(source, error.reason, error) from None
 
 
-def read_image(path: str | os.PathLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the image in a file, its pixels decoded. Raises BadImage, which names the path."""
     image = open_image(path, max_pixels=max_pixels)
     try:
@@ -140,6 +140,6 @@ def _open_bytes(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.
     return image
 
 
-def _naming(path: str | os.PathLike, reason: str, error: Exception | str) -> BadImage:
+def _naming(path: str | os.PathLike[str], reason: str, error: Exception | str) -> BadImage:
     detail = " ".join(str(error).split())  # a decoder's message may have several lines
     return BadImage(reason, f"{os.fspath(path)}: cannot be read as an image ({detail})")

@@ -4,7 +4,7 @@ import io
 import pickle
 import pickletools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class _ArrayUnpickler(_PlainUnpickler):
 
 
 def _number_dtype(code: Any, *flags: Any) -> np.dtype:
-    dtype = np.dtype(code)
+    dtype: np.dtype = np.dtype(code)
     if dtype.kind not in "fiub":
         raise ValueError(f"an array of {dtype}, not of numbers")
     return dtype
@@ -81,8 +81,9 @@ def _empty(_class: Any, _shape: Any, _code: Any) -> np.ndarray:
     return np.ndarray((0,), "b")
 
 
-def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)  # type: ignore[call-overload]
+def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
+    array: np.ndarray = np.frombuffer(buffer, dtype)
+    return array.reshape(shape, order=order)
 
 
 def _latin1(text: str, encoding: str) -> bytes:

@@ -9,9 +9,11 @@ import io
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from .errors import BadInput
+
+Read = TypeVar("Read", int, bytes)  # what a read returns: how many bytes, or they themselves
 
 MIB = 2**20
 PIECE = 65_536  # bytes read at a time past a file's size
@@ -51,7 +53,7 @@ class TooLarge(BadInput):
     """A file with more bytes than its use allows."""
 
 
-Pathlike = str | os.PathLike
+Pathlike = str | os.PathLike[str]
 
 
 def check_regular(path: Pathlike, name: Pathlike | None = None) -> os.stat_result:
@@ -106,13 +108,15 @@ class _BoundedFile(io.FileIO):
         super().__init__(descriptor)
         self.path, self.limit = path, limit
 
-    def readinto(self, buffer) -> int:
-        return self._counted(super().readinto(buffer))
+    def readinto(self, buffer: Any, /) -> int:
+        count: int | None = super().readinto(buffer)
+        return self._counted(count)
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
             return self.readall()
-        return self._counted(super().read(min(size, max(1, self.limit.size + 1 - self.tell()))))
+        data: bytes | None = super().read(min(size, max(1, self.limit.size + 1 - self.tell())))
+        return self._counted(data)
 
     def readall(self) -> bytes:
         left = os.fstat(self.fileno()).st_size - self.tell()
@@ -121,7 +125,7 @@ class _BoundedFile(io.FileIO):
             pieces.append(self.read(PIECE))
         return b"".join(pieces[:-1])
 
-    def _counted(self, done: Any) -> Any:
+    def _counted(self, done: Read | None) -> Read:
         """Return what was read, if it ends within the limit."""
         if done is None:  # O_NONBLOCK and a file of /proc that has nothing to read yet
             raise BlockingIOError(errno.EAGAIN, "has no bytes to read yet")

@@ -176,7 +176,7 @@ def _open_safetensors(path: Path) -> TensorFile:
 
 def _read(file: Any, name: str) -> Tensor:
     """Map one tensor of an open safetensors file; a header of odd length leaves it misaligned, and it is copied."""
-    tensor = file.get_tensor(name)
+    tensor: Tensor = file.get_tensor(name)
     return tensor if tensor.data_ptr() % tensor.dtype.itemsize == 0 else tensor.clone()
 
 

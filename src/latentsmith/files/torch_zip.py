@@ -145,7 +145,9 @@ def _unpickle(path: Path, window: Any, start: int) -> Any:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, path: Path, data: bytes, members: dict, root: str, start: int, window: Any) -> None:
+    def __init__(
+        self, path: Path, data: bytes, members: dict[str, zipfile.ZipInfo], root: str, start: int, window: IO[bytes]
+    ) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._path, self._members, self._root, self._start, self._window = path, members, root, start, window
         self._inert: dict[str, type] = {}
@@ -185,7 +187,7 @@ class _TensorUnpickler(pickle.Unpickler):
     def rebuild_parameter(self, data: LazyTensor, *_: Any) -> LazyTensor:
         return data
 
-    def rebuild_from_type(self, function: _Builder, _type: Any, arguments: tuple, _state: Any) -> Any:
+    def rebuild_from_type(self, function: _Builder, _type: Any, arguments: tuple[Any, ...], _state: Any) -> Any:
         return function(*arguments)
 
     def size(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -218,7 +220,7 @@ class _TensorUnpickler(pickle.Unpickler):
         header = self._members[f"{self._root}data/{key}"].header_offset
         self._window.seek(header + 26)
         name_length, extra_length = struct.unpack("<HH", self._window.read(4))
-        return header + 30 + name_length + extra_length
+        return int(header + 30 + name_length + extra_length)
 
 
 _BUILDERS = {
@@ -235,7 +237,7 @@ _BUILDERS = {
 class _Window(io.RawIOBase):
     """A byte range of an open file, seen as a file."""
 
-    def __init__(self, file: Any, start: int, length: int) -> None:
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
 
     def seekable(self) -> bool:
@@ -276,9 +278,9 @@ class _Stub:
     def __init__(self, storage: _NewStorage, shape: tuple[int, ...]) -> None:
         self.storage, self.shape = storage, shape
 
-    def __reduce__(self) -> tuple[Callable, tuple]:
+    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         stride = tuple(torch.empty(self.shape, device="meta").stride())
-        arguments: tuple = (self.storage, 0, self.shape, stride, False, OrderedDict())
+        arguments: tuple[Any, ...] = (self.storage, 0, self.shape, stride, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments  # the name every torch reads
 
 
