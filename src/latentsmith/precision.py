@@ -35,14 +35,16 @@ def dtype_of(name: str) -> torch.dtype:
 
     if name not in DTYPES:
         raise BadInput(f"dtype {name} is not one of {', '.join(DTYPES)}")
-    return getattr(torch, DTYPES[name])
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
 
 
 def weights_dtype(precision: str) -> torch.dtype:
     """Return the dtype of trained weights under a trainer.precision."""
     import torch
 
-    return getattr(torch, PRECISIONS[precision][0])
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision][0])
+    return dtype
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

@@ -3,7 +3,7 @@
 The choice depends on processor and shapes alone, so that a resumed run computes the same; all agree within rounding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -51,7 +51,8 @@ class CpuConv2d(nn.Conv2d):
             if weights_per_value(input, self.weight) >= THRESHOLDS[products.onednn_is_faster()].many_weights:
                 return product_convolution(input, self.weight, self.bias)
             if suits_winograd(input, self.weight):
-                return WinogradConvolution.apply(input, self.weight, self.bias)
+                apply: Callable[..., Tensor] = WinogradConvolution.apply
+                return apply(input, self.weight, self.bias)
         return super().forward(input.contiguous(memory_format=torch.channels_last))
 
     def may_choose(self, input: Tensor) -> bool:
@@ -86,11 +87,12 @@ class PackedConv2d(CpuConv2d):
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(input.shape))
             self.packed_from = source
             drop_pages(self.weight.data_ptr(), self.weight.nbytes)
-        return torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *geometry, "none", [], "")
+        made: Tensor = torch.ops.mkldnn._convolution_pointwise(input, self.packed, self.bias, *geometry, "none", [], "")
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies pack for themselves: a packed tensor cannot be copied."""
-        return {name: value for name, value in super().__getstate__().items() if not name.startswith("packed")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("packed")}
 
 
 def suits_winograd(input: Tensor, weight: Tensor, too_many_weights: float | None = None) -> bool:
@@ -118,7 +120,8 @@ def product_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> T
     if is_channels_last(weight):
         patches, weight = patches.transpose(1, 2), weight.permute(0, 2, 3, 1)
     rows = patches.flatten(1, 2).transpose(1, 2)  # (batch, height * width, 9 in)
-    return linear(rows, weight.flatten(1), bias).transpose(1, 2).unflatten(2, input.shape[2:])
+    made: Tensor = linear(rows, weight.flatten(1), bias).transpose(1, 2).unflatten(2, input.shape[2:])
+    return made
 
 
 # F(2x2, 3x3) of Lavin & Gray 2016, section 4.1, along one dimension: G, B^T, A^T and A.
@@ -139,13 +142,13 @@ class WinogradConvolution(torch.autograd.Function):
     """A 3x3 convolution by Winograd's F(2x2, 3x3): 16 products where 36 were (Lavin & Gray 2016)."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight)
         return convolved(input, transformed(weight, kernel_transform()).transpose(1, 2), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
         turned = kernel_transform(turned=True)

@@ -5,8 +5,10 @@ ships for its convolutions. The choice depends on processor and shapes alone, so
 """
 
 import platform
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,8 @@ class CpuLinear(nn.Linear):
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute F.linear by the faster library: (..., in) times (out, in), plus (out,)."""
     if is_plain_float32(input, weight) and onednn_is_faster() and input.numel() * len(weight) >= LEAST_WORK:
-        rows = LinearProduct.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+        apply: Callable[..., Tensor] = LinearProduct.apply
+        rows = apply(input.reshape(-1, input.shape[-1]), weight, bias)
         return rows.view(*input.shape[:-1], len(weight))
     return F.linear(input, weight, bias)
 
@@ -54,7 +57,8 @@ def has_onednn() -> bool:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply a (n, k) times b (k, m), plus bias (m,), outside autograd."""
     if onednn_is_faster() and a.numel() * b.shape[1] >= LEAST_WORK:
-        return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b).t(), bias, "none", [], "")
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(dense(a), dense(b).t(), bias, "none", [], "")
+        return made
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
@@ -81,14 +85,14 @@ class LinearProduct(torch.autograd.Function):
     """`linear` of a matrix (n, in), and its gradients, as products."""
 
     @staticmethod
-    def forward(ctx, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         of_input, of_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(input if of_weight else None, weight if of_input else None)
         return product(input, weight.t(), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         of_input, of_weight, of_bias = ctx.needs_input_grad
         d_input = product(grad, weight) if of_input else None

@@ -369,5 +369,6 @@ def _corrected(denoised: Tensor, past: Sequence[Tensor], sigmas: Sequence[float]
     growth = math.expm1(-width)
     first = growth / -width - 1
     second = first / -width - 1 / 2
-    older, newer = np.linalg.solve(np.array([[1, 1], [older_at, 1]]), np.array([first, 2 * second]) / growth)
+    solved = np.linalg.solve(np.array([[1, 1], [older_at, 1]]), np.array([first, 2 * second]) / growth)
+    older, newer = map(float, solved)
     return past[0] + (past[1] - past[0]) * (older / older_at) + (denoised - past[0]) * newer

@@ -178,7 +178,7 @@ class NoiseSchedule:
         if above == 0 or above == self.timesteps:
             return float(min(above, self.timesteps - 1))
         low, high = log_sigmas[above - 1 : above + 1].tolist()
-        return above - 1 + (log_sigma - low) / (high - low)
+        return float(above - 1 + (log_sigma - low) / (high - low))
 
 
 def ldm_beta_schedule(name: str) -> str:

@@ -1,5 +1,6 @@
 """The sigmas a sampler visits, as diffusers' scheduler of the same name and settings has them."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -56,7 +57,7 @@ class SamplingSchedule:
     @cached_property
     def end_scale(self) -> float:
         """Divides the sampler's result into unit-variance latents: not 1 only where the sigmas end above 0."""
-        return (1 + self.sigmas[-1].item() ** 2) ** 0.5
+        return math.sqrt(1 + self.sigmas[-1].item() ** 2)
 
     @property
     def shared_timesteps(self) -> int:
@@ -116,7 +117,8 @@ def karras_sigmas(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) 
     Source: Karras et al. 2022, equation 5; section 3 finds images best with rho from 5 to 10.
     """
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-    return (sigma_max ** (1 / rho) * (1 - ramp) + sigma_min ** (1 / rho) * ramp) ** rho
+    sigmas: Tensor = (sigma_max ** (1 / rho) * (1 - ramp) + sigma_min ** (1 / rho) * ramp) ** rho
+    return sigmas
 
 
 def _visited_timesteps(

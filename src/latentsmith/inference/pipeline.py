@@ -120,7 +120,7 @@ class Pipeline:
             )
         for network in networks.values():
             network.eval().requires_grad_(False)
-        pipeline = cls(tokenizer=found, spec=spec, **networks)  # type: ignore[arg-type]
+        pipeline = cls(tokenizer=found, spec=spec, **networks)
         named = dtype_of("fp32" if dtype == "auto" else dtype) if isinstance(dtype, str) else dtype
         return pipeline.to(pick_device(device), named)
 
@@ -143,7 +143,7 @@ class Pipeline:
     @property
     def image_size(self) -> int:
         """Side in pixels of the images that the model was made for."""
-        return self.spec.image_size * self.vae.downsampling
+        return int(self.spec.image_size * self.vae.downsampling)
 
     def __call__(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, **keywords: Any

@@ -133,7 +133,7 @@ def embed_prompt(prompt: EncodedPrompt, chunks: int, tokenizer: Tokenizer, text_
     filled = [*prompt.chunks, *[()] * (chunks - len(prompt.chunks))]
     device = next(text_encoder.parameters()).device
     rows = torch.tensor([tokenizer.frame([token for token, _ in chunk]) for chunk in filled], device=device)
-    embedded = text_encoder(rows)
+    embedded: Tensor = text_encoder(rows)
     if not prompt.plain:
         weights = torch.ones(embedded.shape[:2], dtype=embedded.dtype)
         for row, chunk in enumerate(filled):
