@@ -188,7 +188,7 @@ def remove_leftovers(folder: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises BadInput unless all its files are as they were written."""
     try:
-        state = json.loads((path / STATE_FILE).read_text("utf-8"))
+        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text("utf-8"))
         checksums = dict(state["checksums"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{path}: not a checkpoint of a run ({type(error).__name__}: {error})") from None

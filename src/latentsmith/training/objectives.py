@@ -116,7 +116,8 @@ class DiffusionObjective(Objective):
 def vae_latents(batch: Mapping[str, Any], vae: Any) -> Tensor:
     """Return unscaled latents, float32: the batch's own, or sampled from its moments, or from those of its images."""
     if "vae_latents" in batch:
-        return batch["vae_latents"].float()
+        latents: Tensor = batch["vae_latents"]
+        return latents.float()
     moments = batch["moments"] if "moments" in batch else vae.encode(batch["images"])
     return AutoencoderKL.sample(moments.float(), batch["posterior_noise"])
 

@@ -26,13 +26,14 @@ def build_optimizer(
     if name in BITSANDBYTES:
         from bitsandbytes import optim
 
-        return getattr(optim, BITSANDBYTES[name])(parameters, **options)
+        made: torch.optim.Optimizer = getattr(optim, BITSANDBYTES[name])(parameters, **options)
+        return made
     if name in ("fused_adam", "adamw"):
         return torch.optim.AdamW(parameters, fused=fused, **options)
     cls = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optim.name {name!r} is neither fused_adam, adamw nor a class of torch.optim")
-    return cls(parameters, **options)  # type: ignore[call-arg]
+    return cls(parameters, **options)
 
 
 def lr_schedule(
@@ -44,7 +45,10 @@ def lr_schedule(
     beyond max_steps at min_factor, as NeMo's; linear and CosineAnnealing, which after the same rise and `hold_steps`
     fall to min_factor at max_steps. Raises ValueError for another name, or a falling one without max_steps.
     """
-    falls = {"linear": lambda share: 1 - share, "CosineAnnealing": lambda share: (1 + math.cos(math.pi * share)) / 2}
+    falls: dict[str, Callable[[float], float]] = {
+        "linear": lambda share: 1 - share,
+        "CosineAnnealing": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    }
     if name not in ("constant", "WarmupPolicy", "WarmupHoldPolicy", *falls):
         raise ValueError(f"optim.sched.name {name!r} is not a schedule")
     if name in falls and max_steps <= 0:

@@ -25,14 +25,15 @@ def strategy(name: str, processes: int) -> Any:
     model_parallel: every process has a share of the data, the weights and the optimizer's state. ddp: a share of the
     data and the whole of both.
     """
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 
     if name == "model_parallel":
         return ModelParallelStrategy(shard_trained, data_parallel_size=processes, tensor_parallel_size=1)
     return DDPStrategy(broadcast_buffers=False) if processes > 1 else "auto"
 
 
-def shard_trained(objective: Any, mesh: Any) -> nn.Module:
+def shard_trained(objective: Any, mesh: Any) -> Any:
     """Split the trained networks of an objective over the processes of a mesh, block by block; move the others."""
     from torch.distributed.fsdp import fully_shard
 
@@ -54,7 +55,7 @@ def fix_bucket_order(fabric: Fabric, model: nn.Module, batches: Iterator[Record]
     DDP arranges them anew after its first backward pass, in the order in which gradients came. A resumed run would
     then sum its first step in another order than the run that was never stopped.
     """
-    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.strategies.ddp import DDPStrategy
 
     if not isinstance(fabric.strategy, DDPStrategy):
         return batches
@@ -73,6 +74,7 @@ def on_first_process(fabric: Fabric, function: Callable[[], T]) -> T:
             outcome = (function(), None)
         except BadInput as error:
             outcome = (None, error)
+    result: T
     result, failure = fabric.broadcast(outcome)
     if failure is not None:
         raise failure

@@ -71,7 +71,7 @@ class Metrics(Hook):
         values = dict(step.metrics)
         if self.progress_bar:
             values |= self._timing(training, step)
-        self.loss = smoothed(self.loss, step.metrics["loss"])
+        self.loss = smoothed(self.loss, torch.as_tensor(step.metrics["loss"]))
         if training.fabric.world_size == 1 and training.fabric.device.type == "cpu":
             self.shown_loss = float(self.loss)  # elsewhere the last row's: reading it waits, or is for all processes
         if number % self.every_n_steps == 0:
@@ -121,7 +121,7 @@ class Metrics(Hook):
         }
 
 
-def smoothed(before: Tensor | None, loss: Any) -> Tensor:
+def smoothed(before: Tensor | None, loss: Tensor) -> Tensor:
     """Return the smoothed loss after one more step, without reading it; a loss that is not finite does not count."""
     if before is None:
         return loss
