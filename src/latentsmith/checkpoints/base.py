@@ -90,7 +90,8 @@ class ModelSpec:
 
     def config_of(self, part: str) -> Mapping[str, Any]:
         """Return the keywords of one part's network."""
-        return getattr(self, COMPONENTS[part].config_key)
+        config: Mapping[str, Any] = getattr(self, COMPONENTS[part].config_key)
+        return config
 
     @property
     def open_clip(self) -> bool:

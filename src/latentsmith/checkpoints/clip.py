@@ -132,8 +132,8 @@ def _interleaved_heads(title: str, entries: Mapping[str, LazyTensor], config: Ma
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a CLIP config's `text` section: at the top of a CLIP .nemo, else in cond_stage_config.cfg."""
     for inner in (config, (config.get("cond_stage_config") or {}).get("cfg") or {}):
-        if isinstance(inner.get("text"), Mapping):
-            return inner["text"]
+        if isinstance(text := inner.get("text"), Mapping):
+            return text
     return {}
 
 

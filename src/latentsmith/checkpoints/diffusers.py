@@ -175,7 +175,7 @@ def _open_component(folder: Path, weights: str) -> TensorFile:
     matches = [(match, file) for file in sorted(folder.iterdir()) if (match := WEIGHTS_FILE.fullmatch(file.name))]
     wanted = (["non_ema"] if weights == "raw" else []) + [None, "ema", "fp16", "bf16", "non_ema"]
 
-    def rank(item: tuple[re.Match, Path]) -> tuple[int, bool, str]:
+    def rank(item: tuple[re.Match[str], Path]) -> tuple[int, bool, str]:
         match, file = item
         variant = match["variant"] or match["index_variant"]
         preference = wanted.index(variant) if variant in wanted else len(wanted)

@@ -79,7 +79,8 @@ def build_network(config: Config, part: str) -> nn.Module:
     """Build one network with its weights, or with fresh ones that are a function of model.seed."""
     torch.manual_seed(config.model.seed)
     node, source = node_of(config, part), weights_of(config, part)
-    return build(node, weights=config.model.ckpt_weights, from_pretrained=source)
+    network: nn.Module = build(node, weights=config.model.ckpt_weights, from_pretrained=source)
+    return network
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Make networks and fill them from checkpoints: the only place where weights meet modules."""
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,11 @@ def meta_weights() -> Iterator[None]:
 class _SkipNormal(TorchFunctionMode):
     """Skips `normal_` on the meta device, where it does nothing but import PyTorch's compiler: a second."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if function in (torch.Tensor.normal_, nn.init.normal_):
-            tensor = args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else (kwargs or {})["tensor"]
             if tensor.is_meta:
                 return tensor
         return function(*args, **(kwargs or {}))

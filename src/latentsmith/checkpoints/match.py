@@ -135,7 +135,8 @@ def _third(fused: Tensor, third: int, heads: int | None) -> Tensor:
     """Return the rows of q, k or v of a tensor (3 * width, ...); heads: as in SourceKey."""
     if heads is None:
         return fused.chunk(3)[third]
-    return fused.unflatten(0, (heads, 3, -1))[:, third].flatten(0, 1)
+    per_head: Tensor = fused.unflatten(0, (heads, 3, -1))
+    return per_head[:, third].flatten(0, 1)
 
 
 def _cropped(entry: LazyTensor, rows: int) -> LazyTensor:

@@ -29,6 +29,7 @@ from .base import (
     ModelSpec,
     Part,
     Parts,
+    SourceKey,
     Written,
     known_prediction,
     lost_clip_skip,
@@ -94,7 +95,7 @@ def unet_dialect(entries: Mapping[str, Any], config: Mapping[str, Any]) -> Diale
 def _dialect(*departures: str) -> Dialect:
     rules = [rule for name in departures for rule in DEPARTURES[name][1]]
 
-    def table(names: Iterable[str]) -> dict:
+    def table(names: Iterable[str]) -> dict[str, SourceKey]:
         return renamed({name: _renamed(name, rules) for name in names})
 
     return Dialect("nemo", f"NeMo ({', '.join(departures)})", table)

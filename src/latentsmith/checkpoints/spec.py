@@ -94,7 +94,8 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def prediction_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
     """Return the prediction type, or None, and where it was read."""
-    if stated := _facts(checkpoint).get("prediction"):
+    stated: tuple[str | None, str] | None = _facts(checkpoint).get("prediction")
+    if stated:
         return stated
     version, step = version_of(checkpoint), checkpoint.extras.get("global_step")
     if version == "v1":

@@ -89,7 +89,8 @@ def _output(part: str, spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> Te
     network.eval()
     generator = torch.Generator().manual_seed(0)
     if part == "text_encoder":
-        return network(torch.randint(network.vocab_size, (1, network.max_length), generator=generator))
+        output: Tensor = network(torch.randint(network.vocab_size, (1, network.max_length), generator=generator))
+        return output
     if part == "vae":
         side = 4 * network.downsampling
         moments = network.encode(torch.rand(1, 3, side, side, generator=generator) * 2 - 1)
@@ -97,7 +98,8 @@ def _output(part: str, spec: ModelSpec, weights: Mapping[str, LazyTensor]) -> Te
     latents = torch.randn(1, network.in_channels, 16, 16, generator=generator)
     width = network.context_dim
     context = None if width is None else torch.randn(1, 77, width, generator=generator)
-    return network(latents, torch.tensor([500]), context)
+    output = network(latents, torch.tensor([500]), context)
+    return output
 
 
 CHECKS: tuple[Callable[[Conversion], Iterator[str]], ...] = (check_tensors, check_outputs)

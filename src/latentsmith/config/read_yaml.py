@@ -50,7 +50,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def check_limits(text: str) -> None:
     """Raise BadInput for YAML with more nodes, levels or digits than a config can need, before it is built."""
-    nodes, open_anchors, sizes = 0, [], dict[str, int]()
+    nodes, open_anchors, sizes = 0, list[tuple[str | None, int]](), dict[str | None, int]()
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:

@@ -67,7 +67,7 @@ def dump(value: Any, *, one_line: bool = False) -> str:
     return text.strip().removesuffix("\n...") if one_line else text
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+class _Dumper(yaml.SafeDumper):
     """PyYAML leaves the text 1e3 bare, which is a number in YAML 1.2 and for OmegaConf."""
 
 
