@@ -98,6 +98,31 @@ def test_it_is_on_and_gradients_agree(world, plain, name):
     assert half <= (apart > 0)  # half precision that changes nothing was not used
 
 
+@pytest.mark.parametrize("kind", ["cached", "pictures"])
+def test_half_precision_rounds_no_noise_and_no_target(world, kind):
+    """A fresh U-Net predicts 0, so that its first loss is the target's mean square: the same in every precision."""
+    first = {}
+    for precision in ("32-true", "bf16-mixed", "bf16-true"):
+        options = (f"trainer.precision={precision}", "model.min_snr_gamma=5", "trainer.max_steps=1")
+        first[precision] = world.losses(world.train(kind, f"target-{kind}-{precision}", *options))[0]
+    encoded = 3e-3 if kind == "pictures" else 1e-6  # a VAE in bfloat16 rounds its own latents
+    assert first["bf16-true"] == pytest.approx(first["32-true"], rel=encoded)
+    assert first["bf16-mixed"] == pytest.approx(first["32-true"], rel=encoded)
+
+
+def test_weights_that_a_step_is_too_small_to_move_are_reported(world, capsys):
+    """bfloat16 has 8 bits: a step below 2^-9 of a weight changes nothing."""
+    small = ("trainer.max_steps=1", "model.optim.lr=1e-5")
+    world.train("cached", "stuck", "trainer.precision=bf16-true", *small)
+    assert "model.optim.lr=1e-05 is lost to rounding in " in capsys.readouterr().out
+    for name, options in {
+        "float": small,
+        "fast": ("trainer.precision=bf16-true", "trainer.max_steps=1", "model.optim.lr=0.1"),
+    }.items():
+        world.train("cached", f"moved-{name}", *options)
+        assert "rounding" not in capsys.readouterr().out
+
+
 COMPILED = """
 import sys, torch
 from torch._dynamo.utils import counters

@@ -6,12 +6,21 @@ import torch
 from torch import nn
 
 from latentsmith.config import model_options
-from latentsmith.training.optimizers import BITSANDBYTES, build_optimizer, lr_schedule
+from latentsmith.training.optimizers import BITSANDBYTES, build_optimizer, lr_schedule, share_rounded_away
 
 
 def rates(name, steps=range(13), **options):
     schedule = lr_schedule(name, **options)
     return [schedule(step) for step in steps]
+
+
+def test_the_weights_that_rounding_keeps_in_place():
+    """Below 1 the values of bfloat16 are 2^-8 apart, from 1 on 2^-7; half of that moves a weight."""
+    weights = [nn.Parameter(torch.tensor([1.0, -1.0, 0.0, 2.0**-12]))]
+    assert share_rounded_away(weights, 0.9 * 2.0**-9, torch.bfloat16) == 0.5
+    assert share_rounded_away(weights, 1.1 * 2.0**-9, torch.bfloat16) == 0.0
+    assert share_rounded_away(weights, 2.0**-24, torch.bfloat16) == 0.75
+    assert share_rounded_away(weights, 1e-6, torch.float32) == 0.0
 
 
 def test_constant_knows_no_warm_up():

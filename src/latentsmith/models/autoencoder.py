@@ -223,13 +223,13 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Return moments (batch, 2 * embed_dim, height / f, width / f): mean, then log variance, of unscaled latents.
 
-        images: (batch, 3, height, width) in [-1, 1].
+        images: (batch, 3, height, width) in [-1, 1], of any precision.
         """
-        return self.quant_conv(self.encoder(images))
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return images (batch, 3, f * height, f * width), about [-1, 1], of unscaled latents."""
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
 
     def to_latents(self, vae_latents: Tensor) -> Tensor:
         """Scale what the VAE encodes to latents of about unit variance, on which the U-Net works."""

@@ -57,7 +57,7 @@ class VaeObjective(Objective):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         vae: Any = self.networks["vae"]
         images = batch["images"]
-        moments = vae.encode(images)
-        decoded = vae.decode(vae.sample(moments, batch["posterior_noise"]))
+        moments = vae.encode(images).float()
+        decoded = vae.decode(vae.sample(moments, batch["posterior_noise"])).float()
         losses = self.loss(images, decoded, moments)
         return losses["loss"], {**losses, "psnr": psnr(images, decoded.detach()).mean()}

@@ -36,6 +36,18 @@ def build_optimizer(
     return cls(parameters, **options)
 
 
+@torch.no_grad()
+def share_rounded_away(parameters: Iterable[nn.Parameter], step: float, dtype: torch.dtype) -> float:
+    """Return the share of weights that a step of this size, up or down, leaves as they are when kept in `dtype`."""
+    lost = total = 0
+    for parameter in parameters:
+        weight = parameter.to(dtype).float()
+        moved = [(weight + change).to(dtype) != weight for change in (step, -step)]
+        lost += int((~(moved[0] | moved[1])).sum())
+        total += weight.numel()
+    return lost / max(1, total)
+
+
 def lr_schedule(
     name: str, *, warmup_steps: int = 0, hold_steps: float = math.inf, max_steps: int = -1, min_factor: float = 0.0
 ) -> Schedule:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.plugins import MixedPrecision, Precision
+from lightning.fabric.plugins.precision.half import HalfPrecision
 
 from latentsmith.config.typed import Config, EmaConfig, ModelConfig, TrainerConfig
 from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
-from latentsmith.precision import autocast_dtype
+from latentsmith.precision import autocast_dtype, half_precision, weights_dtype
 
 from .checkpointing import CheckpointPlan, SaveCheckpoints, load_checkpoint
 from .ema import Ema
@@ -29,11 +30,13 @@ from .hooks.nonfinite import DescribeNonFinite
 from .hooks.signals import StopOnSignal
 from .loop import Plan, Training, train_loop
 from .objectives import Objective
-from .optimizers import BITSANDBYTES, build_optimizer, lr_schedule
+from .optimizers import BITSANDBYTES, build_optimizer, lr_schedule, share_rounded_away
 from .report import RunReport
 from .run_folder import CHECKPOINTS, Resume
 from .sharding import leave_group, strategy
 from .state import TrainingState, trained_parameters
+
+ROUNDED_SHARE = 0.1  # of the weights, from which on it is reported that steps are lost to rounding
 
 
 def noise_schedule(model: ModelConfig) -> NoiseSchedule:
@@ -169,6 +172,23 @@ class Autocast(MixedPrecision):
         return data
 
 
+class HalfWeights(HalfPrecision):
+    """Weights in half precision; inputs stay float32 as in Autocast, and each network rounds what it is given.
+
+    In bfloat16 the signal of the first dozens of timesteps would be 1, and a noise one of 256 values an octave.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def precision_plugin(precision: str, device: str) -> Precision | None:
+    """Return what computes in trainer.precision on a device; None for float32."""
+    if autocast_dtype(precision) is not None:
+        return Autocast(precision, device)  # type: ignore[arg-type]
+    return HalfWeights(precision) if half_precision(precision) else None  # type: ignore[arg-type]
+
+
 def launch(config: Config) -> Fabric:
     """Start the processes of a run, or join those that torchrun or srun started; return Fabric for this one."""
     for name in ("lightning.fabric", "lightning.pytorch"):
@@ -179,23 +199,35 @@ def launch(config: Config) -> Fabric:
     torch.use_deterministic_algorithms(trainer.deterministic)
     if trainer.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    if autocast_dtype(trainer.precision) is None:
-        precision: dict[str, Any] = {"precision": trainer.precision}
-    else:
-        device = "cpu" if on_cpu(config) else "cuda" if torch.cuda.is_available() else "mps"
-        precision = {"plugins": [Autocast(trainer.precision, device)]}  # type: ignore[arg-type]
+    device = "cpu" if on_cpu(config) else "cuda" if torch.cuda.is_available() else "mps"
     fabric = Fabric(
         accelerator=trainer.accelerator,
         strategy=strategy(trainer.strategy, process_count(config)),
         devices=devices_of(config),
         num_nodes=trainer.num_nodes,
-        **precision,
+        plugins=precision_plugin(trainer.precision, device),
     )
     fabric.launch()
     return fabric
 
 
 # ---- The training ----
+
+
+def rounded_steps(config: Config, networks: Mapping[str, torch.nn.Module], trained: tuple[str, ...]) -> list[str]:
+    """Return a line on weights in half precision that the learning rate is too small to move, if there are many."""
+    precision, rate = config.trainer.precision, config.model.optim.lr
+    dtype = weights_dtype(precision)
+    if dtype == torch.float32:
+        return []
+    share = share_rounded_away(trained_parameters(networks, trained), rate, dtype)
+    if share < ROUNDED_SHARE:
+        return []
+    mixed = precision.replace("true", "mixed")
+    return [
+        f"trainer.precision={precision}: a step of model.optim.lr={rate:g} is lost to rounding in {share:.0%} of the "
+        f"weights, which stay as they are; {mixed} keeps them in float32"
+    ]
 
 
 def start(fabric: Fabric, objective: Objective, plan: Plan, ema: EmaConfig | None = None) -> Training:

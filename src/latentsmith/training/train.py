@@ -125,7 +125,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     head = [*header(networks, trained), *dataset.preflight(opened, for_captions, plan.max_steps, batch)]
     if held_out is not None:
         head.append(f"{held_out.draw.count:,} samples held out for validation")
-    head.append(memory(config, networks, trained))
+    head += [memory(config, networks, trained), *setup.rounded_steps(config, networks, trained)]
     spec = spec_of_run(model, scale, opened.latent_shape[-1])
     return Ready(networks, tokenizer, opened, held_out, samples, objective, spec, plan, head)
 

@@ -47,6 +47,7 @@ def train_vae(config: Config, *, dry_run: bool = False) -> Path:
         print(*head, sep="\n", flush=True)
         check_folder(config)
         return folder
+    head += setup.rounded_steps(config, {"vae": vae}, ("vae",))
     fabric = setup.launch(config)
     resume = resume_together(config, fabric)
     if fabric.is_global_zero:

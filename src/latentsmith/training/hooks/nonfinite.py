@@ -83,7 +83,7 @@ class DescribeNonFinite(Hook):
         description: dict[str, Any] = {"step": number, "positions": positions, "weights": None}
         first = None
         if not training.state.sharded:  # no process can run shards by itself
-            batch = fabric.strategy.precision.convert_input(to_device(self.samples[positions], fabric.device))
+            batch = to_device(self.samples[positions], fabric.device)
             with fabric.autocast():
                 found = first_bad(training.objective, batch)
             beside = path.with_suffix("")

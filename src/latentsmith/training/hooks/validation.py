@@ -108,9 +108,8 @@ class Validation(Hook):
         total = torch.zeros((), dtype=torch.float64)
         for batch in self.held_out.batches(fabric.global_rank, fabric.world_size):
             weights = batch.pop("weight").double()
-            inputs = fabric.strategy.precision.convert_input(batch)  # outside autocast: what is drawn is float32
             with fabric.autocast():
-                errors = objective.losses(to_device(inputs, fabric.device), "l2")
+                errors = objective.losses(to_device(batch, fabric.device), "l2")
             total += (errors.cpu().double() * weights).sum()
         if fabric.world_size > 1:
             gathered: Any = fabric.all_gather(total.float().to(fabric.device))
