@@ -1,7 +1,9 @@
 """The command line in this process, on tiny fixtures: what commands print, write and return."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -230,3 +232,33 @@ def test_config_validate_explain_diff(capsys):
 def test_options_without_effect_are_named_once_when_training(tiny, capsys):
     assert main(["train", "--config", tiny, "model.use_ema=True", "--dry-run"]) == 0
     assert capsys.readouterr().err.endswith("says why): model.use_ema\n")
+
+
+def run_process(*words, **options):
+    return subprocess.run([sys.executable, "-m", "latentsmith", *map(str, words)], timeout=600, **options)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_log_that_cannot_be_written_does_not_end_a_training(tiny, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = run_process("train", "--config", tiny, stdout=full, stderr=full)
+        assert done.returncode == 0
+        assert (tmp_path / "runs/tiny/checkpoints/step-00000002/state.json").exists()
+        assert run_process("config", "show", "sd1", stdout=full, stderr=subprocess.PIPE).returncode == 1
+
+
+def test_a_reader_that_has_gone_does_not_end_a_training(tiny, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_process("train", "--config", tiny, stdout=writer, stderr=writer).returncode == 0
+    os.close(writer)
+    assert (tmp_path / "runs/tiny/checkpoints/step-00000002/state.json").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path, encoding):
+    folder = tmp_path / "ü 日本"
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = run_process("data", "scenes", folder, "--count", "2", env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\u65e5\\u672c" in done.stdout.decode(encoding)

@@ -15,6 +15,7 @@ from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
 
 from . import configs, convert, data, demo, generate, inspect, precache, train
+from .streams import protect_streams
 
 TRAINING = ("train", "train-vae", "demo")  # steps of one size, again and again
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # a process of our own, in which nothing has imported torch yet
+        protect_streams(given[0] if given else "--help")
         ask_for_huge_pages()
         if given[:1] and given[0] in TRAINING:
             keep_freed_memory()
