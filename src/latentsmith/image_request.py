@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LAST_SEED = 2**63 - 1
+DISTINCT_SEEDS = 2**32  # torch's generator on a CPU takes the lower 32 bits of a seed
 LONGEST_SIDE = 16_384  # pixels
 MAX_PIXELS = 2**25  # of one image; its float32 pixels are 400 MB
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -371,3 +372,17 @@ def test_options_of_nemos_infer_section():
     found = options_from_nemo(infer | {"num_images_per_prompt": 4, "down_factor": 8, "width": None})
     expected = {"guidance_scale": 5, "num_inference_steps": 30, "sampler": "PLMS", "eta": 0, "height": 512}
     assert found == expected
+
+
+def test_a_seed_beyond_32_bits_says_which_one_it_repeats(pipeline):
+    """torch's generator on a CPU takes the lower 32 bits, in diffusers too."""
+    small = images(pipeline, "a red circle", seed=5)
+    for keywords in (dict(seed=5 + 2**32), dict(seed=5, variation_seed=2**32 + 6, variation_strength=0.5)):
+        with pytest.warns(UserWarning, match=r"gives the noise of seed [56]: torch's generator on a CPU takes 32 bits"):
+            large = images(pipeline, "a red circle", **keywords)
+        if "variation_seed" not in keywords:
+            assert apart(large, small) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images(pipeline, "a red circle", seed=2**32 - 1)
+        images(pipeline, "a red circle", seed=2**40, generator=torch.Generator().manual_seed(5))

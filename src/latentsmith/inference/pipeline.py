@@ -41,6 +41,7 @@ from .requests import (
     PreparedRequest,
     SamplingStep,
     batches,
+    check_seeds,
     image_requests,
     noise_generator,
     parse_call,
@@ -183,6 +184,7 @@ class Pipeline:
         """Return the options with height and width, and the requests ready to sample. Raises BadInput."""
         if not requests:
             raise BadInput("no prompt: give at least one")
+        check_seeds(requests)
         init_images = prepare_init_images(requests, options.height, options.width, self.vae.downsampling)
         options = self.completed(options, init_images[0])
         shape = self.latent_shape(options)

@@ -1,6 +1,7 @@
 """Keywords to requests, requests to batches, and what a batch becomes."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature, signature
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from latentsmith.diffusion import SAMPLERS, canonical_sampler
 from latentsmith.files.errors import BadInput
-from latentsmith.image_request import ImageRequest, SamplingOptions, unknown_keyword
+from latentsmith.image_request import DISTINCT_SEEDS, ImageRequest, SamplingOptions, unknown_keyword
 from latentsmith.text.prompts import EncodedPrompt
 
 from .images import InitImage
@@ -157,6 +158,18 @@ def batches(requests: Sequence[PreparedRequest], size: int) -> Iterator[list[Pre
         by_length.setdefault(request.chunks, []).append(request)
     for alike in by_length.values():
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def check_seeds(requests: Sequence[ImageRequest]) -> None:
+    """Warn of a seed whose noise is that of a smaller one."""
+    for request in requests:
+        seeds = [request.seed] if request.generator is None else []
+        seeds += [request.variation_seed] if request.variation_strength else []
+        for seed in seeds:
+            if seed >= DISTINCT_SEEDS:
+                same = f"gives the noise of seed {seed % DISTINCT_SEEDS}: torch's generator on a CPU takes 32 bits"
+                warnings.warn(f"seed {seed} {same}", stacklevel=3)
+                return
 
 
 def noise_generator(request: ImageRequest) -> torch.Generator:
