@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 
+from latentsmith.config.model_options import WITH_BETAS
 from latentsmith.config.typed import Config, EmaConfig, ModelConfig, TrainerConfig
 from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
@@ -215,19 +216,20 @@ def launch(config: Config) -> Fabric:
 
 
 def rounded_steps(config: Config, networks: Mapping[str, torch.nn.Module], trained: tuple[str, ...]) -> list[str]:
-    """Return a line on weights in half precision that the learning rate is too small to move, if there are many."""
-    precision, rate = config.trainer.precision, config.model.optim.lr
+    """Return lines on weights and moments in half precision that are rounded back to what they were at every step."""
+    precision, optim = config.trainer.precision, config.model.optim
     dtype = weights_dtype(precision)
     if dtype == torch.float32:
         return []
-    share = share_rounded_away(trained_parameters(networks, trained), rate, dtype)
-    if share < ROUNDED_SHARE:
-        return []
+    lines = []
+    share = share_rounded_away(trained_parameters(networks, trained), optim.lr, dtype)
+    if share >= ROUNDED_SHARE:
+        lines.append(f"a step of model.optim.lr={optim.lr:g} is lost to rounding in {share:.0%} of the weights")
+    beta = (optim.betas or (0.9, 0.999))[1]
+    if optim.name in WITH_BETAS and torch.tensor(beta, dtype=dtype) == 1:
+        lines.append(f"model.optim.betas: {beta} is rounded to 1, so that second moments grow and never fall")
     mixed = precision.replace("true", "mixed")
-    return [
-        f"trainer.precision={precision}: a step of model.optim.lr={rate:g} is lost to rounding in {share:.0%} of the "
-        f"weights, which stay as they are; {mixed} keeps them in float32"
-    ]
+    return [f"trainer.precision={precision}: {line}; {mixed} keeps float32" for line in lines]
 
 
 def start(fabric: Fabric, objective: Objective, plan: Plan, ema: EmaConfig | None = None) -> Training:
