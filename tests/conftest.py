@@ -1,5 +1,8 @@
+import os
 import resource
 import signal
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,42 @@ def limited():
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+KILLED = 137
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")  # audit events, raised before the call itself
+
+
+@pytest.fixture
+def killed_at_write():
+    """killed_at_write(command, n): run a function in another process that ends without a word before its n-th change of
+    a file or folder; return whether it came so far. Its locks go with it, and no handler of errors runs."""
+
+    def run(command, number: int) -> bool:
+        child = os.fork()
+        if child == 0:
+            _die_at(number)
+            try:
+                command()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, KILLED)
+        return status == KILLED
+
+    return run
+
+
+def _die_at(number: int) -> None:
+    count = 0
+
+    def look(event, arguments):
+        nonlocal count
+        opens = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and arguments[0] != os.devnull
+        count += bool(opens or event in CHANGES)
+        if count == number:
+            os._exit(KILLED)
+
+    sys.addaudithook(look)

@@ -14,7 +14,7 @@ from latentsmith.data.dataset import TrainingSet, reader
 from latentsmith.data.ingest import import_dataset
 from latentsmith.data.latent_cache import LatentCache
 from latentsmith.data.precache import CacheOptions, Encoders, write_cache
-from latentsmith.data.resumable_output import CLAIM_FILE, ResumableOutput
+from latentsmith.data.resumable_output import ResumableOutput
 from latentsmith.data.sample_io import caption_of, npy_array, npy_bytes
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.shuffle import CROPS, integer_below, sample_seed
@@ -404,12 +404,13 @@ def test_a_lost_process_loses_its_open_shard_alone(tmp_path, source):
     )
 
 
-def test_only_one_finishes_and_a_claim_lapses(tmp_path, source):
-    work = ResumableOutput(tmp_path / "x", {"a": 1}, shared=True)
-    assert work.claim_finish() and not ResumableOutput(tmp_path / "x", {"a": 1}, shared=True).claim_finish()
-    os.utime(tmp_path / "x" / CLAIM_FILE, (1, 1))
-    assert work.claim_finish() and not work.claim_finish()
-    assert not (tmp_path / "x" / "set.json").exists()
+def test_only_one_finishes(tmp_path):
+    first, second = (ResumableOutput(tmp_path / "x", {"a": 1}, shared=True) for _ in range(2))
+    with first.finishing() as first_does, second.finishing() as second_does:
+        assert (first_does, second_does) == (True, False)
+    with second.finishing() as second_does:
+        assert second_does
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["unfinished.json"]
 
 
 def test_another_process_file_under_way_is_left_alone(tmp_path):

@@ -17,6 +17,7 @@ from latentsmith.checkpoints.convert import convert
 from latentsmith.checkpoints.load import network_shapes
 from latentsmith.cli import main
 from latentsmith.files.errors import BadInput
+from latentsmith.files.lock import locked_folder
 from latentsmith.text.tokenizer import train_vocabulary
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -203,3 +204,23 @@ def test_verify_finds_a_changed_tensor(tmp_path, source, monkeypatch, capsys):
     arguments = ["convert", str(source), str(tmp_path / "m.safetensors"), "--to", "ldm", "--verify"]
     assert main(arguments) == 1
     assert "is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["diffusers", "ldm", "nemo"])
+def test_killed_before_every_write_a_conversion_leaves_nothing(tmp_path, source, killed_at_write, to):
+    """Each start clears what the one before left, and only the last of them leaves a file: the whole one."""
+    out = tmp_path / "out" / ENDING[to]
+    number = 1
+    while killed_at_write(lambda: convert(source, out, to), number):
+        left = [path for path in out.parent.glob("*") if not path.name.endswith(".lock")]
+        assert len(left) <= 1
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)  # killed after the rename: it is whole
+        number += 1
+    assert number > 5 and [path.name for path in out.parent.iterdir()] == [out.name]
+    assert same(weights(out), weights(source))
+
+
+def test_another_conversion_to_the_same_name_is_refused(tmp_path, source):
+    with locked_folder(tmp_path, name=".m.safetensors.lock"), pytest.raises(BadInput, match=r"m.safetensors: process"):
+        convert(source, tmp_path / "m.safetensors", "ldm")
+    assert list(tmp_path.iterdir()) == []

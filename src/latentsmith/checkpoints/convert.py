@@ -3,15 +3,18 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.diffusion import canonical_prediction_type
+from latentsmith.files.atomic import remove_incomplete
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import LazyTensor
+from latentsmith.files.lock import LOCK_FILE, locked_folder
 from latentsmith.precision import dtype_of
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
@@ -70,7 +73,7 @@ def convert(
         part: {name: tensor.to(dtype, f"{src}: {part} {name}", zeroed.append) for name, tensor in tensors.items()}
         for part, tensors in parts.items()
     }
-    with progress("converting", "tensors") as bar:
+    with _alone(dst, to), progress("converting", "tensors") as bar:
 
         def written(key: str) -> None:
             nonlocal done
@@ -99,6 +102,15 @@ def _writable(dst: Path, to: str) -> Format:
     if os.path.lexists(dst):
         raise BadInput(f"{dst}: exists already, and nothing is overwritten; name another or move it away")
     return formats[to]
+
+
+@contextmanager
+def _alone(dst: Path, to: str) -> Iterator[None]:
+    """Lock the name `dst` inside the context, and delete what a killed conversion to it left."""
+    with locked_folder(dst.parent, name=f".{dst.name}{LOCK_FILE}", subject=dst):
+        _writable(dst, to)  # again: another conversion may have ended meanwhile
+        remove_incomplete(dst.parent, dst.name)
+        yield
 
 
 def _canonical(prediction_type: str | None) -> str | None:

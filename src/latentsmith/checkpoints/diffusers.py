@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.architectures import COMPONENTS
-from latentsmith.files.atomic import atomic_folder
+from latentsmith.files.atomic import atomic_folder, write_bytes
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile, open_tensors, save_safetensors
@@ -211,8 +211,7 @@ def export_diffusers(
     own |= {PAD_KEY: str(pad)} if (pad := spec.cond_stage_config.get("pad_to")) else {}
     with atomic_folder(out) as folder:
         for name, data in contents.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(data)
+            write_bytes(folder / name, data)
         text = {name: LazyTensor.of(tensor).to(dtype, name) for name, tensor in parts["text_encoder"].items()}
         for name, tensors, metadata in (
             ("unet/diffusion_pytorch_model", packed(parts["unet"], UNET, dtype), own),

@@ -21,7 +21,7 @@ from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 from .errors import BadSample
 from .filters import Filters
 from .images import is_plain, load_image, rgb_of
-from .resumable_output import ResumableOutput, full_disk_reported
+from .resumable_output import ResumableOutput, full_disk_reported, locked_output
 from .sample_io import caption_of
 from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
 from .sources import Source, SourceItem, open_source
@@ -76,9 +76,10 @@ def import_dataset(
     options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
     # Only those in use: imports made before there were these options have neither.
     options |= {name: True for name, used in asdict(access).items() if used}
-    work = ResumableOutput(out, {"command": "data import", "source": listing.fingerprint(), "options": options})
-    if not work.is_finished:
-        with full_disk_reported(out):
+    recipe = {"command": "data import", "source": listing.fingerprint(), "options": options}
+    with locked_output(Path(out)), full_disk_reported(out):
+        work = ResumableOutput(out, recipe)
+        if not work.is_finished:
             _Import(listing, work, filters, max_bad, progress).run(samples_per_shard)
     return read_report(Path(out))
 

@@ -39,7 +39,7 @@ from .latent_cache import (
     variant_name,
 )
 from .loader import no_worker_left, read_ahead
-from .resumable_output import ResumableOutput, full_disk_reported
+from .resumable_output import ResumableOutput, full_disk_reported, locked_output
 from .sample_io import CAPTION_EXTENSIONS, blaming_sample, caption_of, image_member, npy_bytes, to_float16
 from .shards import Sample, ShardRecord, ShardSet, ShardWriter
 from .shuffle import sample_seed
@@ -137,9 +137,9 @@ def write_cache(
         "options": asdict(options),
         "seed": seed if transforms.is_random else None,
     }
-    work = ResumableOutput(out, recipe, shared=processes > 1)
-    if not work.is_finished:
-        with full_disk_reported(out):
+    with locked_output(Path(out), rank, processes), full_disk_reported(out):
+        work = ResumableOutput(out, recipe, shared=processes > 1)
+        if not work.is_finished:
             writer = _CacheWriter(source, work, transforms, encoders, options, batch_size, seed)
             writer.fill(rank, processes, num_workers, progress)
             if not writer.finish():
@@ -182,8 +182,16 @@ class _CacheWriter:
     def finish(self) -> bool:
         """Make the folder a cache, if all shards are done and no other process does so; returns whether it did."""
         every = [done for number in range(len(self.source.counts)) if (done := self.work.done(number))]
-        if len(every) < len(self.source.counts) or not self.work.claim_finish():
+        if len(every) < len(self.source.counts):
             return False
+        with self.work.finishing() as is_mine:
+            if is_mine and not self.work.is_whole:
+                self._finish(every)
+                return True
+        return False
+
+    def _finish(self, every: list[dict[str, Any]]) -> None:
+        """Write what a cache has beside its shards. every: the records of all shards."""
         if self.encoders.captions:
             self._write_empty_prompt(self.encoders.captions)
         shapes: dict[str, list[int | None]] = {}
@@ -194,7 +202,6 @@ class _CacheWriter:
                 np.save(file, np.array([number for done in every for number in done["buckets"]], np.uint8))
         self._write_info(shapes)
         self.work.finish([ShardRecord(**done["shard"]) for done in every])
-        return True
 
     def _batches(self, shards: Iterable[int]) -> Iterator[tuple[int, list[int]]]:
         """Yield (shard, numbers of samples in it), each batch from one bucket; stop if another process has finished."""

@@ -2,26 +2,38 @@
 
 `unfinished.json` is there from the first moment to the last and holds the recipe: everything that decides the content.
 `shard-000000.done.json` follows each completed shard. A rerun with the same recipe keeps the shards that are done.
-At the end `set.json` is written from the records, then the markers go.
+At the end `set.json` is written from the records, then the markers go; a rerun deletes those that a kill left.
 """
 
 import errno
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from latentsmith.files.atomic import INCOMPLETE, remove_incomplete, write_text
+from latentsmith.files.atomic import remove_incomplete, write_text
 from latentsmith.files.errors import BadInput
+from latentsmith.files.lock import LOCK_FILE, locked, locked_folder, remove_stale_locks
 
 from .shards import SET_FILE, UNFINISHED_FILE, ShardRecord, shard_name, write_set_file
 
-CLAIM_FILE = "finishing"
-CLAIM_SECONDS = 300.0
+FINISH_LOCK = f"{LOCK_FILE}-finish"
+
+
+@contextmanager
+def locked_output(folder: Path, rank: int = 0, processes: int = 1) -> Iterator[None]:
+    """Lock a folder inside the context: for one process alone, or this rank's share where several fill it.
+
+    Raises BadInput that names the holder where another command, or the same one, fills it.
+    """
+    with ExitStack() as held:
+        held.enter_context(locked_folder(folder, shared=processes > 1))
+        if processes > 1:
+            held.enter_context(locked(folder / f"{LOCK_FILE}-{rank}", folder))
+        yield
 
 
 class ResumableOutput:
@@ -29,7 +41,7 @@ class ResumableOutput:
 
     recipe: a JSON object of strings, numbers and nested objects. shared: whether other processes fill it too, at the
     same time. BadInput if the folder holds anything else: other files, or a set begun or finished by another recipe
-    (the first differing entry is named).
+    (the first differing entry is named). The caller holds `locked_output`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], recipe: Mapping[str, Any], *, shared: bool = False):
@@ -39,21 +51,27 @@ class ResumableOutput:
 
     def _open(self) -> bool:
         marker, whole = self.folder / UNFINISHED_FILE, self.folder / SET_FILE
+        if whole.exists():
+            self._compare(_read_json(whole).get("recipe", {}))
+            with self.finishing() as is_mine:
+                if is_mine:
+                    self._tidy()
+            return True
         if marker.exists():
             self._compare(_read_json(marker))
             if not self.shared:  # another's file under way looks the same
                 remove_incomplete(self.folder)
-        elif whole.exists():
-            self._compare(_read_json(whole).get("recipe", {}))
-            return True
         elif self.folder.exists() and (not self.folder.is_dir() or self._holds_files()):
             raise BadInput(f"{self.folder}: already holds something else; name a new folder or an empty one")
         else:
+            if not self.shared:
+                remove_incomplete(self.folder)
             write_text(marker, json.dumps(self.recipe, indent=1) + "\n")
         return False
 
     def _holds_files(self) -> bool:
-        return any(not (self.shared and path.name.endswith(INCOMPLETE)) for path in self.folder.iterdir())
+        begun = f".{UNFINISHED_FILE}."  # what a kill before the first rename leaves, or another process is writing
+        return any(not path.name.startswith((LOCK_FILE, begun)) for path in self.folder.iterdir())
 
     def _compare(self, before: Mapping[str, Any]) -> None:
         difference = first_difference(before, self.recipe)
@@ -82,31 +100,32 @@ class ResumableOutput:
         """Mark shard `number`, already in place, as done; `more` is for the command's own use on a rerun."""
         write_text(self._done_path(number), json.dumps({"shard": asdict(shard), **more}))
 
-    def claim_finish(self) -> bool:
-        """Return whether this process is the one, of several that fill the folder, that has to finish it.
+    @contextmanager
+    def finishing(self) -> Iterator[bool]:
+        """Yield whether this process is the one, of those that fill the folder, that finishes it, inside the context.
 
-        The claim of a process that was killed in the act lapses after CLAIM_SECONDS.
+        The lock of a process that was killed in the act is free at once.
         """
-        if not self.shared:
-            return True
-        claim = self.folder / CLAIM_FILE
-        with suppress(FileNotFoundError):
-            if time.time() - claim.stat().st_mtime > CLAIM_SECONDS:
-                claim.unlink(missing_ok=True)
-        try:
-            claim.open("x").close()
-            return not (self.folder / SET_FILE).exists()
-        except FileExistsError:
-            return False
+        with ExitStack() as held:
+            is_mine = True
+            if self.shared:
+                try:
+                    held.enter_context(locked(self.folder / FINISH_LOCK, self.folder))
+                except BadInput:
+                    is_mine = False
+            yield is_mine
 
     def finish(self, shards: Sequence[ShardRecord]) -> None:
         """Turn the folder into a finished set. Every other file of it must be in place already."""
         write_set_file(self.folder, shards, recipe=self.recipe)
-        (self.folder / UNFINISHED_FILE).unlink(missing_ok=True)
-        for number in range(len(shards)):
-            self._done_path(number).unlink(missing_ok=True)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Delete what a finished folder needs no more, and what killed processes left in it."""
+        for path in [self.folder / UNFINISHED_FILE, *self.folder.glob("shard-*.done.json")]:
+            path.unlink(missing_ok=True)
         remove_incomplete(self.folder)
-        (self.folder / CLAIM_FILE).unlink(missing_ok=True)
+        remove_stale_locks(self.folder, f"{LOCK_FILE}-*")
 
     def _done_path(self, number: int) -> Path:
         return (self.folder / shard_name(number)).with_suffix(".done.json")

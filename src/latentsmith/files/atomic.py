@@ -5,6 +5,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,6 +46,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        sync_folder(aside)
         aside.replace(path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -77,7 +79,13 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-def remove_incomplete(folder: str | os.PathLike[str]) -> None:
-    """Delete what a killed writer left in `folder`. Only for a folder that no one else is writing to."""
-    for leftover in Path(folder).glob(f".*{INCOMPLETE}"):
-        leftover.unlink(missing_ok=True)
+def remove_incomplete(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Delete what a killed writer left in `folder`: of the file or folder `name`, or of all.
+
+    Only for a name, or a folder, that no one else is writing to.
+    """
+    for leftover in Path(folder).glob(f".*{INCOMPLETE}" if name is None else f".{escape(name)}.????????{INCOMPLETE}"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
