@@ -1,7 +1,38 @@
+import ast
+import inspect
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
 import pytest
 
-from latentsmith.config import explain, load_config, schema
+from latentsmith.config import explain, load_config, nemo_inference, network_arguments, schema
+from latentsmith.config.data_options import AspectBucketsConfig, AugmentationsConfig
+from latentsmith.config.inference_options import InferConfig, InferenceConfig
+from latentsmith.config.model_options import CondStageConfig, DDConfig, FirstStageConfig, LossConfig, UNetConfig
+from latentsmith.config.run_options import Config
+from latentsmith.data.buckets import Buckets
+from latentsmith.data.transforms import APPLY
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import OPTIONS
+from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
+from latentsmith.models.autoencoder import VaeSizes
+from latentsmith.training.losses import ReconstructionLoss
+
+PACKAGE = Path(schema.__file__).parents[1]
+KEYWORDS_OF = {  # sections that are passed as the keywords of a class
+    UNetConfig: UNetModel,
+    FirstStageConfig: AutoencoderKL,
+    DDConfig: VaeSizes,
+    LossConfig: ReconstructionLoss,
+    CondStageConfig: ClipTextEncoder,
+    AspectBucketsConfig: Buckets,
+}
+READ_BY_NAME = {  # sections that are read as mappings, and the tables of their keys
+    AugmentationsConfig: set(APPLY),
+    InferConfig: {*nemo_inference.KEYWORDS, *(option.nemo for option in OPTIONS.values())},
+}
+OF_NODES = {"_target_", *network_arguments.SOURCES}
 
 
 @pytest.mark.parametrize("option", schema.table().values(), ids=lambda option: option.key)
@@ -13,6 +44,41 @@ def test_each_option_is_whole(option):
         assert option.value_type.nullable or not option.filled
     elif not interpolated:
         assert option.value_type.read(option.default) == option.default
+
+
+def sections(section):
+    """Yield every section and those inside it."""
+    yield section
+    for annotation in get_type_hints(section).values():
+        if inner := schema.section_of(annotation):
+            yield from sections(inner)
+
+
+def names_read():
+    """Return the names that code outside config/ reads: attributes (not of `self`), and keys of mappings."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        nodes = () if path.is_relative_to(PACKAGE / "config") else ast.walk(ast.parse(path.read_text("utf-8")))
+        for node in nodes:
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "self":
+                names.add(node.attr)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                names.add(node.slice.value)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("getattr", ".get")):
+                names |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    return names
+
+
+def test_every_option_is_read():
+    """An option that no code reads changes nothing, without a word."""
+    names, unread = names_read(), []
+    for section in {*sections(Config), *sections(InferenceConfig)}:
+        read = READ_BY_NAME.get(section, names)
+        if section in KEYWORDS_OF:
+            read = read | OF_NODES | set(inspect.signature(KEYWORDS_OF[section]).parameters)
+        options = [field.name for field in fields(section) if "option" in field.metadata]
+        unread += [f"{section.__name__}.{name}" for name in options if name not in read]
+    assert not unread
 
 
 def test_no_option_is_also_a_group():
