@@ -50,6 +50,28 @@ def test_an_unknown_name_is_an_attribute_error():
     assert "Pipeline" in dir(latentsmith)
 
 
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: latentsmith.load_config("sd1", "a=b"), r"overrides are a list: \['a=b'\]"),
+        (
+            lambda: latentsmith.train("sd1"),
+            r"train takes a config: latentsmith.train\(latentsmith.load_config\('sd1'\)\)",
+        ),
+        (lambda: latentsmith.precache("sd1", "out"), r"precache takes a config: latentsmith.precache\(.*'sd1'\)\)"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(call, line):
+    with pytest.raises(BadInput, match=line):
+        call()
+
+
+def test_the_models_dtype_by_diffusers_keyword(place):
+    for keyword in ("dtype", "torch_dtype"):
+        pipeline = latentsmith.Pipeline.from_pretrained(place / "model", device="cpu", **{keyword: torch.bfloat16})
+        assert next(pipeline.unet.parameters()).dtype == torch.bfloat16
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with `model`, a tiny diffusers folder, and `shards`, pictures to train it on."""

@@ -236,10 +236,18 @@ def options_from_nemo(infer: Mapping[str, Any]) -> dict[str, Any]:
     return {name: infer[each.nemo] for name, each in OPTIONS.items() if each.nemo and infer.get(each.nemo) is not None}
 
 
+ELSEWHERE = {  # what keywords of diffusers' pipelines ask for, and what does it here
+    "callback_on_step_end": "iterate over pipe.stream(prompt), which yields every step",
+    "prompt_embeds": "give them to pipe.sample, and its latents to pipe.decode",
+    "negative_prompt_embeds": "give them to pipe.sample, and its latents to pipe.decode",
+}
+
+
 def unknown_keyword(name: str, known: Mapping[str, Any]) -> str:
     """Return an error message for a keyword that is none of `known`, with the nearest one or what others call it."""
     spellings = {alias: keyword for keyword, each in OPTIONS.items() for alias in (*each.aliases, keyword)}
     spellings |= {keyword: keyword for keyword in known}
-    near = get_close_matches(name, spellings, n=1, cutoff=0.5)
+    near = get_close_matches(name, spellings, n=1, cutoff=0.75) or [k for k in spellings if k.startswith(f"{name}_")]
     hint = f"did you mean {spellings[near[0]]}?" if near else f"choose from {', '.join(known)}"
+    hint = ELSEWHERE.get(name, hint)
     return f"unknown keyword {name!r}; {hint}"

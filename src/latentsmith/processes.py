@@ -1,8 +1,12 @@
 """Rank and device of this process, read from the environment that its launcher (torchrun, srun, Lightning) sets."""
 
 import os
+from typing import TYPE_CHECKING
 
 from latentsmith.files.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
 
 
 def process_of() -> tuple[int, int]:
@@ -40,14 +44,14 @@ def own_device(device: str) -> str:
     return device
 
 
-def pick_device(device: str | None) -> str:
+def pick_device(device: "str | torch.device | None") -> str:
     """Return the device named, or the first there is of cuda, mps and cpu. Raises BadInput for one that is missing."""
     import torch
 
     if device not in (None, "auto"):
         try:
             torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise BadInput(f"device {device}: {str(error).splitlines()[0]}") from None
         return str(device)
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -211,6 +211,7 @@ def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
         (dict(seed=2**64 - 1), "seed is 18446744073709551615; it must be between 0 and 9223372036854775807"),
         (dict(seed=2**63 - 1, num_images_per_prompt=2), "seed is 9223372036854775808; it must be between 0 and"),
         (dict(image="cat.png"), "image is a str; give a PIL image"),
+        (dict(image=[Image.new("RGB", (24, 16)), 1]), "image holds 2 for 1 prompts"),
         (dict(seed=[1, 2]), "seed holds 2 for 1 prompts"),
         (dict(seed=-1), "seed is -1; it must be between 0 and"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt is 0"),
@@ -230,6 +231,10 @@ def test_bad_input_is_said_before_anything_is_sampled(pipeline, monkeypatch):
     for empty in (pipeline, pipeline.stream, pipeline.encode_prompt):
         with pytest.raises(BadInput, match="no prompt: give at least one"):
             empty([])
+        with pytest.raises(BadInput, match="prompt is None; it must be a text or a list of texts"):
+            empty(None)
+        with pytest.raises(BadInput, match="prompt is 3; it must be a text"):
+            empty([3])
     with pytest.raises(BadInput, match="no prompt: give at least one"):
         pipeline.sample(torch.zeros(0, 12, 16))
 
@@ -349,6 +354,52 @@ def test_an_unknown_keyword_names_the_nearest(pipeline, keyword, nearest):
         pipeline("a", **{keyword: 1})
 
 
+@pytest.mark.parametrize(
+    ("keyword", "advice"),
+    [
+        ("frobnicate", "choose from"),
+        ("num_images", "did you mean num_images_per_prompt"),
+        ("callback_on_step_end", r"iterate over pipe.stream\(prompt\), which yields every step"),
+        ("prompt_embeds", "give them to pipe.sample, and its latents to pipe.decode"),
+        ("negative_prompt_embeds", "give them to pipe.sample, and its latents to pipe.decode"),
+    ],
+)
+def test_an_unknown_keyword_that_nothing_is_like(pipeline, keyword, advice):
+    with pytest.raises(TypeError, match=f"unknown keyword '{keyword}'; {advice}"):
+        pipeline("a", **{keyword: 1})
+
+
+def test_output_types(pipeline):
+    """Of several sizes of batches, in the order of the prompts; "np" and "pt" are the images before rounding."""
+    keywords = OPTIONS | dict(negative_prompt="grey", batch_size=2, num_images_per_prompt=2)
+    shown, array, tensor, latents = (
+        pipeline(PROMPTS[:3], **keywords, output_type=name).images for name in ("pil", "np", "pt", "latent")
+    )
+    assert (array.shape, tensor.shape, latents.shape) == ((6, 16, 24, 3), (6, 3, 16, 24), (6, 4, 8, 12))
+    assert array.dtype == np.float32 and tensor.dtype == torch.float32
+    assert (array == tensor.permute(0, 2, 3, 1).numpy()).all() and array.min() >= 0 and array.max() <= 1
+    assert (np.abs(array * 255 - np.stack(arrays(shown))) <= 0.5001).all()
+    assert torch.equal((pipeline.decode(latents) / 2 + 0.5).clamp(0, 1), tensor)
+    with pytest.raises(BadInput, match="output_type 'jpg' is not one of pil, np, pt, latent"):
+        pipeline("a", output_type="jpg")
+    with pytest.raises(TypeError, match="unknown keyword 'output_type'"):
+        pipeline.stream("a", output_type="pt")
+
+
+def test_output_around_a_mask(pipeline):
+    image, mask = Image.effect_noise((24, 16), 80).convert("RGB"), Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    made = pipeline("a", **OPTIONS, image=image, mask_image=mask, output_type="np").images[0]
+    assert (np.rint(made[:, 8:] * 255) == np.asarray(image)[:, 8:]).all()
+
+
+def test_sample_takes_no_prompts(pipeline):
+    text, null = pipeline.encode_prompt("a")
+    for keyword in ("negative_prompt", "prompt_syntax", "batch_size"):
+        with pytest.raises(TypeError, match=f"{keyword} is not a keyword of sample; prompts go to encode_prompt"):
+            pipeline.sample(text, null, **{keyword: "grey"})
+
+
 def test_help_shows_every_keyword_with_its_default(pipeline):
     keywords = inspect.signature(pipeline).parameters
     assert list(keywords)[:2] == ["prompt", "negative_prompt"]
@@ -363,6 +414,13 @@ def test_to_moves_the_networks(pipeline):
         torch.bfloat16
     }
     assert next(copied.to(torch.float32).unet.parameters()).dtype == torch.float32
+    assert next(copied.to(dtype="bf16").unet.parameters()).dtype == torch.bfloat16
+    with pytest.raises(BadInput, match="dtype float is not one of fp32, fp16, bf16"):
+        copied.to(dtype="float")
+    for device in ("nonsense", "cpu:nonsense", 2.5, *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(BadInput, match=f"^device {device}: .") as caught:
+            copied.to(device)
+        assert "\n" not in str(caught.value)
     assert copied.to("meta").device.type == "meta"
 
 

@@ -76,8 +76,16 @@ def training_config(name_or_path: str | Path, composed: Composed) -> Config:
     return composed.config
 
 
+def require_config(config: Any, function: str) -> None:
+    """Raise BadInput for what is no config, such as the name of one."""
+    if not isinstance(config, Config):
+        raise BadInput(f"{function} takes a config: latentsmith.{function}(latentsmith.load_config({config!r}))")
+
+
 def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     """As `load_config`, and where each value came from."""
+    if isinstance(changes, str):
+        raise BadInput(f"overrides are a list: [{changes!r}]")
     source = str(name_or_path)
     tree, origins = read(find_file(name_or_path).resolve())
     for change in changes:

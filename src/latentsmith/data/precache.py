@@ -15,6 +15,7 @@ import torch
 from latentsmith import __version__
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints.from_config import build_network, build_tokenizer, is_encoded, weights_of, with_padding
+from latentsmith.config import require_config
 from latentsmith.config.typed import Config
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.files.atomic import atomic_open, write_text
@@ -365,6 +366,7 @@ def precache(config: Config, out: Path | str) -> Path:
     is, both. What is encoded needs weights. Interrupted, it goes on where it stopped when run again. Under torchrun or
     srun the processes share the shards.
     """
+    require_config(config, "precache")
     if config.model.data.synthetic_data:
         raise BadInput(
             "model.data.synthetic_data=true needs no cache: `train` makes its latents and embeddings of noise as it "

@@ -27,11 +27,21 @@ def to_image(pixels: Tensor) -> Image.Image | str:
     Values that are not finite and images that are black all over come from failures alone.
     """
     if not pixels.isfinite().all():
-        return "it holds values that are not finite: the latents are not, or the VAE fails; use float32 or bfloat16"
+        return (
+            "the image holds values that are not finite: so do the latents, or the VAE fails; use float32 or bfloat16"
+        )
     rounded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     if not rounded.any():
-        return "it is black all over: its latents lie outside what the VAE decodes"
+        return "the image is black all over: its latents lie outside what the VAE decodes"
     return Image.fromarray(np.ascontiguousarray(rounded))
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Return images of [-1, 1] in [0, 1], on the CPU. Raises BadInput where `to_image` has none."""
+    for image in images:
+        if isinstance(reason := to_image(image), str):
+            raise BadInput(reason)
+    return (images / 2 + 0.5).clamp(0, 1).cpu()
 
 
 def from_image(image: Image.Image) -> Tensor:

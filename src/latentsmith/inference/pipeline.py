@@ -34,14 +34,20 @@ from latentsmith.processes import pick_device
 from latentsmith.text.prompts import EncodedPrompt, embed_prompt, encode_prompt
 from latentsmith.text.tokenizer import Tokenizer
 
-from .images import InitImage, decode, encode, prepare_init_images, to_image
+from .images import InitImage, decode, encode, prepare_init_images, to_image, to_unit_range
 from .requests import (
-    SIGNATURE,
+    CALL_KEYWORDS,
+    KEYWORDS,
+    OF_TEXT,
+    OUTPUT_TYPES,
     GeneratedImages,
     PreparedRequest,
+    PromptCache,
     SamplingStep,
     batches,
+    call_signature,
     check_seeds,
+    embed_batch,
     image_requests,
     noise_generator,
     parse_call,
@@ -63,10 +69,8 @@ class Pipeline:
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.spec = unet, vae, text_encoder, tokenizer, spec
         if unet.in_channels != vae.embed_dim:
             purpose = f"{UNET_INPUTS[unet.in_channels]}: " if unet.in_channels in UNET_INPUTS else ""
-            raise BadInput(
-                f"{purpose}the U-Net takes {unet.in_channels} channels, the VAE's latents have "
-                f"{vae.embed_dim}; only models that sample from text alone can be run"
-            )
+            channels = f"the U-Net takes {unet.in_channels} channels, the VAE's latents have {vae.embed_dim}"
+            raise BadInput(f"{purpose}{channels}; only models that sample from text alone can be run")
         self.schedule = NoiseSchedule.from_config(
             spec.linear_start,
             spec.linear_end,
@@ -88,6 +92,7 @@ class Pipeline:
         pad_to: int | None = None,
         device: str | None = None,
         dtype: "torch.dtype | str" = "auto",
+        torch_dtype: "torch.dtype | str | None" = None,
     ) -> "Pipeline":
         """Open a run folder, a diffusers folder, a single file, a .nemo or a hub name ("owner/name"), or take an opened
         checkpoint.
@@ -95,7 +100,7 @@ class Pipeline:
         prediction_type: overrides what the checkpoint says. weights: "ema" or "raw". tokenizer: a folder or file to
         use in place of the checkpoint's own. pad_to: length up to which text embeddings are filled with zeros, as NeMo
         trains v1 with 80; 0: not at all; None: as the checkpoint was trained. device: "auto" (cuda, mps, cpu) by
-        default. dtype: "auto" is float32; or a torch.dtype, or a name that --dtype has.
+        default. dtype, or torch_dtype as in diffusers: "auto" is float32; or a torch.dtype, or a name that --dtype has.
         Raises BadInput for a file that cannot be read or is not a whole model.
         """
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, weights)
@@ -122,15 +127,20 @@ class Pipeline:
         for network in networks.values():
             network.eval().requires_grad_(False)
         pipeline = cls(tokenizer=found, spec=spec, **networks)
-        named = dtype_of("fp32" if dtype == "auto" else dtype) if isinstance(dtype, str) else dtype
-        return pipeline.to(pick_device(device), named)
+        dtype = torch_dtype or dtype
+        return pipeline.to(pick_device(device), "fp32" if dtype == "auto" else dtype)
 
     def to(
-        self, device: "str | torch.device | torch.dtype | None" = None, dtype: torch.dtype | None = None
+        self, device: "str | torch.device | torch.dtype | None" = None, dtype: "torch.dtype | str | None" = None
     ) -> "Pipeline":
-        """Move the networks, in place, and return this pipeline. As in diffusers a dtype may be given alone."""
+        """Move the networks, in place, and return this pipeline. As in diffusers a dtype may be given alone.
+
+        dtype: or a name that --dtype has. Raises BadInput for a device that is not there.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        device = None if device is None else pick_device(device)
+        dtype = dtype_of(dtype) if isinstance(dtype, str) else dtype
         for network in (self.unet, self.vae, self.text_encoder):
             network.to(device=device, dtype=dtype)
             if self.device.type == "cpu":
@@ -147,15 +157,29 @@ class Pipeline:
         return int(self.spec.image_size * self.vae.downsampling)
 
     def __call__(
-        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, **keywords: Any
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str | None] | None = None,
+        *,
+        output_type: str = "pil",
+        **keywords: Any,
     ) -> GeneratedImages:
-        """Return the images of prompts; the keywords are those of `stream`."""
-        images: dict[ImageRequest, Image.Image] = {}
+        """Return the images of prompts; the other keywords are those of `stream`.
+
+        output_type: "pil", "np", "pt" or "latent", as GeneratedImages says.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise BadInput(f"output_type {output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
         requests, options, batch_size = parse_call(prompt, negative_prompt, keywords)
+        images: dict[ImageRequest, Any] = {}
         for step in self.stream_requests(requests, options, batch_size):
             if step.done:
-                images |= zip(step.requests, self.images_of(step), strict=True)
-        return GeneratedImages([images[request] for request in requests])
+                images |= zip(step.requests, self._output(step, output_type), strict=True)
+        ordered = [images[request] for request in requests]
+        if output_type == "pil":
+            return GeneratedImages(ordered)
+        stacked = torch.stack(ordered)
+        return GeneratedImages(stacked.permute(0, 2, 3, 1).numpy() if output_type == "np" else stacked)
 
     def stream(
         self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, **keywords: Any
@@ -190,10 +214,8 @@ class Pipeline:
         shape = self.latent_shape(options)
         for request in requests:
             if request.latents is not None and request.latents.shape != shape:
-                raise BadInput(
-                    f"latents of an image are {tuple(request.latents.shape)}; images of "
-                    f"{options.height}x{options.width} start from {shape}"
-                )
+                found, size = tuple(request.latents.shape), f"{options.height}x{options.width}"
+                raise BadInput(f"latents of an image are {found}; images of {size} start from {shape}")
         encode = partial(
             encode_prompt, tokenizer=self.tokenizer, syntax=options.prompt_syntax, long_prompts=options.long_prompts
         )
@@ -216,9 +238,7 @@ class Pipeline:
         except ValueError as error:
             raise BadInput(str(error)) from None
         if shared := schedule.shared_timesteps:
-            note = (
-                "share timesteps though their sigmas differ more than twofold: this noise schedule is too steep there"
-            )
+            note = "share timesteps though their sigmas differ more than twofold: the noise schedule is too steep there"
             warnings.warn(f"{options.sampler}: {shared} of {schedule.steps} steps {note}", stacklevel=2)
         if options.eta > 0 and "eta" not in sampler_keywords(options):
             raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
@@ -247,38 +267,18 @@ class Pipeline:
     def _stream(
         self, prepared: Sequence[PreparedRequest], options: SamplingOptions, batch_size: int
     ) -> Iterator[SamplingStep]:
-        prompt_cache: dict[tuple[EncodedPrompt, int], Tensor] = {}
+        prompt_cache: PromptCache = {}
         for batch in batches(prepared, batch_size):
             yield from self._sample_batch(batch, options, *self._embed(batch, batch[0].chunks, prompt_cache))
 
     @torch.no_grad()
     def _embed(
-        self, batch: Sequence[PreparedRequest], chunks: int, prompt_cache: dict[tuple[EncodedPrompt, int], Tensor]
+        self, batch: Sequence[PreparedRequest], chunks: int, prompt_cache: PromptCache
     ) -> tuple[Tensor, Tensor | None]:
-        """Return text embeddings for the conditional and unconditional passes, (batch, chunks * length, context_dim).
+        def embed(prompt: EncodedPrompt) -> Tensor:
+            return embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder)
 
-        Each distinct prompt is encoded once, and kept in prompt_cache for the next batch.
-        """
-        guided = any(each.request.guidance_scale != 1 for each in batch)
-        negatives = [each.prompt if each.request.guidance_scale == 1 else each.negative for each in batch]
-        prompts = [each.prompt for each in batch] + (negatives if guided else [])
-        found = {
-            prompt: prompt_cache[prompt, chunks]
-            if (prompt, chunks) in prompt_cache
-            else embed_prompt(prompt, chunks, self.tokenizer, self.text_encoder)
-            for prompt in dict.fromkeys(prompts)
-        }
-        prompt_cache.clear()
-        prompt_cache.update({(prompt, chunks): embedding for prompt, embedding in found.items()})
-        text = torch.stack([found[each.prompt] for each in batch])
-        if not guided:
-            return text, None
-        zero = self.spec.null_text == "zero"
-        null = [
-            torch.zeros_like(found[negative]) if zero and each.request.negative_prompt is None else found[negative]
-            for each, negative in zip(batch, negatives, strict=True)
-        ]
-        return text, torch.stack(null)
+        return embed_batch(batch, chunks, embed, prompt_cache, zero_null=self.spec.null_text == "zero")
 
     @torch.no_grad()
     def _sample_batch(
@@ -348,6 +348,8 @@ class Pipeline:
         keywords: those of `stream` that are not about text; seed i for embedding i is given as a list. With
         num_images_per_prompt the latents of one embedding follow one another.
         """
+        if given := [name for name in OF_TEXT if name in keywords]:
+            raise TypeError(f"{given[0]} is not a keyword of sample; prompts go to encode_prompt, in one batch")
         if null_text_embeddings is None:
             keywords = {"guidance_scale": 1.0} | keywords
         requests, options, _ = parse_call([""] * len(text_embeddings), None, keywords)
@@ -369,9 +371,19 @@ class Pipeline:
 
     def decode_or_error(self, step: SamplingStep) -> list[Image.Image | str]:
         """As `images_of`, with a reason in place of an image that cannot be shown, so that the others are not lost."""
+        return [to_image(image) for image in self._decoded(step)]
+
+    def _output(self, step: SamplingStep, output_type: str) -> Sequence[Any]:
+        """Return the results of a batch after its last step, as `__call__` describes output_type."""
+        if output_type == "pil":
+            return self.images_of(step)
+        return list(step.latents if output_type == "latent" else to_unit_range(self._decoded(step)))
+
+    def _decoded(self, step: SamplingStep) -> Tensor:
+        """Return the images of a batch (batch, 3, height, width), around the masks those that they started from."""
         images = self.decode(step.latents if step.done else step.denoised, tiling=step.options.vae_tiling).cpu()
         pairs = zip(step.batch, images, strict=True)
-        return [to_image(each.init_image.around(image) if each.init_image else image) for each, image in pairs]
+        return torch.stack([each.init_image.around(image) if each.init_image else image for each, image in pairs])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, tiling: bool = False) -> Tensor:
@@ -384,5 +396,5 @@ class Pipeline:
         return self.vae.to_latents(encode(self.vae, images, tiling=tiling))
 
 
-for _method in (Pipeline.__call__, Pipeline.stream):
-    _method.__signature__ = SIGNATURE  # type: ignore[union-attr]
+for _method, _keywords in ((Pipeline.__call__, CALL_KEYWORDS), (Pipeline.stream, KEYWORDS)):
+    _method.__signature__ = call_signature(_keywords)  # type: ignore[union-attr]

@@ -2,13 +2,12 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature, signature
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from latentsmith.diffusion import SAMPLERS, canonical_sampler
@@ -18,18 +17,28 @@ from latentsmith.text.prompts import EncodedPrompt
 
 from .images import InitImage
 
-KEYWORDS = {  # of Pipeline's call, with their defaults
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+KEYWORDS = {  # of Pipeline.stream, with their defaults
     **{each.name: each.default for each in (*fields(ImageRequest), *fields(SamplingOptions)) if each.name != "prompt"},
     "num_images_per_prompt": 1,
     "batch_size": 8,
 }
-SIGNATURE = Signature(  # of the same, for help(pipeline) and notebooks
-    [
-        *(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "prompt")),
-        Parameter("negative_prompt", Parameter.POSITIONAL_OR_KEYWORD, default=None),
-        *(Parameter(k, Parameter.KEYWORD_ONLY, default=v) for k, v in KEYWORDS.items() if k != "negative_prompt"),
-    ]
-)
+CALL_KEYWORDS = KEYWORDS | {"output_type": "pil"}
+OF_TEXT = ("prompt", "negative_prompt", "prompt_syntax", "long_prompts", "batch_size")  # not of Pipeline.sample
+
+
+def call_signature(keywords: Mapping[str, Any]) -> Signature:
+    """Return the signature of a method that takes prompts and `keywords`, for help(pipeline) and notebooks."""
+    return Signature(
+        [
+            *(Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "prompt")),
+            Parameter("negative_prompt", Parameter.POSITIONAL_OR_KEYWORD, default=None),
+            *(Parameter(k, Parameter.KEYWORD_ONLY, default=v) for k, v in keywords.items() if k != "negative_prompt"),
+        ]
+    )
+
+
+PromptCache = dict[tuple[EncodedPrompt, int], Tensor]  # (prompt, chunks) -> embedding
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +59,13 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """images: one for each request, in their order."""
+    """images: one for each request, in their order.
 
-    images: list[Image.Image]
+    A list of PIL images; with output_type "np" an array (images, height, width, 3) and with "pt" a tensor
+    (images, 3, height, width), float32 in [0, 1]; with "latent" scaled latents, a tensor for `Pipeline.decode`.
+    """
+
+    images: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +113,7 @@ def parse_call(
     """Return the requests, the options and the batch size of a pipeline's call. Raises TypeError, BadInput."""
     for name in keywords:
         if name not in KEYWORDS:
-            raise TypeError(unknown_keyword(name, KEYWORDS))
+            raise TypeError(unknown_keyword(name, CALL_KEYWORDS))
     shared = {each.name for each in fields(SamplingOptions)}
     options = SamplingOptions(**{name: value for name, value in keywords.items() if name in shared})
     own = {name: value for name, value in keywords.items() if name not in shared}
@@ -124,6 +137,8 @@ def image_requests(
     latents, generator: one for each image; a single generator is shared by all. All others: one for all prompts, or
     one for each. of_each_prompt: guidance_scale, variation_strength, image and mask_image of ImageRequest.
     """
+    if not isinstance(prompt, Iterable):
+        raise BadInput(f"prompt is {prompt!r}; it must be a text or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if num_images_per_prompt < 1:
         raise BadInput(f"num_images_per_prompt is {num_images_per_prompt}; it must be at least 1")
@@ -170,6 +185,35 @@ def check_seeds(requests: Sequence[ImageRequest]) -> None:
                 same = f"gives the noise of seed {seed % DISTINCT_SEEDS}: torch's generator on a CPU takes 32 bits"
                 warnings.warn(f"seed {seed} {same}", stacklevel=3)
                 return
+
+
+def embed_batch(
+    batch: Sequence[PreparedRequest],
+    chunks: int,
+    embed: Callable[[EncodedPrompt], Tensor],
+    prompt_cache: PromptCache,
+    *,
+    zero_null: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return text embeddings for the conditional and unconditional passes, (batch, chunks * length, context_dim).
+
+    embed: of one prompt. Each distinct prompt is encoded once, and kept in prompt_cache for the next batch.
+    zero_null: whether zeros stand for a negative prompt that is None.
+    """
+    guided = any(each.request.guidance_scale != 1 for each in batch)
+    negatives = [each.prompt if each.request.guidance_scale == 1 else each.negative for each in batch]
+    prompts = dict.fromkeys([each.prompt for each in batch] + (negatives if guided else []))
+    found = {p: prompt_cache[p, chunks] if (p, chunks) in prompt_cache else embed(p) for p in prompts}
+    prompt_cache.clear()
+    prompt_cache.update({(prompt, chunks): embedding for prompt, embedding in found.items()})
+    text = torch.stack([found[each.prompt] for each in batch])
+    if not guided:
+        return text, None
+    null = [
+        torch.zeros_like(found[negative]) if zero_null and each.request.negative_prompt is None else found[negative]
+        for each, negative in zip(batch, negatives, strict=True)
+    ]
+    return text, torch.stack(null)
 
 
 def noise_generator(request: ImageRequest) -> torch.Generator:

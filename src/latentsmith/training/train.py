@@ -13,6 +13,7 @@ from torch import nn
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
 from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, with_padding
+from latentsmith.config import require_config
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.config.typed import Config, ModelConfig, replaced
 from latentsmith.cpu import optimize_for_cpu
@@ -46,6 +47,7 @@ def train(config: Config, *, dry_run: bool = False) -> Path:
 
     dry_run: check everything that training would, print what would be trained, and stop.
     """
+    require_config(config, "train")
     setup.check_device(config)
     folder = run_folder(config)
     if dry_run:
