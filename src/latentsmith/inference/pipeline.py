@@ -56,6 +56,10 @@ from .requests import (
     unit_noise,
 )
 
+EARLIEST_START = (
+    0.75  # share of the schedule: below it, "leading" timesteps of 1 to 3 steps tell the network of an image
+)
+
 
 class Pipeline:
     """A whole model, ready to make images: `pipeline("a red circle").images`.
@@ -240,6 +244,11 @@ class Pipeline:
         if shared := schedule.shared_timesteps:
             note = "share timesteps though their sigmas differ more than twofold: the noise schedule is too steep there"
             warnings.warn(f"{options.sampler}: {shared} of {schedule.steps} steps {note}", stacklevel=2)
+        first, all_timesteps = schedule.timesteps[0].item(), self.schedule.timesteps
+        if init_image is None and first < EARLIEST_START * all_timesteps:
+            note = f"begin at timestep {first:.0f} of {all_timesteps}, but an image from noise begins at the last"
+            hint = "take more steps or spacing trailing"
+            warnings.warn(f"{options.sampler}: {schedule.steps} steps {note}; {hint}", stacklevel=2)
         if options.eta > 0 and "eta" not in sampler_keywords(options):
             raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
         if init_image and options.steps_from_image < 1:
