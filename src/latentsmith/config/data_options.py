@@ -59,7 +59,7 @@ class AugmentationsConfig:
 
 @dataclass(frozen=True)
 class ResolutionFilterConfig:
-    """Which images are taken, by their size."""
+    """Selection of images by their size."""
 
     given_only: ClassVar[bool] = True
     method: Literal["larger", "smaller"] | None = option(None, "which images are taken; larger by default")
@@ -68,7 +68,7 @@ class ResolutionFilterConfig:
 
 @dataclass(frozen=True)
 class FilteringsConfig:
-    """Which images are taken."""
+    """Selection of images."""
 
     given_only: ClassVar[bool] = True
     resolution: ResolutionFilterConfig = ResolutionFilterConfig()
@@ -112,7 +112,7 @@ class RemoteConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What precache makes; training reads from the cache itself what it holds."""
+    """Content of a latent cache, for precache; training reads it from the cache itself."""
 
     latents: Literal["moments", "mean"] = option("moments", "mean: half as large, the same latent every time")
     crops: int = option(1, "random crops kept of each image; training takes one of them each time", at_least=1)
@@ -122,7 +122,7 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class WebdatasetConfig:
-    """Where relative paths start."""
+    """Folder that relative paths start from."""
 
     local_root_path: str | None = option(None, "folder that a relative dataset_path starts from")
 

@@ -52,7 +52,7 @@ class FidConfig:
 
 @dataclass(frozen=True)
 class InferenceTrainerConfig:
-    """What generating takes from the trainer."""
+    """Options of the trainer that generating takes."""
 
     given_only: ClassVar[bool] = True
     precision: str | None = option(None, "generate --dtype")
@@ -60,7 +60,7 @@ class InferenceTrainerConfig:
 
 @dataclass(frozen=True)
 class InferenceModelConfig:
-    """What generating takes from the model."""
+    """Options of the model that generating takes."""
 
     given_only: ClassVar[bool] = True
     restore_from_path: str | None = option(None, "in an inference file generate --from, in a training model.ckpt_path")

@@ -55,13 +55,13 @@ def load_image(
 
 
 def rgb_of(image: Image.Image, data: bytes | memoryview) -> Image.Image:
-    """`to_rgb` of an image loaded from `data`, with damage reported as `decode_image` does."""
+    """Return `to_rgb` of an image loaded from `data`, with damage reported as `decode_image` does."""
     with _damage_reported(image, data):
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any loaded Pillow image as upright 8-bit sRGB; BadSample for float pixels, which have no agreed range."""
+    """Return any loaded Pillow image as upright 8-bit sRGB; BadSample for float pixels, which have no agreed range."""
     profile, orientation = image.info.get("icc_profile"), orientation_of(image)
     if image.mode == "F":
         raise BadSample(

@@ -38,7 +38,7 @@ Progress = Callable[[int, int, int], None]  # samples seen, samples in the sourc
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did: counts, the number of bad samples for each reason, and where the full list is."""
+    """Result of an import: counts, the number of bad samples for each reason, and where the full list is."""
 
     good: int
     bad: int
@@ -233,7 +233,7 @@ def checked_caption(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text on one line, with what cannot be printed or encoded escaped."""
+    """Return a text on one line, with what cannot be printed or encoded escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 

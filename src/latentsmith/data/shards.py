@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What set.json says of a shard: its file name, samples, bytes, and the fingerprint of those bytes."""
+    """Entry of set.json for a shard: its file name, samples, bytes, and the fingerprint of those bytes."""
 
     file: str
     samples: int
@@ -154,7 +154,7 @@ class ShardSet(Iterable[Sample]):
         return self.shard(number), index - (self._ends[number] - self.counts[number])
 
     def shard(self, number: int) -> Shard:
-        """Shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
+        """Return shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
         shard = self._open.get(number)
         if shard is None:
             path = self.paths[number]
@@ -172,7 +172,7 @@ class ShardSet(Iterable[Sample]):
         return self._remote[folder]
 
     def fingerprint(self) -> str:
-        """Names the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
+        """Name the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
         parts = [
             record.checksum if record else hashlib.blake2b(self.shard(i).index.tobytes()).hexdigest()
             for i, record in enumerate(self.records)
@@ -276,7 +276,7 @@ def read_set_file(folder: Path) -> list[ShardRecord]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a-{00..02}.tar` and `{a,b}.tar` written out, as a shell does; numbers keep their leading zeros."""
+    """Return `a-{00..02}.tar` and `{a,b}.tar` written out, as a shell does; numbers keep their leading zeros."""
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         return [text]

@@ -1,4 +1,4 @@
-"""Where images and captions come from: folders, tables, tars. A source lists items in a fixed order, undecoded.
+"""Read images and captions from folders, tables and tars. A source lists items in a fixed order, undecoded.
 
 There are two errors. BadInput: the source itself is wrong (no images, a garbled line of a table, a damaged tar).
 BadSample, raised when an item is read: this one sample is wrong.
@@ -61,7 +61,7 @@ class Source(Protocol):
         """Return the items from number `start` on."""
 
     def fingerprint(self) -> str:
-        """Names the listing: another order, number or size of items gives another fingerprint."""
+        """Name the listing: another order, number or size of items gives another fingerprint."""
 
 
 def open_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
@@ -121,7 +121,7 @@ def _check_tars(storage: LocalStorage, names: Iterable[str]) -> None:
 
 
 def _check_pattern(pattern: str, access: Access) -> None:
-    """`_check_tars` for a tar that the user named, or those that a pattern names."""
+    """Call `_check_tars` for a tar that the user named, or those that a pattern names."""
     for path in map(Path, expand_braces(pattern)):
         if "*" not in path.name:
             _check_tars(LocalStorage(path.parent, access, named=path.name), [path.name])

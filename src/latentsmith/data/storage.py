@@ -1,4 +1,4 @@
-"""Where data lies: a folder here (LocalStorage), or at any address that fsspec opens (RemoteStorage), such as `s3://`,
+"""Read data from a folder here (LocalStorage) or at any address that fsspec opens (RemoteStorage), such as `s3://`,
 `gs://`, `https://` or `memory://`.
 """
 
@@ -25,7 +25,7 @@ TRIES = 4  # of one request; the waits between them double from half a second
 
 @dataclass(frozen=True)
 class Access:
-    """What may be read besides the files in the source folder.
+    """Permission to read other files than those in the source folder.
 
     follow_links: the files and folders out of it that links in it lead to. allow_outside: table entries that are
     absolute paths or use `..`.

@@ -157,7 +157,7 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that the model was made for."""
+        """Return the side in pixels of the images that the model was made for."""
         return int(self.spec.image_size * self.vae.downsampling)
 
     def __call__(
@@ -200,7 +200,7 @@ class Pipeline:
     def stream_requests(
         self, requests: Sequence[ImageRequest], options: SamplingOptions, batch_size: int = 8
     ) -> Iterator[SamplingStep]:
-        """As `stream`, for requests that already exist."""
+        """Do as `stream`, for requests that already exist."""
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}; it must be at least 1")
         options, prepared = self.prepare(requests, options)
@@ -379,7 +379,7 @@ class Pipeline:
         return images  # type: ignore[return-value]
 
     def decode_or_error(self, step: SamplingStep) -> list[Image.Image | str]:
-        """As `images_of`, with a reason in place of an image that cannot be shown, so that the others are not lost."""
+        """Do as `images_of`, with a reason in place of an image that cannot be shown: the others are not lost."""
         return [to_image(image) for image in self._decoded(step)]
 
     def _output(self, step: SamplingStep, output_type: str) -> Sequence[Any]:
