@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from latentsmith.files.colour import UPRIGHT, orientation_of
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
 
-from .images import UPRIGHT, orientation_of
 from .sample_io import image_member
 from .shards import Shard, ShardSet
 from .tar_index import load_beside, write_beside

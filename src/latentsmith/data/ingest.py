@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from latentsmith.files.atomic import atomic_open
+from latentsmith.files.colour import is_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
 from latentsmith.files.images import MAX_PIXELS
@@ -20,7 +21,7 @@ from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 
 from .errors import BadSample
 from .filters import Filters
-from .images import is_plain, load_image, rgb_of
+from .images import load_image, rgb_of
 from .resumable_output import ResumableOutput, full_disk_reported, locked_output
 from .sample_io import caption_of
 from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
