@@ -79,7 +79,10 @@ class DatasetConfig:
     """The set that is trained on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None, "shards or cache, tars, wdinfo.pkl; here or at s3://...", aliases=("path",)
+        None,
+        "shards or cache, tars, wdinfo.pkl; here or at s3://...",
+        aliases=("path",),
+        path=True,
     )
     weights: tuple[float, ...] | None = option(
         None,
@@ -97,7 +100,9 @@ class ValidationDatasetConfig:
     """The set that is validated on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None, "a set held out from training, for validation; null for none"
+        None,
+        "a set held out from training, for validation; null for none",
+        path=True,
     )
     augmentations: AugmentationsConfig = AugmentationsConfig()
 
@@ -106,7 +111,7 @@ class ValidationDatasetConfig:
 class RemoteConfig:
     """Copies of sets at an address such as s3://bucket/folder."""
 
-    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder")
+    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder", path=True)
     cache_gib: float = option(50.0, "their size at most; a set that is larger is read in ranges of bytes", at_least=0)
 
 
@@ -124,7 +129,7 @@ class CacheConfig:
 class WebdatasetConfig:
     """Folder that relative paths start from."""
 
-    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from")
+    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from", path=True)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ MOVED: dict[str, tuple[ValueType, str]] = {  # read as an option of ours
     "model.base_learning_rate": (nullable(number(0)), "LDM: model.optim.lr, where that is not given"),
     "model.scale_by_std": (flag(), "LDM: true is model.scale_factor=measured"),
     "model.scheduler_config": (mapping(), "LDM: its warm_up_steps, where model.optim.sched has none"),
-    "model.resume_from_checkpoint": (nullable(text()), "NeMo: exp_manager.resume_from_checkpoint"),
+    "model.resume_from_checkpoint": (nullable(text(path=True)), "NeMo: exp_manager.resume_from_checkpoint"),
 }
 
 NO_COMPONENT = {  # what LDM writes in place of a component

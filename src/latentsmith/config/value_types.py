@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ def value_type(
     choices: tuple[str, ...] = (),
     spellings: Mapping[str, str] | None = None,
     min_length: int = 0,
+    path: bool = False,
 ) -> ValueType:
     """Return the type of an option from the annotation of its field.
 
     annotation: bool, int, float, str, Literal, tuple[X, ...], tuple[X, X], Mapping[str, Any], or a union of these with
-    None. Bounds apply to every number in it, choices and spellings (other -> own) to text, min_length to lists.
+    None. Bounds apply to every number in it, choices and spellings (other -> own) to text, min_length to lists. path:
+    texts are paths, whose leading ~ means the home folder, as no shell sees it in a file or behind key=.
     """
 
     def part(annotation: Any) -> ValueType:
@@ -43,6 +46,7 @@ def value_type(
             choices=choices,
             spellings=spellings,
             min_length=min_length,
+            path=path,
         )
 
     origin, args = get_origin(annotation), get_args(annotation)
@@ -61,7 +65,7 @@ def value_type(
     if annotation is float:
         return number(at_least, at_most)
     if annotation is str:
-        return choice(*choices, spellings=spellings) if choices else text()
+        return choice(*choices, spellings=spellings) if choices else text(path=path)
     return mapping()
 
 
@@ -117,11 +121,16 @@ def count_or_share() -> ValueType:
     return ValueType("a whole number of at least 0, or a share such as 0.5 or 1.0", read)
 
 
-def text() -> ValueType:
-    """Return the type of a string; a bare YAML number (`name: 2024`) is read as its digits."""
+def text(*, path: bool = False) -> ValueType:
+    """Return the type of a string; a bare YAML number (`name: 2024`) is read as its digits.
+
+    path: a leading ~ is the home folder.
+    """
 
     def read(value: Any) -> str:
-        return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else _refuse()
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ValueError
+        return os.path.expanduser(str(value)) if path else str(value)
 
     return ValueType("text", read, literal=True)
 
