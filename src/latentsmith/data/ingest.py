@@ -4,8 +4,9 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from latentsmith.files.colour import is_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
 from latentsmith.files.images import MAX_PIXELS
+from latentsmith.files.text import is_visible, trimmed
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 
@@ -208,7 +210,20 @@ def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
     else:
         stored, extension, size = encoded(image, data)
     about: dict[str, Any] = {**item.extra, "original_name": item.name, "width": size[0], "height": size[1]}
-    return {extension: stored, "txt": caption.encode("utf-8"), "json": json.dumps(about).encode("utf-8")}
+    return {
+        extension: stored,
+        "txt": caption.encode("utf-8"),
+        "json": json.dumps(_finite(about), allow_nan=False).encode("utf-8"),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold of a value: None in place of NaN and infinities, which it has no numbers for."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value
 
 
 def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int]]:
@@ -223,11 +238,11 @@ def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int
 
 def checked_caption(text: str) -> str:
     """Return the caption without white space at its ends. Raises BadSample if it is empty, binary or far too long."""
-    text = text.strip()
-    if not text:
-        raise BadSample("empty caption", "the caption is empty")
-    if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
-        raise BadSample("binary caption", f"the caption is not UTF-8 text ({text[:20]!a}...)")
+    text = trimmed(text)
+    if not is_visible(text):
+        raise BadSample("empty caption", "the caption is empty, or shows nothing")
+    if any(char < " " and char not in "\t\n" for char in text):
+        raise BadSample("binary caption", "the caption has control characters, so it is no text")
     if len(text) > MAX_CAPTION:
         raise BadSample("caption too long", f"{len(text):,} characters, more than {MAX_CAPTION:,}")
     return text

@@ -27,6 +27,7 @@ import numpy as np
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_file
+from latentsmith.files.text import decode_text
 
 from .mirrors import Mirror, MirrorCache, RemoteFile
 from .storage import is_remote
@@ -52,8 +53,8 @@ class Sample:
         return f"{self.path}: sample {self.key!r}"
 
     def text(self, extension: str) -> str:
-        """Return a member as UTF-8 text."""
-        return bytes(self.members[extension]).decode("utf-8")
+        """Return a member as text. Raises BadInput, naming tar and key, if it is none."""
+        return decode_text(bytes(self.members[extension]), f"{self}: .{extension}")
 
 
 @dataclass(frozen=True)
