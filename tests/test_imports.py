@@ -14,7 +14,6 @@ MAY_IMPORT = {
     "text": {"files"},
     "config": {"files", "architectures", "precision", "image_request"},
     "checkpoints": {"files", "models", "text", "config", "architectures", "precision", "diffusion", "progress"},
-    "adapters": {"files", "models", "checkpoints", "architectures", "precision", "diffusion", "progress"},
     "data": {
         "files",
         "models",
@@ -34,7 +33,6 @@ MAY_IMPORT = {
         "models",
         "diffusion",
         "checkpoints",
-        "adapters",
         "text",
         "config",
         "cpu",
@@ -100,7 +98,6 @@ MAY_IMPORT = {
         "config",
         "models",
         "checkpoints",
-        "adapters",
         "data",
         "inference",
         "training",

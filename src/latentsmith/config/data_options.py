@@ -59,7 +59,7 @@ class AugmentationsConfig:
 
 @dataclass(frozen=True)
 class ResolutionFilterConfig:
-    """Selection of images by their size."""
+    """Which images are taken, by their size."""
 
     given_only: ClassVar[bool] = True
     method: Literal["larger", "smaller"] | None = option(None, "which images are taken; larger by default")
@@ -68,7 +68,7 @@ class ResolutionFilterConfig:
 
 @dataclass(frozen=True)
 class FilteringsConfig:
-    """Selection of images."""
+    """Which images are taken."""
 
     given_only: ClassVar[bool] = True
     resolution: ResolutionFilterConfig = ResolutionFilterConfig()
@@ -79,10 +79,7 @@ class DatasetConfig:
     """The set that is trained on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None,
-        "shards or cache, tars, wdinfo.pkl; here or at s3://...",
-        aliases=("path",),
-        path=True,
+        None, "shards or cache, tars, wdinfo.pkl; here or at s3://...", aliases=("path",)
     )
     weights: tuple[float, ...] | None = option(
         None,
@@ -100,9 +97,7 @@ class ValidationDatasetConfig:
     """The set that is validated on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None,
-        "a set held out from training, for validation; null for none",
-        path=True,
+        None, "a set held out from training, for validation; null for none"
     )
     augmentations: AugmentationsConfig = AugmentationsConfig()
 
@@ -111,13 +106,13 @@ class ValidationDatasetConfig:
 class RemoteConfig:
     """Copies of sets at an address such as s3://bucket/folder."""
 
-    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder", path=True)
+    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder")
     cache_gib: float = option(50.0, "their size at most; a set that is larger is read in ranges of bytes", at_least=0)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """Content of a latent cache, for precache; training reads it from the cache itself."""
+    """What precache makes; training reads from the cache itself what it holds."""
 
     latents: Literal["moments", "mean"] = option("moments", "mean: half as large, the same latent every time")
     crops: int = option(1, "random crops kept of each image; training takes one of them each time", at_least=1)
@@ -127,9 +122,9 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class WebdatasetConfig:
-    """Folder that relative paths start from."""
+    """Where relative paths start."""
 
-    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from", path=True)
+    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from")
 
 
 @dataclass(frozen=True)

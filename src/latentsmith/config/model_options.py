@@ -29,10 +29,7 @@ class UNetConfig:
 
     _target_: str = option(COMPONENTS["unet"].class_path, "class of the U-Net; NeMo's and LDM's paths mean ours")
     from_pretrained: str | None = option(
-        None,
-        "checkpoint to start from: LDM, diffusers or NeMo, one file or a folder",
-        aliases=Weights,
-        path=True,
+        None, "checkpoint to start from: LDM, diffusers or NeMo, one file or a folder", aliases=Weights
     )
     from_NeMo: bool | None = option(
         None, "true: the file's names are NeMo's (or LDM's), false: diffusers'; null: the names themselves decide"
@@ -101,10 +98,7 @@ class FirstStageConfig:
 
     _target_: str = option(COMPONENTS["vae"].class_path, "class of the VAE; NeMo's and LDM's paths mean ours")
     from_pretrained: str | None = option(
-        None,
-        "checkpoint of the VAE: LDM, diffusers or NeMo, one file or a folder",
-        aliases=Weights,
-        path=True,
+        None, "checkpoint of the VAE: LDM, diffusers or NeMo, one file or a folder", aliases=Weights
     )
     embed_dim: int = option(4, "channels of the latents", at_least=1)
     ddconfig: DDConfig = DDConfig()
@@ -127,7 +121,6 @@ class CondStageConfig:
         None,
         "published weights to take from the Hugging Face hub or its cache where no file is given, or a file",
         aliases=("model_name",),
-        path=True,
     )
     width: int | None = option(None, "features of a token", at_least=1, aliases=("hidden_size",))
     layers: int | None = option(
@@ -138,18 +131,14 @@ class CondStageConfig:
     activation: Literal["quick_gelu", "gelu"] | None = option(None, "of the MLP: v1 quick_gelu, v2 gelu")
     vocab_size: int = option(49408, "tokens of the vocabulary", at_least=1)
     max_length: int = option(77, "tokens of a caption, both ends included", at_least=2)
-    tokenizer: str | None = option(
-        None, "vocabulary file or folder, or a name; null: looked for as docs say", path=True
-    )
+    tokenizer: str | None = option(None, "vocabulary file or folder, or a name; null: looked for as docs say")
     layer: Literal["last", "penultimate"] = option("last", "which layer's output; the final norm follows either way")
     pad_to: int | None = option(
         None, "zero vectors up to this length: 80 for models that NeMo trained on v1", at_least=1
     )
     freeze: bool = option(True, "no gradients; model.cond_stage_trainable overrules it")
-    from_pretrained: str | None = option(
-        None, "checkpoint of the text encoder: a folder or one file", aliases=Weights, path=True
-    )
-    restore_from_path: str | None = option(None, "NeMo's name for it: a .nemo with a CLIP inside", path=True)
+    from_pretrained: str | None = option(None, "checkpoint of the text encoder: a folder or one file", aliases=Weights)
+    restore_from_path: str | None = option(None, "NeMo's name for it: a .nemo with a CLIP inside")
 
 
 @dataclass(frozen=True)
@@ -279,9 +268,7 @@ class ModelConfig:
     inductor_cudagraphs: bool = option(False, "with model.inductor on a GPU: each block as one CUDA graph")
     channels_last: bool = option(False, "memory order of image-like tensors; faster on most devices")
     seed: int = option(1234, "of noise, timesteps, dropout, crops and order", at_least=0, aliases=("random_seed",))
-    ckpt_path: str | None = option(
-        None, "checkpoint of a whole model to start from, at step 0", aliases=("init",), path=True
-    )
+    ckpt_path: str | None = option(None, "checkpoint of a whole model to start from, at step 0", aliases=("init",))
     ckpt_weights: Literal["ema", "raw"] = option(
         "ema", "which to start from where a checkpoint has both", aliases=("ema",)
     )

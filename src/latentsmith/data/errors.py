@@ -1,4 +1,4 @@
-"""Define the error of one sample, as against a whole source."""
+"""What is wrong with one sample, as against a whole source."""
 
 from latentsmith.files.errors import BadInput
 

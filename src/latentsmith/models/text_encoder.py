@@ -17,7 +17,7 @@ from .layers import attention, join_heads, split_heads, zero_init
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
-    """Return x * sigmoid(1.702 x), OpenAI CLIP's activation."""
+    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
     return hidden * torch.sigmoid(1.702 * hidden)
 
 
@@ -25,18 +25,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention; padding is not masked."""
+    """Multi-head attention, causal in text; padding is not masked."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, tokens: Tensor) -> Tensor:
         query, key, value = (
             split_heads(project(tokens), self.heads) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(join_heads(attention(query, key, value, fused=True, causal=True)))
+        return self.out_proj(join_heads(attention(query, key, value, fused=True, causal=self.causal)))
 
 
 class MLP(nn.Module):
@@ -50,9 +50,9 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, width: int, heads: int, intermediate_size: int, activation: str):
+    def __init__(self, width: int, heads: int, intermediate_size: int, activation: str, causal: bool = True):
         super().__init__()
-        self.self_attn = SelfAttention(width, heads)
+        self.self_attn = SelfAttention(width, heads, causal)
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = MLP(width, intermediate_size, activation)
 

@@ -1,4 +1,4 @@
-"""Act before, between and after the steps of a training."""
+"""What may act before, between and after the steps of a training."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Hook:
     """Base class of hooks. Each method does nothing unless it is overridden, and none depends on other hooks."""
 
     def on_start(self, training: Training) -> None:
-        """Prepare before the first step, with the state that the training starts or resumes from."""
+        """Called before the first step, with the state that the training starts or resumes from."""
 
     def after_step(self, training: Training, step: Step) -> None:
-        """Act after every optimizer step, whose number is training.state.global_step."""
+        """Called after every optimizer step, whose number is training.state.global_step."""
 
     def on_end(self, training: Training) -> None:
-        """Finish after the last step, also where a signal or a time limit ended the training, but not after errors."""
+        """Called after the last step, also where a signal or a time limit ended the training, but not after errors."""
 
     def close(self) -> None:
-        """Release what is held, whatever ended the training."""
+        """Called last, whatever ended the training."""
 
 
 @contextmanager
