@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import resource
 import subprocess
 import tarfile
 import tracemalloc
@@ -240,6 +241,20 @@ def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
     first = shards[0].members["txt"]
     assert [bytes(sample.members["txt"]) for sample in shards] == [b"%d" % number for number in range(10)]
     assert len(shards._open) == 3 and bytes(first) == b"0"  # a view outlives its shard's place among the open ones
+
+
+def test_shards_kept_open_fit_into_the_limit_of_file_descriptors(tmp_path, monkeypatch):
+    with ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for number in range(80):
+            writer.write(f"{number}", {"txt": b"%d" % number})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, before[1]))
+    try:
+        shards = ShardSet(tmp_path)
+        assert [sample.text("txt") for sample in shards] == [str(number) for number in range(80)]
+        assert 1 <= len(shards._open) < 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_file_of_somebody_else_beside_a_tar_is_not_replaced(tmp_path, png):

@@ -220,6 +220,8 @@ def test_sheet_and_preview(run_generate, tmp_path):
     assert run_generate("--sheet", "--preview", tmp_path / "preview.png", "a", "b", "--count", 2)[0] == 0
     assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 16
     assert Image.open(tmp_path / "preview.png").size == (4 * 16, 16)
+    code, printed = run_generate("--preview", tmp_path / "preview.jpg", "a")
+    assert code == 2 and "preview.jpg: a preview is a PNG; let its name end in .png" in printed.err
 
 
 def test_ctrl_c_keeps_what_is_done(run_generate, tmp_path, monkeypatch):

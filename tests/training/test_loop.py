@@ -115,13 +115,23 @@ def test_rows_cut_short_by_a_crash_go(tmp_path):
     drop_rows_after(path, 40)
     assert [row["step"] for row in read_rows(path)] == [10, 20, 30]
     drop_rows_after(path, 20)
-    append_row(path, {"step": 30, "loss": 0.5, "psnr": 1.0})
+    append_row(path, {"step": 30, "loss": 0.5})
     assert read_rows(path) == [{"step": 10, "loss": 0.1}, {"step": 20, "loss": 0.05}, {"step": 30, "loss": 0.5}]
     drop_rows_after(path, 0)
     append_row(path, {"step": 1, "loss": 2.0, "psnr": 3.0})
     assert read_rows(path) == [{"step": 1, "loss": 2.0, "psnr": 3.0}]
     drop_rows_after(tmp_path / "none.csv", 0)
     assert read_rows(tmp_path / "none.csv") == []
+
+
+def test_a_metric_that_a_resumed_run_has_for_the_first_time(tmp_path):
+    path = tmp_path / "metrics.csv"
+    append_row(path, {"step": 1, "loss": 0.5})
+    with open(path, "a") as file:
+        file.write("2,0.")
+    append_row(path, {"step": 3, "speed": 7.0, "loss": 0.25, "wait": 0.5})
+    append_row(path, {"step": 4, "loss": 0.125})
+    assert path.read_text() == "step,loss,speed,wait\n1,0.5,,\n3,0.25,7.0,0.5\n4,0.125,,\n"
 
 
 def test_the_learning_rate_follows_the_step_after_a_resume(toy):

@@ -36,7 +36,7 @@ ShardSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 SET_FILE = "set.json"
 UNFINISHED_FILE = "unfinished.json"
-OPEN_SHARDS = 200  # each holds three file descriptors, and 1,024 is the usual limit of a process
+OPEN_SHARDS = 200
 HEADERS_OF_SET, HEADERS_FAR = 64, 3  # samples whose headers are compared with a tar's index
 
 
@@ -108,13 +108,26 @@ class Shard:
         return bytes(self.index["key"][number]).decode("utf-8", "surrogateescape")
 
 
+def shards_kept_open() -> int:
+    """Return how many shards a set keeps mapped: each holds three file descriptors, and a process has two sets or so.
+
+    The usual limit of a process is 1,024 on Linux and 256 on macOS; Windows has none that can be asked for.
+    """
+    try:
+        import resource
+    except ImportError:
+        return OPEN_SHARDS
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(OPEN_SHARDS, (limit - 60) // 6))
+
+
 class ShardSet(Iterable[Sample]):
     """The samples of tar shards, by number or in order.
 
     source: a finished folder, a folder of WebDataset tars, one tar, a pattern such as `shard-{000..010}.tar` or
     `shard-*.tar`, or a list of these, here or at any address that fsspec opens; mirrors: the cache of
     remote sets. BadInput if there is none, the folder is unfinished, or a tar is damaged.
-    Nothing per sample is held in memory; at most OPEN_SHARDS shards are mapped at once. Can be pickled to workers.
+    Nothing per sample is held in memory; at most `shards_kept_open` are mapped at once. Can be pickled to workers.
     """
 
     def __init__(self, source: ShardSource, mirrors: MirrorCache | None = None):
@@ -161,7 +174,7 @@ class ShardSet(Iterable[Sample]):
             record = self.records[number]
             shard = Shard(path, self._remote_copy(path.parent), record.checksum if record else "")
             self._open[number] = _checked(shard, record)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > shards_kept_open():
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return shard

@@ -145,6 +145,8 @@ def generate(
         raise BadInput(f"{out}: is a file, not a folder to write images to")
     if preview is not None and preview.is_dir():
         raise BadInput(f"{preview}: is a folder; name a PNG for the preview")
+    if preview is not None and preview.suffix.lower() != ".png":
+        raise BadInput(f"{preview}: a preview is a PNG; let its name end in .png")
     images = {"image": image and read_image(image), "mask_image": mask and read_image(mask)}
     jobs = jobs_of(prompts, count, axes, names, options | images)
     if processes > 1:

@@ -1,4 +1,4 @@
-"""The metrics of a run as CSV files: a row for a step, columns of the first row."""
+"""The metrics of a run as CSV files: a row for a step."""
 
 import csv
 import math
@@ -16,19 +16,36 @@ def without_nan(value: float) -> float | str:
 
 
 def append_row(path: Path, row: Mapping[str, float | str]) -> None:
-    """Add a row to a CSV whose columns are those of its first row."""
+    """Add a row to a CSV. Columns that it lacks are added, empty in the rows before."""
+    columns = _columns(path)
+    if columns and (new := [name for name in row if name not in columns]):
+        _add_columns(path, new)
+        columns += new
     with open(path, "a+b") as ends:
         whole = ends.tell() == 0 or (ends.seek(-1, 2), ends.read(1))[1] == b"\n"
-    with open(path, "a+", encoding="utf-8", newline="") as file:
-        file.seek(0)
-        header = file.readline().strip().split(",")
+    with open(path, "a", encoding="utf-8", newline="") as file:
         if not whole:  # a row that a full disk cut short
             file.write("\n")
-        columns = header if header != [""] else list(row)
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        if header == [""]:
+        writer = csv.DictWriter(file, columns or list(row), lineterminator="\n")
+        if not columns:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names in the first row of a CSV; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        header = file.readline().strip()
+    return header.split(",") if header else []
+
+
+def _add_columns(path: Path, names: list[str]) -> None:
+    """Add columns to a CSV; a row that was cut short is left out."""
+    header, *rows = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    longer = [line.rstrip("\n") + "," * len(names) + "\n" for line in rows]
+    write_text(path, "".join([",".join([header.rstrip("\n"), *names]) + "\n", *longer]))
 
 
 def drop_rows_after(path: Path, step: int) -> None:
