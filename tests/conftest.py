@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import struct
 import sys
 import traceback
 from pathlib import Path
@@ -39,6 +40,41 @@ def limited():
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _matrix_profile(gamma: float, swap: bool = False, grey: bool = False) -> bytes:
+    """A small profile of sRGB's primaries, in other order if `swap`, or of grey; with a power curve (ICC.1:2010)."""
+
+    def xyz(x, y, z):
+        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in (x, y, z)))
+
+    primaries = [xyz(0.4361, 0.2225, 0.0139), xyz(0.3851, 0.7169, 0.0971), xyz(0.1431, 0.0606, 0.7139)]
+    if swap:
+        primaries.reverse()
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 79
+    tags = [(b"desc", text), (b"wtpt", xyz(0.9642, 1, 0.8249))]
+    if grey:
+        tags += [(b"kTRC", curve)]
+    else:
+        tags += list(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True))
+        tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, data in tags:
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    head = struct.pack(
+        ">I4sI4s4s4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", b"GRAY" if grey else b"RGB ", b"XYZ "
+    )
+    head += b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + table + body
+
+
+@pytest.fixture
+def matrix_profile():
+    """A function (gamma, swap, grey) -> the bytes of a small ICC profile."""
+    return _matrix_profile
 
 
 KILLED = 137

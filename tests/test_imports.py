@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "text": {"files"},
     "config": {"files", "architectures", "precision", "image_request"},
     "checkpoints": {"files", "models", "text", "config", "architectures", "precision", "diffusion", "progress"},
+    "adapters": {"files", "models", "checkpoints", "architectures", "precision", "diffusion", "progress"},
     "data": {
         "files",
         "models",
@@ -33,6 +34,7 @@ MAY_IMPORT = {
         "models",
         "diffusion",
         "checkpoints",
+        "adapters",
         "text",
         "config",
         "cpu",
@@ -98,6 +100,7 @@ MAY_IMPORT = {
         "config",
         "models",
         "checkpoints",
+        "adapters",
         "data",
         "inference",
         "training",

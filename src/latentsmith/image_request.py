@@ -1,4 +1,4 @@
-"""What an image is made from. Every option's name, default, bounds, help and spellings are stated here, once.
+"""Define what an image is made from. Every option's name, default, bounds, help and spellings are stated here, once.
 
 `ImageRequest` holds what each image has for itself, `SamplingOptions` what the images of a batch share. From their
 fields follow the keywords of `Pipeline`, the options of `latentsmith generate`, NeMo's `infer` keys and PNG metadata.
@@ -28,7 +28,7 @@ TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "tr
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a field.
+    """Description of an option.
 
     help: one line. low, high: bounds, both allowed. choices: the only values. flags: spellings on the command line, the
     documented one first. nemo: its key in NeMo's `infer`. aliases: keywords of other libraries, for error messages.
@@ -137,7 +137,7 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the images of a batch are sampled.
+    """Options that the images of a batch are sampled with.
 
     height, width: in pixels; None: of the image to start from, else what the model was made for.
     timestep_spacing: "leading", "trailing" or "linspace"; None: as the checkpoint's scheduler config says.
@@ -217,12 +217,12 @@ class SamplingOptions:
 
     @property
     def steps_from_image(self) -> int:
-        """Steps done from an image to start from: strength times the steps, rounded down, but for errors of floats."""
+        """Return the steps done from an image: strength times the steps, rounded down, but for errors of floats."""
         return int(self.num_inference_steps * self.strength + 1e-9)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of options that a pipeline has completed."""
+        """Return height and width of options that a pipeline has completed."""
         assert self.height is not None and self.width is not None
         return self.height, self.width
 

@@ -1,9 +1,10 @@
+import re
 import textwrap
 
 import pytest
 
 from latentsmith.checkpoints.load import build
-from latentsmith.config import Config, compose, load_config, to_yaml
+from latentsmith.config import Config, compose, load_config, schema, to_yaml
 from latentsmith.files.errors import BadInput
 
 
@@ -227,3 +228,25 @@ def test_faults_of_whole_nodes(tmp_path, text, line):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(BadInput, match=line):
         compose(tmp_path / "a.yaml")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    """No shell expands it behind key= or in a file: ~/runs became a folder named ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(
+        "exp_manager: {exp_dir: ~/runs}\nmodel: {data: {train: {dataset_path: [~/a, ~b]}}}\n"
+    )
+    config = load_config(str(tmp_path / "own.yaml"), ["model.ckpt_path=~/m", "name=~/n"])
+    assert config.exp_manager.exp_dir == f"{tmp_path}/runs"
+    assert config.model.data.train.dataset_path == (f"{tmp_path}/a", "~b")
+    assert (config.model.ckpt_path, config.name) == (f"{tmp_path}/m", "~/n")
+
+
+def test_every_option_that_is_a_path_takes_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = re.compile(r"(_path|_dir|from_pretrained|\.tokenizer|\.version|resume_from_checkpoint)$")
+    used = (key for key, option in schema.table().items() if option.status in ("used", "mapped"))
+    paths = [key for key in used if named.search(key)]
+    assert len(paths) > 12
+    for key in paths:
+        assert schema.table()[key].value_type.read("~/x") == f"{tmp_path}/x", key

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from latentsmith.config import compose, load_config
@@ -27,7 +29,8 @@ def test_the_documented_overrides(mark):
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("exp_manager.exp_dir=~/data", "~/data"),
+        ("exp_manager.exp_dir=~/data", str(Path.home() / "data")),
+        ("name=~/data", "~/data"),
         ("exp_manager.exp_dir=a=b", "a=b"),
         ("exp_manager.exp_dir=/data (copy)/x", "/data (copy)/x"),
         ("exp_manager.exp_dir='quoted, too'", "quoted, too"),

@@ -8,8 +8,9 @@ from PIL import Image, ImageCms
 from torch.nn.functional import interpolate
 
 from latentsmith.data.errors import BadSample
-from latentsmith.data.images import decode_image, is_plain, load_image
+from latentsmith.data.images import decode_image, load_image
 from latentsmith.data.transforms import Transforms
+from latentsmith.files.colour import is_plain, to_srgb
 from latentsmith.files.errors import BadInput
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 128), -1).astype(np.uint8)
@@ -91,31 +92,7 @@ def test_float_pixels_are_refused():
     assert error.value.reason == "unsupported pixels"
 
 
-def matrix_profile(gamma: float, swap: bool = False) -> bytes:
-    """A minimal RGB profile of sRGB's primaries, in other order if `swap`, with a pure power curve (ICC.1:2010)."""
-
-    def xyz(x, y, z):
-        return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(v * 65536) for v in (x, y, z)))
-
-    primaries = [xyz(0.4361, 0.2225, 0.0139), xyz(0.3851, 0.7169, 0.0971), xyz(0.1431, 0.0606, 0.7139)]
-    if swap:
-        primaries.reverse()
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 79
-    tags = [(b"desc", text), (b"wtpt", xyz(0.9642, 1, 0.8249))]
-    tags += list(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True))
-    tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
-    table, body, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
-    for name, data in tags:
-        data += b"\0" * (-len(data) % 4)
-        table += name + struct.pack(">II", offset + len(body), len(data))
-        body += data
-    head = struct.pack(">I4sI4s4s4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", b"RGB ", b"XYZ ")
-    head += b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)
-    return head.ljust(128, b"\0") + table + body
-
-
-def test_colour_profile_becomes_srgb():
+def test_colour_profile_becomes_srgb(matrix_profile):
     """Linear light 0.5 is 188 in sRGB (IEC 61966-2-1); swapped primaries turn red into blue."""
     grey = saved(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=matrix_profile(1.0))
     assert abs(pixels(grey) - 188).max() <= 1
@@ -124,7 +101,7 @@ def test_colour_profile_becomes_srgb():
     assert not is_plain(load_image(red))
 
 
-def test_profiles_that_say_nothing_new_change_nothing():
+def test_profiles_that_say_nothing_new_change_nothing(matrix_profile):
     image = Image.fromarray(GRADIENT)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (srgb, b"not a profile at all"):
@@ -133,6 +110,98 @@ def test_profiles_that_say_nothing_new_change_nothing():
         assert is_plain(load_image(data))
     cmyk_with_rgb_profile = saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF", icc_profile=matrix_profile(1.0))
     assert abs(pixels(cmyk_with_rgb_profile) - [255, 0, 0]).max() <= 4
+
+
+def test_a_profile_is_judged_by_what_it_does(matrix_profile):
+    """Also one that is called sRGB, one of grey pixels with transparency, and one below a transparent colour."""
+    named = matrix_profile(1.0).replace(b"test\0", b"sRGB\0")
+    data = saved(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=named)
+    assert abs(pixels(data) - 188).max() <= 1 and not is_plain(load_image(data))
+    linear_grey = matrix_profile(1.0, grey=True)
+    for mode, colour, shown in (("L", 128, 188), ("LA", (128, 255), 188), ("LA", (128, 0), 255)):
+        found = pixels(saved(Image.new(mode, (4, 4), colour), icc_profile=linear_grey))
+        assert abs(found - shown).max() <= 1, mode
+    deep = Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))
+    assert abs(pixels(saved(deep, icc_profile=linear_grey)) - 188).max() <= 1
+    see_through = Image.new("RGBA", (4, 4), (128, 128, 128, 255))
+    assert abs(pixels(saved(see_through, icc_profile=named)) - 188).max() <= 1
+
+
+def test_srgb_again_changes_nothing(matrix_profile):
+    """What is upright and in sRGB does not say any more that it is not."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = load_image(saved(Image.fromarray(GRADIENT), exif=exif, icc_profile=matrix_profile(1.8)))
+    once = to_srgb(image)
+    assert (np.asarray(to_srgb(once)) == np.asarray(once)).all() and once.size == (60, 80)
+
+
+def lab_to_srgb(lab):
+    """CIE Lab of D50 to sRGB of 0 to 255 in float64: CIE 15 and IEC 61966-2-1, adapted by Bradford's matrix."""
+    y = (lab[0] + 16) / 116
+    f = np.array([y + lab[1] / 500, y, y - lab[2] / 200])
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * [0.9642, 1, 0.8249]
+    matrix = [
+        [3.1338561, -1.6168667, -0.4906146],
+        [-0.9787684, 1.9161415, 0.0334540],
+        [0.0719453, -0.2289914, 1.4052427],
+    ]
+    linear = (np.array(matrix) @ xyz).clip(0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("lab", [(50, 0, 0), (60, 40, 20), (70, -30, 40), (40, 10, -50)])
+def test_a_band_named_a_is_no_alpha(lab):
+    bands = [round(lab[0] * 2.55), lab[1] + 128, lab[2] + 128]
+    stored = Image.merge("LAB", [Image.new("L", (8, 8), band) for band in bands])
+    assert (
+        abs(pixels(saved(stored, "TIFF")) - lab_to_srgb(np.array(lab, float))).max() <= 6
+    )  # LittleCMS interpolates a grid
+
+
+def test_premultiplied_alpha_and_padding():
+    """TIFF's associated alpha is divided out; a fourth channel that means nothing is dropped."""
+    premultiplied = Image.new("RGBA", (4, 4), (200, 100, 0, 128)).convert("RGBa")
+    assert abs(np.asarray(to_srgb(premultiplied)).astype(int) - [227, 177, 127]).max() <= 2
+    assert np.asarray(to_srgb(Image.new("RGBX", (4, 4), (200, 100, 0, 9))))[0, 0].tolist() == [200, 100, 0]
+
+
+def tiff_of(values: np.ndarray, bits: int, photometric: int = 1) -> bytes:
+    """A TIFF of one grey strip, its values packed as its depth asks for (TIFF 6.0)."""
+    if bits == 12:
+        flat = values.reshape(-1, 2).astype(int)
+        packed = np.stack([flat[:, 0] >> 4, (flat[:, 0] & 15) << 4 | flat[:, 1] >> 8, flat[:, 1] & 255], 1)
+        body = packed.astype(np.uint8).tobytes()
+    else:
+        body = values.astype(f"<u{bits // 8}").tobytes()
+    height, width = values.shape
+    entries = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, height),
+    ]
+    entries += [(279, len(body))]
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(entries)) + rows + b"\0" * 4
+
+
+def test_sixteen_bits_are_rounded_and_have_a_known_range():
+    deep = np.arange(0, 65536, 257 // 3, dtype=np.uint16)[:640].reshape(16, 40)
+    for data in (saved(Image.fromarray(deep)), tiff_of(deep, 16)):
+        assert (pixels(data)[..., 0] == np.round(deep / 257)).all()
+    assert (pixels(tiff_of(deep, 16, photometric=0))[..., 0] == 255 - np.round(deep / 257)).all()
+    twelve = deep >> 4
+    assert (pixels(tiff_of(twelve, 12))[..., 0] == np.round(twelve / 4095 * 255)).all()
+    keyed = saved(Image.fromarray(np.array([[1000, 2000]], np.uint16)), transparency=1000)
+    assert pixels(keyed)[..., 0].tolist() == [[255, 8]]
+    with pytest.raises(BadSample, match="no agreed range") as error:
+        decode_image(tiff_of(deep.astype(np.uint32) << 12, 32))
+    assert error.value.reason == "unsupported pixels"
 
 
 def test_first_frame_of_animations():

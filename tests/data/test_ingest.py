@@ -72,7 +72,7 @@ def test_every_kind_of_bad_sample_is_set_aside_with_its_reason(tmp_path, png):
         "huge": (buffer.getvalue(), b"x"),
         "tiny": (png(size=(1, 1)), b"x"),
         "empty-caption": (png(), b" \n "),
-        "binary-caption": (png(), b"\xff\xfe\x00\x01"),
+        "cp1252-caption": (png(), b"a caf\xe9"),
         "control-caption": (png(), b"a\x00b"),
         "long-caption": (png(), b"x" * 100_000),
     }
@@ -92,14 +92,14 @@ def test_every_kind_of_bad_sample_is_set_aside_with_its_reason(tmp_path, png):
         "huge": "too many pixels",
         "tiny": "too small",
         "empty-caption": "empty caption",
-        "binary-caption": "binary caption",
+        "cp1252-caption": "caption not UTF-8",
         "control-caption": "binary caption",
         "long-caption": "caption too long",
         "uncaptioned": "missing caption",
         "orphan": "missing image",
     }
     assert (report.good, report.bad) == (2, 12) == (listing["good"], listing["bad"])
-    assert report.reasons == listing["reasons"] and report.reasons["binary caption"] == 2
+    assert report.reasons == listing["reasons"] and report.reasons["binary caption"] == 1
     details = " ".join(entry["detail"] for entry in listing["samples"])
     assert "100,000 characters, more than 10,000" in details and "1x1: the shorter side is under 16" in details
     kept = [json.loads(sample.text("json"))["original_name"] for sample in ShardSet(tmp_path / "out")]

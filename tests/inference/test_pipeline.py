@@ -444,3 +444,17 @@ def test_a_seed_beyond_32_bits_says_which_one_it_repeats(pipeline):
         warnings.simplefilter("error")
         images(pipeline, "a red circle", seed=2**32 - 1)
         images(pipeline, "a red circle", seed=2**40, generator=torch.Generator().manual_seed(5))
+
+
+def test_few_steps_that_begin_far_from_noise_are_reported(pipeline):
+    """The only leading timestep of a single step is the first: the network takes pure noise for a finished image."""
+    few = OPTIONS | dict(sampler="ddim", timestep_spacing="leading")
+    for steps, first in {1: 1, 2: 501, 3: 667}.items():  # steps_offset is 1
+        with pytest.warns(UserWarning, match=f"{steps} steps begin at timestep {first} of 1000.* spacing trailing"):
+            pipeline("a red circle", **few | dict(num_inference_steps=steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline("a red circle", **few)
+        pipeline("a red circle", **few | dict(num_inference_steps=1, timestep_spacing="trailing"))
+        start = pipeline("a red circle", **few).images[0]
+        pipeline("a red circle", image=start, strength=1.0, **few | dict(num_inference_steps=2))

@@ -1,4 +1,4 @@
-"""What a checkpoint is once it is open, and what a format has to provide (see the package's docstring)."""
+"""Define an open checkpoint, and what a format has to provide (see the package's docstring)."""
 
 import json
 import re
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a path holds.
+    """An open checkpoint: the content of a path.
 
     format: name of a Format, or "component" for a bare file of one part. metadata: safetensors headers. extras: what a
     pickle held beside tensors. config: the model config that a NeMo file carries. unknown: keys that no format knows,
@@ -95,19 +95,20 @@ class ModelSpec:
 
     @property
     def open_clip(self) -> bool:
-        """Whether the text encoder is of OpenCLIP's kind (exact GELU), as in v2."""
+        """Return whether the text encoder is of OpenCLIP's kind (exact GELU), as in v2."""
         return is_open_clip(self.cond_stage_config.get("arch"), self.cond_stage_config.get("activation"))
 
     @property
     def penultimate(self) -> bool:
-        """Whether the text encoder stops one layer before its architecture's last."""
+        """Return whether the text encoder stops one layer before its architecture's last."""
         return self.cond_stage_config.get("layer") == "penultimate"
 
 
 @dataclass(frozen=True)
 class SourceKey:
-    """Where a canonical tensor lies in a file. third: rows of q, k or v (0, 1, 2) of a fused tensor.
+    """Key and part of a file's tensor that a canonical one is read from.
 
+    third: rows of q, k or v (0, 1, 2) of a fused tensor.
     heads: rows of the fused tensor run [heads, 3, head_dim] if given, [3, heads, head_dim] if None.
     """
 

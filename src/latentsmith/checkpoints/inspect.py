@@ -1,4 +1,4 @@
-"""What a checkpoint is and holds, in a few lines, from its headers; and whether its numbers are sound."""
+"""Describe a checkpoint in a few lines, from its headers, and check that its numbers are sound."""
 
 from collections import Counter
 from collections.abc import Iterator

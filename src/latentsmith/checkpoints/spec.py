@@ -1,4 +1,4 @@
-"""What weights do not show of a whole model, and where each format says it: prediction type, schedule, null text."""
+"""Read what weights do not show of a model, where each format says it: prediction type, schedule, null text."""
 
 import json
 import warnings

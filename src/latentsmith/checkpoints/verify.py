@@ -20,7 +20,7 @@ from .match import match, unused_text
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was read and what was written, in canonical names. written: `path`, opened again. dtype: None keeps each."""
+    """Source and result of a conversion, in canonical names. written: `path`, opened again. dtype: None keeps each."""
 
     path: Path
     spec: ModelSpec

@@ -14,7 +14,7 @@ def demo(
         bool, typer.Option("--from-scratch", help="Train the VAE and the text encoder too; hours, not minutes.")
     ] = False,
 ) -> None:
-    """The whole story on synthetic scenes: draw, import, cache, train, generate, measure. Minutes on a CPU.
+    """Run the whole way on synthetic scenes: make, import, cache, train, generate, measure. Minutes on a CPU.
 
     \b
     Examples:

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from latentsmith.files.errors import BadInput
-from latentsmith.files.regular import PROMPTS, read_regular
+from latentsmith.files.regular import PROMPTS
+from latentsmith.files.text import read_lines
 from latentsmith.image_request import AXES, OPTIONS
 from latentsmith.precision import Dtype
 
@@ -179,7 +180,6 @@ def _read_prompts(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = read_regular(path, PROMPTS).decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_lines(path, PROMPTS)
+    except OSError as error:
         raise BadInput(f"--prompts-file {path}: {error}") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -75,7 +75,7 @@ def _run(words: list[str]) -> Any:
 
 
 def _config_option(error: Any, words: list[str]) -> str | None:
-    """For an unknown `--option` of a command that takes a config, how to write it as an option of the config."""
+    """Return how to write an unknown `--option` of a command that takes a config as an option of the config."""
     takes_config = getattr(error, "ctx", None) and any(each.name == "overrides" for each in error.ctx.command.params)
     if type(error).__name__ != "NoSuchOption" or not takes_config:
         return None
@@ -114,7 +114,7 @@ def exit_code(run: Callable[[], Any], *, debug: bool = False) -> int:
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    """One line for a person, and the exit code."""
+    """Return one line for a person, and the exit code."""
     if isinstance(error, BadInput):
         return _one_line(str(error)), BAD_INPUT
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument

@@ -23,7 +23,7 @@ OutFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")
 def config_and_overrides(
     config: str | None, words: list[str] | None, resume: Path | None = None
 ) -> tuple[str, list[str]]:
-    """The config's name and the overrides of a command.
+    """Return the config's name and the overrides of a command.
 
     Without --config, the first word that is no override names the config. resume: a run folder, wherever it has been
     moved to; its own config and its newest checkpoint are taken. Raises BadInput where no config is named, or two.
@@ -46,7 +46,7 @@ def config_and_overrides(
 
 
 def load(config: str | None, words: list[str] | None) -> RunConfig:
-    """The config of a run; options that have no effect are named on stderr, in one line."""
+    """Return the config of a run; options that have no effect are named on stderr, in one line."""
     from latentsmith.config.compose import compose, print_notes, training_config
 
     name, overrides = config_and_overrides(config, words)

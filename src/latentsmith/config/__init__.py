@@ -1,4 +1,4 @@
-"""What a run is made of: options, presets, composition with overrides, checks."""
+"""Compose and check the config of a run: options, presets, overrides."""
 
 from .compose import Composed, compose, load_config, presets, require_config
 from .run_options import Config

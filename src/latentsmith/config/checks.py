@@ -47,7 +47,7 @@ def check(config: Config) -> None:
 
 
 def check_inference(config: InferenceConfig) -> None:
-    """The same for an inference file."""
+    """Check an inference file in the same way."""
     infer = config.infer
     if infer.eta and str(infer.sampler_type).lower() in ("plms", "pndm"):
         raise BadInput(f"infer.eta={infer.eta} with infer.sampler_type={infer.sampler_type}: PLMS has no noise; use 0")
@@ -190,7 +190,7 @@ def _check_optimizer(optim: OptimConfig) -> None:
 
 
 def check_classes(model: Mapping[str, Any]) -> None:
-    """Classes that a file may name though nothing is built from them: a path to anything else is a mistake or worse.
+    """Refuse classes that a file may not name, though nothing is built from them.
 
     model: the values of the node `model`, foreign keys among them.
     """

@@ -56,7 +56,7 @@ EXPECTED = {
 
 
 def canonical(node: dict[str, Any], key: str) -> dict[str, Any]:
-    """`node` with our class in `_target_`, and what its old path implies filled in.
+    """Return `node` with our class in `_target_`, and what its old path implies filled in.
 
     key: of the node, for messages. Raises BadInput for a path outside the table.
     """

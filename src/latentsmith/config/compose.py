@@ -54,12 +54,14 @@ class Composed:
 
     @property
     def is_inference(self) -> bool:
-        """Whether the file is one of NeMo's for generating images."""
+        """Return whether the file is one of NeMo's for generating images."""
         return isinstance(self.config, InferenceConfig)
 
 
 def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The resolved config of a preset ("sd1") or YAML file, after `overrides` ("model.optim.lr=1e-5", Hydra's grammar).
+    """Return the resolved config of a preset ("sd1") or YAML file.
+
+    overrides: changes to it, such as "model.optim.lr=1e-5", in Hydra's grammar.
 
     Every option is there, with its default where nothing gave it. Raises BadInput, one line, for an unknown key, a
     wrong type or value, a missing mandatory value (???), an interpolation of nothing, or options that contradict.
@@ -68,7 +70,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
 
 
 def training_config(name_or_path: str | Path, composed: Composed) -> Config:
-    """The config of a run; BadInput for an inference file."""
+    """Return the config of a run; BadInput for an inference file."""
     if not isinstance(composed.config, Config):
         raise BadInput(
             f"{name_or_path}: is an inference file; generate with it: latentsmith generate --config {name_or_path}"
@@ -83,7 +85,7 @@ def require_config(config: Any, function: str) -> None:
 
 
 def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
-    """As `load_config`, and where each value came from."""
+    """Do as `load_config`, and return where each value came from."""
     if isinstance(changes, str):
         raise BadInput(f"overrides are a list: [{changes!r}]")
     source = str(name_or_path)
@@ -116,12 +118,12 @@ def print_notes(config: str, composed: Composed) -> None:
 
 
 def presets() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Return the names of the configs that come with the package."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def find_file(name_or_path: str | Path) -> Path:
-    """The YAML file of a preset's name or a path. Raises BadInput where there is neither."""
+    """Return the YAML file of a preset's name or a path. Raises BadInput where there is neither."""
     preset = PRESETS / f"{name_or_path}.yaml"
     if str(name_or_path) in presets():
         return preset
@@ -131,7 +133,7 @@ def find_file(name_or_path: str | Path) -> Path:
 
 
 def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree of a YAML file over those in its `defaults:` list, and which file gave each key."""
+    """Return the tree of a YAML file over those in its `defaults:` list, and which file gave each key."""
     tree = read_yaml(path)
     bases = tree.pop("defaults", [])
     if path in inside:
@@ -151,8 +153,11 @@ def read(path: Path, inside: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dic
 
 
 def _read_base(path: Path, base: Any, inside: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What an entry of a defaults list stands for: "preset", "file", {"optim": "adam"} (optim/adam.yaml as the node
-    `optim`), each after "optional" if it may be missing."""
+    """Return what an entry of a defaults list stands for.
+
+    It is "preset", "file" or {"optim": "adam"} (optim/adam.yaml as the node `optim`), each after "optional" if it may
+    be missing.
+    """
     group, name = next(iter(base.items())) if isinstance(base, dict) and len(base) == 1 else ("", base)
     words = str(group or name).split()
     optional = len(words) == 2 and words[0] == "optional"
@@ -199,7 +204,7 @@ def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
 
 
 def _refuse_training(given: dict[str, Any], source: str) -> None:
-    """BadInput for an option of training in an inference file."""
+    """Raise BadInput for an option of training in an inference file."""
     for key, value in given.items():
         if value is None or key == "name" or key.startswith(INFERENCE_KEYS):
             continue
@@ -209,7 +214,7 @@ def _refuse_training(given: dict[str, Any], source: str) -> None:
 
 
 def _fill(tree: dict[str, Any]) -> dict[str, Any]:
-    """`tree` with every missing option at its default, after the keys that are given (their order can matter)."""
+    """Return `tree` with every missing option at its default, after the given keys (their order can matter)."""
     filled = _without_unset(tree)
     for option in schema.table().values():
         if option.filled:
@@ -222,7 +227,7 @@ def _fill(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_unset(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A copy of `tree` without the nulls that mean "not set"."""
+    """Return a copy of `tree` without the nulls that mean "not set"."""
     kept: dict[str, Any] = {}
     for name, value in tree.items():
         option = schema.table().get(f"{prefix}{name}")
@@ -240,13 +245,13 @@ def _get(tree: dict[str, Any], path: Iterable[str]) -> Any:
 
 
 def asset(name: str) -> str:
-    """The path of a file that comes with the package: `${asset:demo/vae.safetensors}` in a config."""
+    """Return the path of a file that comes with the package: `${asset:demo/vae.safetensors}` in a config."""
     return str(Path(__file__).with_name("assets") / name)
 
 
 @contextmanager
 def _resolving(source: str, key: str = "an interpolation") -> Iterator[None]:
-    """Inside, interpolations have our resolver and no environment; what fails is BadInput."""
+    """Give interpolations our resolver and no environment inside the context; raise BadInput for what fails."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
     OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
     try:
@@ -273,7 +278,7 @@ def _resolve(tree: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _read_values(tree: dict[str, Any], origins: dict[str, str], prefix: str = "") -> dict[str, Any]:
-    """Every value as its option reads it."""
+    """Return every value as its option reads it."""
     values: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -319,7 +324,7 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _ldm_warmup(node: dict[str, Any] | None) -> dict[str, Any]:
-    """The warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words.
+    """Return the warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words.
 
     BadInput for one whose rate falls after it, which has another meaning in each cycle.
     """

@@ -59,7 +59,7 @@ class AugmentationsConfig:
 
 @dataclass(frozen=True)
 class ResolutionFilterConfig:
-    """Which images are taken, by their size."""
+    """Selection of images by their size."""
 
     given_only: ClassVar[bool] = True
     method: Literal["larger", "smaller"] | None = option(None, "which images are taken; larger by default")
@@ -68,7 +68,7 @@ class ResolutionFilterConfig:
 
 @dataclass(frozen=True)
 class FilteringsConfig:
-    """Which images are taken."""
+    """Selection of images."""
 
     given_only: ClassVar[bool] = True
     resolution: ResolutionFilterConfig = ResolutionFilterConfig()
@@ -79,7 +79,10 @@ class DatasetConfig:
     """The set that is trained on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None, "shards or cache, tars, wdinfo.pkl; here or at s3://...", aliases=("path",)
+        None,
+        "shards or cache, tars, wdinfo.pkl; here or at s3://...",
+        aliases=("path",),
+        path=True,
     )
     weights: tuple[float, ...] | None = option(
         None,
@@ -97,7 +100,9 @@ class ValidationDatasetConfig:
     """The set that is validated on."""
 
     dataset_path: str | tuple[str, ...] | None = option(
-        None, "a set held out from training, for validation; null for none"
+        None,
+        "a set held out from training, for validation; null for none",
+        path=True,
     )
     augmentations: AugmentationsConfig = AugmentationsConfig()
 
@@ -106,13 +111,13 @@ class ValidationDatasetConfig:
 class RemoteConfig:
     """Copies of sets at an address such as s3://bucket/folder."""
 
-    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder")
+    cache_dir: str | None = option(None, "copies of remote shards; null: in the user's cache folder", path=True)
     cache_gib: float = option(50.0, "their size at most; a set that is larger is read in ranges of bytes", at_least=0)
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What precache makes; training reads from the cache itself what it holds."""
+    """Content of a latent cache, for precache; training reads it from the cache itself."""
 
     latents: Literal["moments", "mean"] = option("moments", "mean: half as large, the same latent every time")
     crops: int = option(1, "random crops kept of each image; training takes one of them each time", at_least=1)
@@ -122,9 +127,9 @@ class CacheConfig:
 
 @dataclass(frozen=True)
 class WebdatasetConfig:
-    """Where relative paths start."""
+    """Folder that relative paths start from."""
 
-    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from")
+    local_root_path: str | None = option(None, "folder that a relative dataset_path starts from", path=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from .tree import dump, to_plain, to_tree
 
 
 def explain(key: str = "") -> str:
-    """One option in full, or a line for each option below `key` ("" is everything). Raises BadInput."""
+    """Return one option in full, or a line for each option below `key` ("" is everything). Raises BadInput."""
     option = schema.table().get(key)
     if option is not None:
         return "\n".join(_lines(option))
@@ -48,12 +48,12 @@ def _status(option: schema.Option) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as YAML writes it on one line."""
+    """Return a value as YAML writes it on one line."""
     return dump(to_plain(value), one_line=True)
 
 
 def reference_page() -> str:
-    """The reference of all options as Markdown."""
+    """Return the reference of all options as Markdown."""
     own = [option for option in schema.table().values() if option.status == "used"]
     foreign = [option for option in schema.table().values() if option.status != "used"]
     lines = [
@@ -78,7 +78,7 @@ def reference_page() -> str:
 
 
 def show(composed: Composed) -> str:
-    """The composed tree as YAML, each value with where it came from."""
+    """Return the composed tree as YAML, each value with where it came from."""
     return "\n".join(_show_node(to_tree(composed.config), composed.origins, "", ""))
 
 
@@ -102,7 +102,7 @@ def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
 
 
 def migrated(composed: Composed, source: str) -> str:
-    """A config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
+    """Return a config of NeMo's or LDM's as one of ours: YAML of all that is not at its default, under our own keys."""
     tree: dict[str, Any] = {}
     for key, value in overrides.leaves(to_tree(composed.config)).items():
         option = schema.find(key)
@@ -124,7 +124,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def diff(first: Any, second: Any) -> list[str]:
-    """A line for each option whose value differs: `KEY: first -> second`."""
+    """Return a line for each option whose value differs: `KEY: first -> second`."""
     left, right = (overrides.leaves(to_tree(config)) for config in (first, second))
     keys = dict.fromkeys([*left, *right])
     changed = [key for key in keys if left.get(key, "absent") != right.get(key, "absent")]

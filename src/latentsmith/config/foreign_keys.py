@@ -149,7 +149,7 @@ MOVED: dict[str, tuple[ValueType, str]] = {  # read as an option of ours
     "model.base_learning_rate": (nullable(number(0)), "LDM: model.optim.lr, where that is not given"),
     "model.scale_by_std": (flag(), "LDM: true is model.scale_factor=measured"),
     "model.scheduler_config": (mapping(), "LDM: its warm_up_steps, where model.optim.sched has none"),
-    "model.resume_from_checkpoint": (nullable(text()), "NeMo: exp_manager.resume_from_checkpoint"),
+    "model.resume_from_checkpoint": (nullable(text(path=True)), "NeMo: exp_manager.resume_from_checkpoint"),
 }
 
 NO_COMPONENT = {  # what LDM writes in place of a component
@@ -160,7 +160,7 @@ INSIDE_REFERENCE = re.compile(r"(?<=[\w.])\.params(?=\.[\w.]+\})")
 
 
 def canonical_tree(tree: dict[str, Any]) -> dict[str, Any]:
-    """A config file in our spelling: `_target_` beside its arguments, no `params` level, no reference through one."""
+    """Return a config file in our spelling: `_target_` beside its arguments, no level `params`, nor in references."""
     tree = _canonical_references(tree)
     model = tree.get("model")
     if isinstance(model, dict):
@@ -171,7 +171,7 @@ def canonical_tree(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def canonical_node(node: Any) -> Any:
-    """`target:` + `params:` (LDM) and `cls:` (NeMo's precaching) rewritten as `_target_:` beside its arguments."""
+    """Rewrite `target:` + `params:` (LDM) and `cls:` (NeMo's precaching) as `_target_:` beside its arguments."""
     if isinstance(node, list):
         return [canonical_node(entry) for entry in node]
     if not isinstance(node, dict):
@@ -187,14 +187,14 @@ def canonical_node(node: Any) -> Any:
 
 
 def canonical_key(key: str) -> str:
-    """LDM's spelling of a dotted key (`model.params.x`, `model.unet_config.target`) in ours."""
+    """Return LDM's spelling of a dotted key (`model.params.x`, `model.unet_config.target`) in ours."""
     if not key.startswith("model."):
         return key
     return re.sub(r"\.target$", "._target_", re.sub(r"\.params(?=\.)", "", key))
 
 
 def _canonical_references(node: Any) -> Any:
-    """Interpolations of LDM's nested options (`${model.params.channels}`) without the level that is taken out."""
+    """Take out the level `params` from interpolations of LDM's nested options (`${model.params.channels}`)."""
     if isinstance(node, dict):
         return {key: _canonical_references(value) for key, value in node.items()}
     if isinstance(node, list):

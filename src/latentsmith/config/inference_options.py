@@ -24,7 +24,7 @@ class InferConfig:
     inference_steps: int | None = option(None, "generate --steps", at_least=1, at_most=1000)
     sampler_type: str | None = option(None, "generate --sampler")
     eta: float | None = option(None, "generate --eta", at_least=0, at_most=1)
-    out_path: str | None = option(None, "generate --out")
+    out_path: str | None = option(None, "generate --out", path=True)
     seed: int | None = option(None, "generate --seed", at_least=0)
     prompts: str | tuple[str, ...] | None = option(None, "prompts, where the command line gives none")
     sampler_parallelism: int | None = option(None, "generate --parallelism", at_least=1)
@@ -42,17 +42,19 @@ class FidConfig:
         min_length=1,
     )
     coco_captions_path: str | None = option(
-        None, "folder of text files, in the order of their names; an image for each line"
+        None,
+        "folder of text files, in the order of their names; an image for each line",
+        path=True,
     )
     num_images_to_eval: int | None = option(
         None, "images of each scale: the first so many lines; fewer is an error", at_least=1
     )
-    save_path: str | None = option(None, "where <scale>/imageNNNNNN.png go")
+    save_path: str | None = option(None, "where <scale>/imageNNNNNN.png go", path=True)
 
 
 @dataclass(frozen=True)
 class InferenceTrainerConfig:
-    """What generating takes from the trainer."""
+    """Options of the trainer that generating takes."""
 
     given_only: ClassVar[bool] = True
     precision: str | None = option(None, "generate --dtype")
@@ -60,10 +62,12 @@ class InferenceTrainerConfig:
 
 @dataclass(frozen=True)
 class InferenceModelConfig:
-    """What generating takes from the model."""
+    """Options of the model that generating takes."""
 
     given_only: ClassVar[bool] = True
-    restore_from_path: str | None = option(None, "in an inference file generate --from, in a training model.ckpt_path")
+    restore_from_path: str | None = option(
+        None, "in an inference file generate --from, in a training model.ckpt_path", path=True
+    )
 
 
 @dataclass(frozen=True)

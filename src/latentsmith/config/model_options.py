@@ -29,7 +29,10 @@ class UNetConfig:
 
     _target_: str = option(COMPONENTS["unet"].class_path, "class of the U-Net; NeMo's and LDM's paths mean ours")
     from_pretrained: str | None = option(
-        None, "checkpoint to start from: LDM, diffusers or NeMo, one file or a folder", aliases=Weights
+        None,
+        "checkpoint to start from: LDM, diffusers or NeMo, one file or a folder",
+        aliases=Weights,
+        path=True,
     )
     from_NeMo: bool | None = option(
         None, "true: the file's names are NeMo's (or LDM's), false: diffusers'; null: the names themselves decide"
@@ -98,7 +101,10 @@ class FirstStageConfig:
 
     _target_: str = option(COMPONENTS["vae"].class_path, "class of the VAE; NeMo's and LDM's paths mean ours")
     from_pretrained: str | None = option(
-        None, "checkpoint of the VAE: LDM, diffusers or NeMo, one file or a folder", aliases=Weights
+        None,
+        "checkpoint of the VAE: LDM, diffusers or NeMo, one file or a folder",
+        aliases=Weights,
+        path=True,
     )
     embed_dim: int = option(4, "channels of the latents", at_least=1)
     ddconfig: DDConfig = DDConfig()
@@ -121,6 +127,7 @@ class CondStageConfig:
         None,
         "published weights to take from the Hugging Face hub or its cache where no file is given, or a file",
         aliases=("model_name",),
+        path=True,
     )
     width: int | None = option(None, "features of a token", at_least=1, aliases=("hidden_size",))
     layers: int | None = option(
@@ -131,14 +138,18 @@ class CondStageConfig:
     activation: Literal["quick_gelu", "gelu"] | None = option(None, "of the MLP: v1 quick_gelu, v2 gelu")
     vocab_size: int = option(49408, "tokens of the vocabulary", at_least=1)
     max_length: int = option(77, "tokens of a caption, both ends included", at_least=2)
-    tokenizer: str | None = option(None, "vocabulary file or folder, or a name; null: looked for as docs say")
+    tokenizer: str | None = option(
+        None, "vocabulary file or folder, or a name; null: looked for as docs say", path=True
+    )
     layer: Literal["last", "penultimate"] = option("last", "which layer's output; the final norm follows either way")
     pad_to: int | None = option(
         None, "zero vectors up to this length: 80 for models that NeMo trained on v1", at_least=1
     )
     freeze: bool = option(True, "no gradients; model.cond_stage_trainable overrules it")
-    from_pretrained: str | None = option(None, "checkpoint of the text encoder: a folder or one file", aliases=Weights)
-    restore_from_path: str | None = option(None, "NeMo's name for it: a .nemo with a CLIP inside")
+    from_pretrained: str | None = option(
+        None, "checkpoint of the text encoder: a folder or one file", aliases=Weights, path=True
+    )
+    restore_from_path: str | None = option(None, "NeMo's name for it: a .nemo with a CLIP inside", path=True)
 
 
 @dataclass(frozen=True)
@@ -268,7 +279,9 @@ class ModelConfig:
     inductor_cudagraphs: bool = option(False, "with model.inductor on a GPU: each block as one CUDA graph")
     channels_last: bool = option(False, "memory order of image-like tensors; faster on most devices")
     seed: int = option(1234, "of noise, timesteps, dropout, crops and order", at_least=0, aliases=("random_seed",))
-    ckpt_path: str | None = option(None, "checkpoint of a whole model to start from, at step 0", aliases=("init",))
+    ckpt_path: str | None = option(
+        None, "checkpoint of a whole model to start from, at step 0", aliases=("init",), path=True
+    )
     ckpt_weights: Literal["ema", "raw"] = option(
         "ema", "which to start from where a checkpoint has both", aliases=("ema",)
     )

@@ -18,7 +18,7 @@ DTYPES = {"16-mixed": "fp16", "16-true": "fp16", "bf16-mixed": "bf16", "bf16-tru
 
 
 def read_infer(path: str | Path, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """The keywords of `inference.generate.generate` (and "source", "prompts", "out", "fid") that such a file gives.
+    """Return the keywords of `inference.generate.generate` (and source, prompts, out, fid) that such a file gives.
 
     fid: the options of its section `fid`, if it has one. Raises BadInput as `compose`, and for a file without `infer`.
     """

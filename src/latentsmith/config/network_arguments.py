@@ -22,7 +22,7 @@ NO_ARGUMENTS = ("lossconfig", "tokenizer", "version")  # of train-vae, the token
 
 @dataclass(frozen=True)
 class Node:
-    """What a node of the config describes.
+    """A network that a node of the config describes.
 
     key: of the node in the config, for messages. class_path: dotted path of the class. arguments: keywords of
     its constructor. source: the checkpoint to fill it from. from_nemo: NeMo's `from_NeMo` key.

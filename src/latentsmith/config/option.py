@@ -11,7 +11,7 @@ from .value_types import ValueType, value_type
 
 @dataclass(frozen=True)
 class OptionField:
-    """What `option` records of a field; the schema adds its key and the type that its annotation gives."""
+    """Hold what `option` records of a field; the schema adds its key and the type that its annotation gives."""
 
     default: Any
     meaning: str

@@ -16,7 +16,7 @@ SHAPE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=~+\s][^=]*?)(?P<equals>=(?P<
 
 
 def parse(override: str, *, sweeps: bool = False) -> tuple[bool, str, Any]:
-    """(delete, key, value) of one override.
+    """Return (delete, key, value) of one override.
 
     For text options the value is the text itself wherever Hydra would read something else: a path such as ~/data or
     shard-{000..010}.tar, a name such as 2024, a size such as 512,512.
@@ -34,7 +34,7 @@ def parse(override: str, *, sweeps: bool = False) -> tuple[bool, str, Any]:
 
 
 def is_override(word: str) -> bool:
-    """Whether a word of a command line changes an option, and is no text that happens to hold an equals sign."""
+    """Return whether a word of a command line changes an option, and is no text that happens to hold an equals sign."""
     shape = SHAPE.fullmatch(word)
     if shape is None or (shape["equals"] is None and shape["mark"] != "~"):
         return False
@@ -65,7 +65,7 @@ def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
 
 
 def sweep(given: list[str]) -> list[list[str]]:
-    """The overrides of every run of a sweep: one for each combination of key=a,b, choice(...) and range(...).
+    """Return the overrides of every run of a sweep: one for each combination of key=a,b, choice(...) and range(...).
 
     The last key varies fastest. Text options such as paths, where a comma may be meant, only sweep as choice(a,b).
     Raises BadInput for what is no override.
@@ -127,7 +127,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model.optim.lr": 1e-4, ...}; a free mapping and an empty one count as one leaf."""
+    """Return {"model.optim.lr": 1e-4, ...}; a free mapping and an empty one count as one leaf."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"

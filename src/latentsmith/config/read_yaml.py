@@ -28,7 +28,7 @@ END = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The tree of a YAML file, interpolations unresolved, keys spelled our way. Raises BadInput, one line."""
+    """Return the tree of a YAML file, interpolations unresolved, keys spelled our way. Raises BadInput, one line."""
     try:
         text = read_regular(path, CONFIG).decode("utf-8-sig")
         check_limits(text)
@@ -73,7 +73,7 @@ def check_limits(text: str) -> None:
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    """Every key of a tree in a section of ours, as it is spelled; free mappings have keys of their own."""
+    """Yield every key of a tree in a section of ours, as it is spelled; free mappings have keys of their own."""
     for name, value in tree.items() if isinstance(tree, dict) else ():
         yield str(name)
         option = schema.find(f"{prefix}{name}")

@@ -140,7 +140,7 @@ class SampleImagesConfig:
 class ExpManagerConfig:
     """The run folder, and what is written to it and read from it."""
 
-    exp_dir: str | None = option(None, "folder of run folders; null for ./runs")
+    exp_dir: str | None = option(None, "folder of run folders; null for ./runs", path=True)
     name: str = option("${name}", "the run folder inside exp_dir")
     create_tensorboard_logger: bool = option(True, "write TensorBoard scalars and images")
     create_checkpoint_callback: bool = option(True, "write checkpoints")
@@ -149,7 +149,10 @@ class ExpManagerConfig:
         True, "start from step 0 where the run folder holds none; false makes that an error"
     )
     resume_from_checkpoint: str | None = option(
-        None, "resume from this checkpoint, whatever the run folder holds", aliases=("resume",)
+        None,
+        "resume from this checkpoint, whatever the run folder holds",
+        aliases=("resume",),
+        path=True,
     )
     nonfinite_limit: int = option(
         10,

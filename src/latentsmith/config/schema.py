@@ -48,7 +48,7 @@ class Option:
         return self.key.rpartition(".")[0]
 
     def read(self, value: Any, source: str) -> Any:
-        """The value as a run uses it. Raises BadInput for a wrong type or range, or a refused value."""
+        """Return the value as a run uses it. Raises BadInput for a wrong type or range, or a refused value."""
         if value is None and self.value_type.nullable:
             return None
         try:
@@ -63,7 +63,7 @@ class Option:
 
 @cache
 def table() -> dict[str, Option]:
-    """Every key, ours first, in the order of the docs."""
+    """Return every key, ours first, in the order of the docs."""
     found = [*_options(Config), *_options(InferenceConfig)]
     found += [Option(key, type_, None, meaning, "mapped") for key, (type_, meaning) in MOVED.items()]
     found += [Option(key, anything(), None, reason, "no effect") for key, reason in IGNORED.items()]
@@ -75,7 +75,7 @@ def table() -> dict[str, Option]:
 
 
 def _options(section: type, prefix: str = "") -> Iterator[Option]:
-    """The options of a section and of those inside it, its own first."""
+    """Yield the options of a section and of those inside it, its own first."""
     hints, given_only = get_type_hints(section), getattr(section, "given_only", False)
     inside = []
     for field in fields(section):
@@ -92,12 +92,12 @@ def _options(section: type, prefix: str = "") -> Iterator[Option]:
 
 
 def section_of(annotation: Any) -> type | None:
-    """The section that a field holds, None for an option."""
+    """Return the section that a field holds, None for an option."""
     return next((part for part in (annotation, *get_args(annotation)) if is_dataclass(part)), None)  # type: ignore[return-value]
 
 
 def _without_none(annotation: Any) -> Any:
-    """`X` of `X | None`: where nothing has a default, None is how absence is written."""
+    """Return `X` of `X | None`: where nothing has a default, None is how absence is written."""
     kept = tuple(part for part in get_args(annotation) if part is not type(None))
     if not kept or type(None) not in get_args(annotation):
         return annotation
@@ -109,13 +109,13 @@ def _without_none(annotation: Any) -> Any:
 
 @cache
 def groups() -> frozenset[str]:
-    """Every inner node: "model", "model.optim", ..."""
+    """Return every inner node: "model", "model.optim", ..."""
     parts = [key.split(".") for key in table()]
     return frozenset(".".join(part[:depth]) for part in parts for depth in range(1, len(part)))
 
 
 def find(key: str) -> Option | None:
-    """The option that `key` belongs to: its own, or the free mapping it lies in; None if there is neither."""
+    """Return the option that `key` belongs to: its own, or the free mapping it lies in; None if there is neither."""
     options = table()
     if key in options:
         return options[key]
@@ -126,7 +126,7 @@ def find(key: str) -> Option | None:
 
 
 def unknown_key(key: str, source: str) -> BadInput:
-    """The error for a key that is not in the table."""
+    """Return the error for a key that is not in the table."""
     if above := next((option for option in table().values() if key.startswith(f"{option.key}.")), None):
         return BadInput(f"{source}: {above.key} must be {above.value_type.words}, not a mapping")
     hint = nearest(key)
@@ -135,7 +135,7 @@ def unknown_key(key: str, source: str) -> BadInput:
 
 
 def nearest(key: str) -> str | None:
-    """The known key most like this one in name and place; None where no name is like it."""
+    """Return the known key most like this one in name and place; None where no name is like it."""
     parent, _, leaf = key.rpartition(".")
 
     def name_likeness(option: Option) -> float:
@@ -148,7 +148,7 @@ def nearest(key: str) -> str | None:
 
 
 def named(word: str) -> Option | None:
-    """The option that `word` names by an alias or by the last part of its key; None where it is none or several."""
+    """Return the one option that `word` names by an alias or by the last part of its key, or None."""
     used = [option for option in table().values() if option.status == "used"]
     by_alias = [option for option in used if word in option.aliases]
     found = by_alias or [option for option in used if word == option.leaf]

@@ -19,7 +19,7 @@ Section = TypeVar("Section")
 
 
 def from_tree(section: type[Section], tree: Mapping[str, Any]) -> Section:
-    """A section from values already read: defaults where the tree has none; keys that are no fields are left out."""
+    """Return a section of values already read, or of defaults; keys that are no fields are left out."""
     hints, values = get_type_hints(section), {}
     for field in fields(section):  # type: ignore[arg-type]
         if field.name in tree:
@@ -31,7 +31,7 @@ def from_tree(section: type[Section], tree: Mapping[str, Any]) -> Section:
 
 
 def to_tree(section: Any) -> dict[str, Any]:
-    """A config, or a section of one, as nested dicts and lists; sections without defaults hold what is set."""
+    """Return a config, or a section of one, as nested dicts and lists; sections without defaults hold what is set."""
     if isinstance(section, AugmentationsConfig):
         return {name: to_plain(value) for name, value in section.steps().items()}
     tree = {}
@@ -47,19 +47,19 @@ def to_tree(section: Any) -> dict[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """A value with lists for its tuples, as YAML and JSON have them."""
+    """Return a value with lists for its tuples, as YAML and JSON have them."""
     if isinstance(value, Mapping):
         return {key: to_plain(entry) for key, entry in value.items()}
     return [to_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def to_yaml(config: Config) -> str:
-    """The YAML of a run's config.yaml: every option; `load_config` of it gives an equal config."""
+    """Return the YAML of a run's config.yaml: every option; `load_config` of it gives an equal config."""
     return dump(to_tree(config))
 
 
 def dump(value: Any, *, one_line: bool = False) -> str:
-    """Plain data as YAML that reads back as the same data."""
+    """Return plain data as YAML that reads back as the same data."""
     width = 10**6 if one_line else 120
     text: str = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width, default_flow_style=one_line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ def value_type(
     choices: tuple[str, ...] = (),
     spellings: Mapping[str, str] | None = None,
     min_length: int = 0,
+    path: bool = False,
 ) -> ValueType:
     """Return the type of an option from the annotation of its field.
 
     annotation: bool, int, float, str, Literal, tuple[X, ...], tuple[X, X], Mapping[str, Any], or a union of these with
-    None. Bounds apply to every number in it, choices and spellings (other -> own) to text, min_length to lists.
+    None. Bounds apply to every number in it, choices and spellings (other -> own) to text, min_length to lists. path:
+    texts are paths, whose leading ~ means the home folder, as no shell sees it in a file or behind key=.
     """
 
     def part(annotation: Any) -> ValueType:
@@ -43,6 +46,7 @@ def value_type(
             choices=choices,
             spellings=spellings,
             min_length=min_length,
+            path=path,
         )
 
     origin, args = get_origin(annotation), get_args(annotation)
@@ -61,7 +65,7 @@ def value_type(
     if annotation is float:
         return number(at_least, at_most)
     if annotation is str:
-        return choice(*choices, spellings=spellings) if choices else text()
+        return choice(*choices, spellings=spellings) if choices else text(path=path)
     return mapping()
 
 
@@ -86,7 +90,7 @@ def _within(value: float, low: float | None, high: float | None) -> bool:
 
 
 def number(low: float | None = None, high: float | None = None) -> ValueType:
-    """A finite float between two bounds, both included."""
+    """Return the type of a finite float between two bounds, both included."""
 
     def read(value: Any) -> float:
         result = float(_as_number(value))
@@ -96,7 +100,7 @@ def number(low: float | None = None, high: float | None = None) -> ValueType:
 
 
 def whole(low: float | None = None, high: float | None = None) -> ValueType:
-    """An int between two bounds; 1e5 counts as one."""
+    """Return the type of an int between two bounds; 1e5 counts as one."""
 
     def read(value: Any) -> int:
         given = _as_number(value)
@@ -106,7 +110,7 @@ def whole(low: float | None = None, high: float | None = None) -> ValueType:
 
 
 def count_or_share() -> ValueType:
-    """An int of at least 0, or a float from 0.0 to 1.0, as Lightning distinguishes 1 (one) from 1.0 (all)."""
+    """Return the type of an int of at least 0 or a float from 0.0 to 1.0: Lightning tells 1 (one) from 1.0 (all)."""
 
     def read(value: Any) -> int | float:
         if isinstance(value, float) and 0 <= value <= 1:
@@ -117,28 +121,33 @@ def count_or_share() -> ValueType:
     return ValueType("a whole number of at least 0, or a share such as 0.5 or 1.0", read)
 
 
-def text() -> ValueType:
-    """A string; a bare YAML number (`name: 2024`) is read as its digits."""
+def text(*, path: bool = False) -> ValueType:
+    """Return the type of a string; a bare YAML number (`name: 2024`) is read as its digits.
+
+    path: a leading ~ is the home folder.
+    """
 
     def read(value: Any) -> str:
-        return str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else _refuse()
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ValueError
+        return os.path.expanduser(str(value)) if path else str(value)
 
     return ValueType("text", read, literal=True)
 
 
 def flag() -> ValueType:
-    """True or False, and nothing that only looks like it."""
+    """Return the type of True or False, and nothing that only looks like it."""
     return ValueType("true or false", lambda value: value if isinstance(value, bool) else _refuse())
 
 
 def choice(*names: str, spellings: Mapping[str, str] | None = None) -> ValueType:
-    """One of `names`; spellings (other -> own) are compared as text, so 16 and "16" are the same."""
+    """Return the type of one of `names`; spellings (other -> own) are compared as text, so 16 and "16" are the same."""
     known = {**(spellings or {}), **{name: name for name in names}}
     return ValueType("one of " + ", ".join(names), lambda value: known.get(str(value)) or _refuse(), literal=True)
 
 
 def list_of(item: ValueType, length: int | None = None, *, min_length: int = 0) -> ValueType:
-    """A tuple of `item`s, given as a YAML list."""
+    """Return the type of a tuple of `item`s, given as a YAML list."""
 
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)) or len(value) < min_length:
@@ -150,7 +159,7 @@ def list_of(item: ValueType, length: int | None = None, *, min_length: int = 0) 
 
 
 def either(*options: ValueType) -> ValueType:
-    """The first type that can read the value."""
+    """Return the type that reads a value by the first of `options` that can."""
 
     def read(value: Any) -> Any:
         for option in options:
@@ -165,7 +174,7 @@ def either(*options: ValueType) -> ValueType:
 
 
 def nullable(inner: ValueType) -> ValueType:
-    """`inner`, or None."""
+    """Return the type of `inner`, or None."""
 
     def read(value: Any) -> Any:
         return None if value is None else inner.read(value)
@@ -174,7 +183,7 @@ def nullable(inner: ValueType) -> ValueType:
 
 
 def size() -> ValueType:
-    """(height, width) in pixels from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
+    """Return the type of (height, width) in pixels, from 512, "512, 512" (NeMo's spelling) or [512, 512]."""
 
     def read(value: Any) -> tuple[int, int]:
         if isinstance(value, bool):
@@ -187,10 +196,10 @@ def size() -> ValueType:
 
 
 def mapping() -> ValueType:
-    """A mapping with any keys."""
+    """Return the type of a mapping with any keys."""
     return ValueType("a mapping", lambda value: value if isinstance(value, dict) else _refuse(), free=True)
 
 
 def anything() -> ValueType:
-    """Any value, as it is."""
+    """Return the type of any value, as it is."""
     return ValueType("anything", lambda value: value, nullable=True, literal=True, free=True)

@@ -24,7 +24,7 @@ MIN_PRODUCTS = 1 << 28  # below which transforming an image costs more than it s
 
 @dataclass(frozen=True)
 class KernelThresholds:
-    """Where each algorithm begins to pay, in weights per value of the image, and in channels.
+    """Sizes from which each algorithm pays, in weights per value of the image, and in channels.
 
     many_weights: moving the weights costs most. too_many_weights: transforming them costs more than it saves.
     min_channels: with fewer, transforming the image does.

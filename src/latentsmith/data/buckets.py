@@ -34,7 +34,7 @@ class Buckets:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """(height, width) by number, from the widest to the tallest: for every width the greatest height that fits."""
+        """Return (height, width) by number, the widest first: for every width the greatest height that fits."""
         return _sizes(self.resolution, self.step, self.max_aspect)
 
     def number_of(self, height: int, width: int) -> int:
@@ -42,7 +42,7 @@ class Buckets:
         return int(self.numbers_of(np.array([[height, width]]))[0])
 
     def numbers_of(self, sizes: np.ndarray) -> np.ndarray:
-        """(samples,) uint8, the same of the rows of `sizes`, (samples, 2)."""
+        """Return (samples,) uint8, the same of the rows of `sizes`, (samples, 2)."""
         aspects = np.log([height / width for height, width in self.sizes])
         borders = (aspects[:-1] + aspects[1:]) / 2
         found: np.ndarray = np.searchsorted(borders, np.log(sizes[:, 0] / sizes[:, 1]))
@@ -102,11 +102,11 @@ class BucketOrder:
         raise AssertionError(step)
 
     def _within(self, bucket: int, own: int) -> int:
-        """Which sample of a bucket comes at the bucket's own position."""
+        """Return which sample of a bucket comes at the bucket's own position."""
         return shuffled_index(self.seed + 7919 * (bucket + 1), own, self.counts[bucket])
 
     def _steps_by(self, epoch: int) -> list[int]:
-        """Whole steps that each bucket fills in so many epochs."""
+        """Return the whole steps that each bucket fills in so many epochs."""
         return [epoch * count // self.batch for count in self.counts]
 
     def _epoch_of(self, step: int) -> int:

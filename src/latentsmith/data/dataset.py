@@ -1,4 +1,4 @@
-"""What training reads: images or cached moments, captions or cached embeddings, or noise in their place."""
+"""Open what training reads: images or cached moments, captions or cached embeddings, or noise in their place."""
 
 import json
 import os

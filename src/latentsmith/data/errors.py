@@ -1,4 +1,4 @@
-"""What is wrong with one sample, as against a whole source."""
+"""Define the error of one sample, as against a whole source."""
 
 from latentsmith.files.errors import BadInput
 

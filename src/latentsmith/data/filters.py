@@ -1,4 +1,4 @@
-"""What an import leaves out on purpose, by the size of an image, the length of a caption, other columns."""
+"""Leave samples out of an import on purpose, by the size of an image, the length of a caption, other columns."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Filters:
-    """Which samples an import takes; one that is left out counts under the name of its filter.
+    """Selection of samples by an import; one that is left out counts under the name of its filter.
 
     min_size, max_size: pixels of the shorter side. max_aspect: of the longer over the shorter side. min_caption,
     max_caption: characters. where: conditions on the sample's JSON or columns, such as "aesthetic_score>=5" and
@@ -60,7 +60,7 @@ class Filters:
 
 
 def parsed(condition: str) -> tuple[str, str, str]:
-    """(key, sign, value) of a condition; BadInput for what is none."""
+    """Return (key, sign, value) of a condition; BadInput for what is none."""
     match = CONDITION.fullmatch(condition)
     if match is None:
         raise BadInput(f"{condition!r} is no condition; write KEY=VALUE, KEY>=NUMBER, or with <=, <, > or !=")
@@ -68,7 +68,7 @@ def parsed(condition: str) -> tuple[str, str, str]:
 
 
 def _meets(held: Any, sign: str, wanted: str) -> bool:
-    """Numbers are compared as numbers, also where a table holds them as text; all else as text, for equality only."""
+    """Compare numbers as numbers, also where a table holds them as text; all else as text, for equality only."""
     if held is None:
         return False
     try:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from latentsmith.files.colour import UPRIGHT, orientation_of
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
 
-from .images import UPRIGHT, orientation_of
 from .sample_io import image_member
 from .shards import Shard, ShardSet
 from .tar_index import load_beside, write_beside
@@ -23,7 +23,7 @@ SIZE = np.dtype([("height", "<u4"), ("width", "<u4")])
 
 
 def image_sizes(shards: ShardSet, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """(samples, 2) uint32, height and width of each upright image. BadInput, naming tar and key, if one has none."""
+    """Return (samples, 2) uint32, height and width of each upright image. Raises BadInput if one has none."""
     sizes = np.empty((len(shards), 2), np.uint32)
     done = 0
     for number, count in enumerate(shards.counts):

@@ -4,23 +4,26 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from latentsmith.files.atomic import atomic_open
+from latentsmith.files.colour import is_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
 from latentsmith.files.images import MAX_PIXELS
+from latentsmith.files.text import is_visible, trimmed
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
 
 from .errors import BadSample
 from .filters import Filters
-from .images import is_plain, load_image, rgb_of
+from .images import load_image, rgb_of
 from .resumable_output import ResumableOutput, full_disk_reported, locked_output
 from .sample_io import caption_of
 from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
@@ -38,7 +41,7 @@ Progress = Callable[[int, int, int], None]  # samples seen, samples in the sourc
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did: counts, the number of bad samples for each reason, and where the full list is."""
+    """Result of an import: counts, the number of bad samples for each reason, and where the full list is."""
 
     good: int
     bad: int
@@ -207,7 +210,20 @@ def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
     else:
         stored, extension, size = encoded(image, data)
     about: dict[str, Any] = {**item.extra, "original_name": item.name, "width": size[0], "height": size[1]}
-    return {extension: stored, "txt": caption.encode("utf-8"), "json": json.dumps(about).encode("utf-8")}
+    return {
+        extension: stored,
+        "txt": caption.encode("utf-8"),
+        "json": json.dumps(_finite(about), allow_nan=False).encode("utf-8"),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """Return what JSON can hold of a value: None in place of NaN and infinities, which it has no numbers for."""
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value
 
 
 def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int]]:
@@ -222,18 +238,18 @@ def encoded(image: Image.Image, data: bytes) -> tuple[bytes, str, tuple[int, int
 
 def checked_caption(text: str) -> str:
     """Return the caption without white space at its ends. Raises BadSample if it is empty, binary or far too long."""
-    text = text.strip()
-    if not text:
-        raise BadSample("empty caption", "the caption is empty")
-    if any("\ud800" <= char <= "\udfff" or (char < " " and char not in "\t\n\r") for char in text):
-        raise BadSample("binary caption", f"the caption is not UTF-8 text ({text[:20]!a}...)")
+    text = trimmed(text)
+    if not is_visible(text):
+        raise BadSample("empty caption", "the caption is empty, or shows nothing")
+    if any(char < " " and char not in "\t\n" for char in text):
+        raise BadSample("binary caption", "the caption has control characters, so it is no text")
     if len(text) > MAX_CAPTION:
         raise BadSample("caption too long", f"{len(text):,} characters, more than {MAX_CAPTION:,}")
     return text
 
 
 def printable(text: str) -> str:
-    """Text on one line, with what cannot be printed or encoded escaped."""
+    """Return a text on one line, with what cannot be printed or encoded escaped."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 

@@ -1,4 +1,4 @@
-"""What a set of shards or a latent cache holds, in a few lines; and whether its files are as they were written."""
+"""Describe a set of shards or a latent cache in a few lines, and check that its files are as they were written."""
 
 import json
 from collections.abc import Iterator

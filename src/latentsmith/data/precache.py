@@ -72,7 +72,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What is kept of each sample.
+    """Choice of what is kept of each sample.
 
     latents: "moments", from which training draws a fresh latent each time, or "mean", half as large. crops: random
     crops of each image, of which training takes one each time. flipped: each of them mirrored as well.
@@ -454,7 +454,7 @@ def reduced_dtype(precision: str) -> torch.dtype | None:
 def image_encoder(
     vae: AutoencoderKL, device: str, half: torch.dtype | None = None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Images (batch, 3, height, width) in [-1, 1] to moments (batch, 2 * z, height / f, width / f), arrays."""
+    """Return a function of images (batch, 3, height, width) in [-1, 1] to moments (batch, 2 * z, ...), arrays."""
 
     @torch.no_grad()
     def encode(images: np.ndarray) -> np.ndarray:
@@ -467,7 +467,7 @@ def image_encoder(
 def caption_encoder(
     text_encoder: ClipTextEncoder, tokenizer: Tokenizer, device: str, half: torch.dtype | None, cut: Counter[str]
 ) -> Callable[[list[str]], np.ndarray]:
-    """Captions to text embeddings (batch, length, width), an array."""
+    """Return a function of captions to text embeddings (batch, length, width), an array."""
 
     @torch.no_grad()
     def encode(captions: list[str]) -> np.ndarray:

@@ -85,7 +85,7 @@ def npy_bytes(array: np.ndarray) -> bytes:
 
 
 def to_float16(values: Any, what: str) -> np.ndarray:
-    """Values as float16; BadInput, naming `what`, if one is not finite or over 65,504."""
+    """Return values as float16; BadInput, naming `what`, if one is not finite or over 65,504."""
     with np.errstate(over="ignore"):
         array = np.asarray(values, dtype=np.float16)
     if not np.isfinite(array).all():

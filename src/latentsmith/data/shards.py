@@ -27,6 +27,7 @@ import numpy as np
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_file
+from latentsmith.files.text import decode_text
 
 from .mirrors import Mirror, MirrorCache, RemoteFile
 from .storage import is_remote
@@ -52,13 +53,13 @@ class Sample:
         return f"{self.path}: sample {self.key!r}"
 
     def text(self, extension: str) -> str:
-        """Return a member as UTF-8 text."""
-        return bytes(self.members[extension]).decode("utf-8")
+        """Return a member as text. Raises BadInput, naming tar and key, if it is none."""
+        return decode_text(bytes(self.members[extension]), f"{self}: .{extension}")
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What set.json says of a shard: its file name, samples, bytes, and the fingerprint of those bytes."""
+    """Entry of set.json for a shard: its file name, samples, bytes, and the fingerprint of those bytes."""
 
     file: str
     samples: int
@@ -167,7 +168,7 @@ class ShardSet(Iterable[Sample]):
         return self.shard(number), index - (self._ends[number] - self.counts[number])
 
     def shard(self, number: int) -> Shard:
-        """Shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
+        """Return shard `number`, mapped; BadInput if it has vanished or is not as long as set.json says."""
         shard = self._open.get(number)
         if shard is None:
             path = self.paths[number]
@@ -185,7 +186,7 @@ class ShardSet(Iterable[Sample]):
         return self._remote[folder]
 
     def fingerprint(self) -> str:
-        """Names the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
+        """Name the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
         parts = [
             record.checksum if record else hashlib.blake2b(self.shard(i).index.tobytes()).hexdigest()
             for i, record in enumerate(self.records)
@@ -289,7 +290,7 @@ def read_set_file(folder: Path) -> list[ShardRecord]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """`a-{00..02}.tar` and `{a,b}.tar` written out, as a shell does; numbers keep their leading zeros."""
+    """Return `a-{00..02}.tar` and `{a,b}.tar` written out, as a shell does; numbers keep their leading zeros."""
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
         return [text]

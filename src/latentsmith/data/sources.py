@@ -1,4 +1,4 @@
-"""Where images and captions come from: folders, tables, tars. A source lists items in a fixed order, undecoded.
+"""Read images and captions from folders, tables and tars. A source lists items in a fixed order, undecoded.
 
 There are two errors. BadInput: the source itself is wrong (no images, a garbled line of a table, a damaged tar).
 BadSample, raised when an item is read: this one sample is wrong.
@@ -18,9 +18,10 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
 from latentsmith.files.pickles import load_plain
 from latentsmith.files.regular import CAPTION, JSON, check_regular, open_regular
+from latentsmith.files.text import NotText, checked_text, decode_text
 
 from .errors import BadSample
-from .sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
+from .sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, image_member
 from .shards import SET_FILE, UNFINISHED_FILE, Sample, ShardSet, expand_braces, read_set_file
 from .storage import (
     INSIDE,
@@ -40,6 +41,7 @@ TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "image_bytes", "jpg", "png", "bytes")
 URL_COLUMNS = {"url", "image_url", "URL"}
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
+NOT_TEXT = "caption not UTF-8"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Source(Protocol):
         """Return the items from number `start` on."""
 
     def fingerprint(self) -> str:
-        """Names the listing: another order, number or size of items gives another fingerprint."""
+        """Name the listing: another order, number or size of items gives another fingerprint."""
 
 
 def open_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
@@ -121,7 +123,7 @@ def _check_tars(storage: LocalStorage, names: Iterable[str]) -> None:
 
 
 def _check_pattern(pattern: str, access: Access) -> None:
-    """`_check_tars` for a tar that the user named, or those that a pattern names."""
+    """Call `_check_tars` for a tar that the user named, or those that a pattern names."""
     for path in map(Path, expand_braces(pattern)):
         if "*" not in path.name:
             _check_tars(LocalStorage(path.parent, access, named=path.name), [path.name])
@@ -212,7 +214,7 @@ class FolderSource:
             stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
             raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
         try:
-            return self.storage.read(name, CAPTION).decode("utf-8-sig", "surrogateescape")
+            return _caption_text(self.storage.read(name, CAPTION), name)
         except BadSample as error:
             reason = "missing caption" if error.reason in ("missing image", "unreadable file") else error.reason
             raise BadSample(reason, str(error)) from None
@@ -249,7 +251,7 @@ class TableSource:
                     if key not in (self.image_column, self.caption_column) and self.table.keeps(value)
                 }
                 name = image if isinstance(image, str) and image else where
-                caption = _text_reader(row.get(self.caption_column))
+                caption = partial(_cell_text, row.get(self.caption_column), where)
                 yield SourceItem(name, partial(image_bytes, image, self.storage, where), caption, extra)
 
     def fingerprint(self) -> str:
@@ -284,26 +286,27 @@ class TarSource:
 
 
 def _tar_item(sample: Sample) -> SourceItem:
-    extra = _json_member(sample)
-    caption = next((extra[name] for name in CAPTION_COLUMNS if name in extra), None)
-    for extension in CAPTION_EXTENSIONS:
-        if extension in sample.members:
-            caption = bytes(sample.members[extension]).decode("utf-8", "surrogateescape")
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample.members:
-            read = partial(bytes, sample.members[extension])
-            return SourceItem(f"{sample.key}.{extension}", read, _text_reader(caption), extra)
-    missing = _raiser("missing image", f"{sample.key}: members {', '.join(sample.members)}, none an image")
-    return SourceItem(sample.key, missing, _text_reader(caption), extra)
+    extra, fault = _json_member(sample)
+    held = next((extension for extension in CAPTION_EXTENSIONS if extension in sample.members), None)
+    if held:
+        caption = partial(_caption_text, bytes(sample.members[held]), f"{sample.key}.{held}")
+    else:
+        value = next((extra[name] for name in CAPTION_COLUMNS if name in extra), None)
+        caption = partial(_cell_text, value, sample.key, fault or "there is no caption")
+    try:
+        extension, data = image_member(sample)
+    except BadSample as error:
+        return SourceItem(sample.key, _raiser(error.reason, f"{sample.key}: {error}"), caption, extra)
+    return SourceItem(f"{sample.key}.{extension}", partial(bytes, data), caption, extra)
 
 
-def _json_member(sample: Sample) -> dict[str, Any]:
-    """Return the sample's .json as an object; empty if there is none, or none that can be read."""
+def _json_member(sample: Sample) -> tuple[dict[str, Any], str]:
+    """Return the sample's .json as an object, and why it is empty if it cannot be read."""
     try:
         content = json.loads(bytes(sample.members.get("json", b"{}")))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    except (ValueError, RecursionError) as error:
+        return {}, f"there is no .txt, and the .json cannot be read ({error})"
+    return (content, "") if isinstance(content, dict) else ({}, "there is no .txt, and the .json is no object")
 
 
 def _extension(name: str) -> str:
@@ -315,15 +318,24 @@ def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _text_reader(value: Any) -> Callable[[], str]:
-    def read() -> str:
-        if value is None:
-            raise BadSample("missing caption", "there is no caption")
-        if not isinstance(value, str):
-            raise BadSample("missing caption", f"the caption is {type(value).__name__}, not a text")
-        return value
+def _caption_text(data: bytes, name: str) -> str:
+    """Return a caption from the bytes of its file. Raises BadSample if they are no text."""
+    try:
+        return decode_text(data, name)
+    except NotText as error:
+        raise BadSample(NOT_TEXT, str(error)) from None
 
-    return read
+
+def _cell_text(value: Any, where: str, absent: str = "there is no caption") -> str:
+    """Return a caption from a cell of a table or an entry of JSON. Raises BadSample if it is no text."""
+    if value is None:
+        raise BadSample("missing caption", f"{where}: {absent}")
+    if not isinstance(value, str):
+        raise BadSample("missing caption", f"{where}: the caption is {type(value).__name__}, not a text")
+    try:
+        return checked_text(value, where)
+    except NotText as error:
+        raise BadSample(NOT_TEXT, str(error)) from None
 
 
 def _no_image_for(caption: str) -> Callable[[], bytes]:

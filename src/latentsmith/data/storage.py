@@ -1,4 +1,4 @@
-"""Where data lies: a folder here (LocalStorage), or at any address that fsspec opens (RemoteStorage), such as `s3://`,
+"""Read data from a folder here (LocalStorage) or at any address that fsspec opens (RemoteStorage), such as `s3://`,
 `gs://`, `https://` or `memory://`.
 """
 
@@ -25,7 +25,7 @@ TRIES = 4  # of one request; the waits between them double from half a second
 
 @dataclass(frozen=True)
 class Access:
-    """What may be read besides the files in the source folder.
+    """Permission to read other files than those in the source folder.
 
     follow_links: the files and folders out of it that links in it lead to. allow_outside: table entries that are
     absolute paths or use `..`.
@@ -233,14 +233,15 @@ def link_refused(path: str) -> BadSample:
 def check_entry(name: str, access: Access) -> None:
     """Raise BadSample for a name that may lead out of its folder, unless that is allowed."""
     if leads_out(name) and not access.allow_outside:
-        what = "is an absolute path" if name.startswith("/") else 'has ".." in it'
+        what = "is an absolute path" if ".." not in name else 'has ".." in it'
         may = f"{what}, which may be outside the source folder; --allow-outside reads it"
         raise BadSample(OUTSIDE, f"{name}: {may}")
 
 
 def leads_out(name: str) -> bool:
-    """Return whether a name is an absolute path or has a part `..`."""
-    return name.startswith("/") or ".." in name.split("/")
+    """Return whether a name is an absolute path or has a part `..`, here or on Windows."""
+    parts = name.replace("\\", "/").split("/")
+    return (parts[0] == "" and name != "") or parts[0][1:] == ":" or ".." in parts
 
 
 def is_within(path: str, folder: str) -> bool:

@@ -4,20 +4,32 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
 from latentsmith.files.regular import TABLE_LINE
+from latentsmith.files.text import encoding_of
 
 from .errors import BadSample
-from .storage import Storage, errors_reported
+from .sample_io import IMAGE_EXTENSIONS
+from .storage import Storage, errors_reported, is_remote
 
 PARQUET_ROWS = 256  # read at a time
+CSV_ERRORS = {  # of Python's reader, in words
+    "unexpected end of data": "a quote is opened and never closed",
+    **{
+        f"'{delimiter}' expected after '\"'": 'text after a closing quote; a quote inside quotes is written twice: ""'
+        for delimiter in ",;\t|"
+    },
+}
+# A line of a field that looks like a row of the table: a name with an extension of images, then a delimiter.
+SWALLOWED_ROW = re.compile(rf"\n[^\n,;\t|\"]*\.(?:{'|'.join(IMAGE_EXTENSIONS)})[\"']?[,;\t|]", re.IGNORECASE)
 
 
 class Table(Protocol):
@@ -56,7 +68,9 @@ class TextTable:
     def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
         parse = _jsonl_rows if self.name.lower().endswith(".jsonl") else _csv_rows
         with errors_reported(self.address), self.storage.open(self.name) as file:
-            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            encoding = encoding_of(file.read(4))
+            file.seek(0)
+            text = io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
             for line, row in islice(parse(_lines(text, self.address), self.address), start, None):
                 yield f"line {line:,} of {self.name}", row
 
@@ -135,8 +149,14 @@ def image_bytes(value: Any, storage: Storage, where: str) -> bytes:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return value
+    if isinstance(value, int | float):
+        raise BadSample("missing image", f"{where}: the image is the number {value}, not a file name in quotes")
     if not isinstance(value, str) or not value:
         raise BadSample("missing image", f"{where}: holds no image")
+    if is_remote(value):
+        raise BadSample("missing image", f"{where}: {value} is an address; fetch it with img2dataset")
+    if "\\" in value and not storage.exists(value):  # written on Windows
+        value = value.replace("\\", "/")
     try:
         return storage.read(value)
     except BadSample as error:
@@ -167,15 +187,39 @@ def _jsonl_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str
         yield number, row
 
 
-def _csv_rows(file: Iterable[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                wanted = len(reader.fieldnames or ())
-                raise BadInput(
-                    f"{table}: line {reader.line_num:,} has not the header's {wanted} fields; mend its quotes"
-                )
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise BadInput(f"{table}: line {reader.line_num:,} is not CSV ({error}); mend or remove it") from None
+def _csv_rows(lines: Iterator[str], table: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line, row) of a CSV file whose header names its columns, between commas, semicolons, tabs or bars."""
+    header = next(lines, "")
+    skipped = 1 if header.lower().startswith("sep=") else 0  # Excel's first line
+    header = next(lines, "") if skipped else header
+    delimiter = max(",;\t|", key=header.count)
+    reader = csv.reader(chain([header], lines), delimiter=delimiter, strict=True, skipinitialspace=True)
+    columns: list[str] = []
+    while True:
+        start = reader.line_num + 1 + skipped
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise BadInput(
+                f"{table}: line {start:,} is not CSV ({CSV_ERRORS.get(str(error), error)}); mend it"
+            ) from None
+        if row is None:
+            return
+        if not row:
+            continue
+        if not columns:
+            columns = _unique([name.strip() for name in row], table)
+            continue
+        if len(row) != len(columns):
+            raise BadInput(f"{table}: line {start:,} has not the header's {len(columns)} fields; mend its quotes")
+        if reader.line_num + skipped > start and any(SWALLOWED_ROW.search(field) for field in row):
+            raise BadInput(f"{table}: line {start:,} opens a quote that is not closed before the next rows; mend it")
+        yield start, dict(zip(columns, row, strict=True))
+
+
+def _unique(columns: list[str], table: str) -> list[str]:
+    """Return the columns of a CSV file. Raises BadInput if two have one name."""
+    for number, name in enumerate(columns):
+        if name and name.lower() in (other.lower() for other in columns[:number]):
+            raise BadInput(f"{table}: two columns are named {name!r}; rename one of them")
+    return columns

@@ -52,7 +52,7 @@ def build_index(path: Path, opened: AbstractContextManager[IO[bytes]] | None = N
 
 
 def index_array(path: Path, rows: Sequence[Row]) -> np.ndarray:
-    """Rows as the structured array; `path` is for the message of BadInput, when members have too many extensions."""
+    """Return rows as the structured array. Raises BadInput, naming `path`, for too many extensions of members."""
     extensions = sorted({extension for _, spans in rows for extension in spans})
     if len(extensions) > MAX_EXTENSIONS:
         raise BadInput(f"{path}: {len(extensions)} extensions of members; a tar of samples has a few (jpg, txt, json)")
@@ -102,7 +102,7 @@ def write_beside(path: Path, array: np.ndarray, is_ours: Callable[[np.ndarray], 
 
 
 def padded(size: int) -> int:
-    """Bytes that a member of `size` bytes fills in a tar."""
+    """Return the bytes that a member of `size` bytes fills in a tar."""
     return -(-size // BLOCK) * BLOCK
 
 

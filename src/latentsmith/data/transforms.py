@@ -45,7 +45,7 @@ class Transforms:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """(height, width) of every result, None if images keep their own."""
+        """Return (height, width) of every result, None if images keep their own."""
         crops = [value for key, value in self._steps if key.endswith("crop_h_w")]
         return crops[-1] if crops and not self._resizes_last() else None
 
@@ -60,7 +60,10 @@ class Transforms:
         return any(key == "random_crop_h_w" or (key == "horizontal_flip" and value) for key, value in self._steps)
 
     def __call__(self, image: Image.Image, rng_seed: int = 0) -> np.ndarray:
-        """rng_seed: 64 bits, of this sample at this position of the run; everything random is a function of it."""
+        """Transform an image.
+
+        rng_seed: 64 bits, of this sample at this position of the run; everything random is a function of it.
+        """
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         for number, (key, value) in enumerate(self._steps):
             pixels = APPLY[key](pixels, value, partial(integer_below, seed=rng_seed, stream=number))
@@ -116,7 +119,7 @@ def _flip(pixels: np.ndarray, enabled: bool, draw: Draw) -> np.ndarray:
 
 
 def _to_bucket(pixels: np.ndarray, buckets: Buckets, draw: Draw) -> np.ndarray:
-    """Just large enough for the bucket, then its middle."""
+    """Resize to just fill the bucket, then crop the middle."""
     had = pixels.shape[:2]
     size = buckets.sizes[buckets.number_of(*had)]
     scale = max(wanted / length for wanted, length in zip(size, had, strict=True))
@@ -134,7 +137,7 @@ APPLY: dict[str, Callable[[np.ndarray, Any, Draw], np.ndarray]] = {  # (height, 
 
 
 def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialias. PyTorch's for bytes gives Pillow's values, to 2 of 255, in a quarter of its time."""
+    """Resize, bicubic with antialias. PyTorch gives Pillow's values, to 2 of 255, in a quarter of its time."""
     if pixels.shape[:2] == (height, width):
         return pixels
     import torch

@@ -63,7 +63,7 @@ class SceneReader:
         self.positions = {name: OFFSET * np.array(corner) for name, corner in POSITIONS.items()}
 
     def read_scene(self, image: np.ndarray) -> Reading:
-        """image: uint8 (height, width, 3), square or nearly so."""
+        """Read the objects of an image: uint8 (height, width, 3), square or nearly so."""
         pixels = image.astype(np.float64)
         ground = np.median(border(pixels), axis=0)
         background = self._colour_of(border(pixels), ground, self.backgrounds)

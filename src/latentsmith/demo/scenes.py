@@ -53,13 +53,13 @@ def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Equilateral, side 2, pointing up; centred by its box, not its centroid, like every shape here."""
+    """Return an equilateral triangle, side 2, pointing up; centred by its box, like every shape here."""
     height = 3**0.5 / 2
     return np.maximum(y - height, height * abs(x) - (y + height) / 2)
 
 
 def heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A square standing on a corner, with a circle over each of its upper sides."""
+    """Return a square standing on a corner, with a circle over each of its upper sides."""
     side = 4 / (2 + 2**0.5)  # makes the box 2 wide
     x, y = abs(x), y - 0.086
     tilted = (x + abs(y)) / 2**0.5 - side / 2
@@ -147,7 +147,7 @@ def sample_scenes(count: int, seed: int, held_out: bool | None = None) -> list[S
 
 
 def caption(scene: Scene) -> str:
-    """ "a large red circle at the top left on a white background" """
+    """Return a caption such as "a large red circle at the top left on a white background"."""
     position = f"{'in' if scene.position == 'center' else 'at'} the {scene.position}"
     return f"a {scene.size} {scene.colour} {scene.shape} {position} on a {scene.background} background"
 
@@ -297,5 +297,5 @@ def _bar(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _smile(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The lower half of a thin ring."""
+    """Return the lower half of a thin ring."""
     return np.maximum(abs(np.hypot(x, y) - 0.9) - 0.1, -y)

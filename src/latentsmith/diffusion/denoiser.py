@@ -67,7 +67,9 @@ class Denoiser:
         self.timestep_at = timestep_at or schedule.timestep_at
 
     def __call__(self, noisy: Tensor, sigma: Tensor | float, **conditioning: Any) -> Tensor:
-        """noisy: (batch, channels, height, width). sigma: a number, or one per sample, (batch,); above 0.
+        """Return the clean estimate.
+
+        noisy: (batch, channels, height, width). sigma: a number, or one per sample, (batch,); above 0.
 
         conditioning: the network's other inputs (context=...); tensors for fewer samples are repeated.
         """

@@ -46,7 +46,7 @@ class GuidedDenoiser:
         self.one_batch = one_batch
 
     def __call__(self, noisy: Tensor, sigma: Tensor | float) -> Tensor:
-        """noisy: (batch, channels, height, width). sigma: a number or one per sample."""
+        """Return the guided estimate. noisy: (batch, channels, height, width). sigma: a number or one per sample."""
         if self.off:
             return self.denoiser(noisy, sigma, **self.conditioning)
         cond, uncond = self._outputs(noisy, sigma)

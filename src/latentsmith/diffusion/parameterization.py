@@ -1,4 +1,4 @@
-"""What the network predicts: the training target, and the way back from its output to a clean estimate.
+"""Convert between what the network predicts and images: the training target, and back to a clean estimate.
 
 Everywhere here noisy = sqrt_alphas_cumprod * latents + sqrt_one_minus_alphas_cumprod * noise. The two coefficients are
 (batch,) tensors or plain numbers, float32 or wider; the other tensors are (batch, channels, height, width).

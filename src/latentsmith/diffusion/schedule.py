@@ -75,23 +75,23 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> int:
-        """How many timesteps there are; they count 0 .. timesteps - 1."""
+        """Return how many timesteps there are; they count 0 .. timesteps - 1."""
         return len(self.alphas_cumprod)
 
     @property
     def betas(self) -> Tensor:
-        """(timesteps,), float64: the variance each timestep adds, 1 - a[t] / a[t - 1] with a[-1] = 1."""
+        """Return (timesteps,), float64: the variance each timestep adds, 1 - a[t] / a[t - 1] with a[-1] = 1."""
         previous = torch.cat([self.alphas_cumprod.new_ones(1), self.alphas_cumprod[:-1]])
         return 1 - self.alphas_cumprod / previous
 
     @property
     def snr(self) -> Tensor:
-        """(timesteps,), float64: the signal-to-noise ratio a / (1 - a)."""
+        """Return (timesteps,), float64: the signal-to-noise ratio a / (1 - a)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     @property
     def sigmas(self) -> Tensor:
-        """(timesteps,), float64: noise relative to signal, sqrt((1 - a) / a), increasing; infinite where a is 0."""
+        """Return (timesteps,), float64: noise relative to signal, sqrt((1 - a) / a); infinite where a is 0."""
         return self.snr.rsqrt()
 
     def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ SAME_SIGMA = 1e-5  # relative: rounding to float32 moves a sigma by 6e-8, those 
 
 @dataclass(frozen=True)
 class SpacingRule:
-    """How one sampler chooses its sigmas.
+    """Rule by which one sampler chooses its sigmas.
 
     spacing: the timestep_spacing it takes when none is asked for.
     extra_point: it spaces steps + 1 timesteps and drops the last ("leading" and "linspace"), and its Karras sigmas
@@ -56,12 +56,12 @@ class SamplingSchedule:
 
     @cached_property
     def end_scale(self) -> float:
-        """Divides the sampler's result into unit-variance latents: not 1 only where the sigmas end above 0."""
+        """Return the divisor of the sampler's result to unit variance: not 1 only where the sigmas end above 0."""
         return math.sqrt(1 + self.sigmas[-1].item() ** 2)
 
     @property
     def shared_timesteps(self) -> int:
-        """The number of steps that give the network a timestep of which the sigmas span more than a factor of 2."""
+        """Count the steps at a timestep whose sigmas span more than a factor of 2."""
         groups = [self.sigmas[:-1][self.timesteps == timestep] for timestep in self.timesteps.unique()]
         return sum(len(group) for group in groups if group[0] > 2 * group[-1])
 
@@ -91,7 +91,7 @@ def build_sampling_schedule(
     set_alpha_to_one: bool | None = None,
     karras: bool = False,
 ) -> SamplingSchedule:
-    """See sampling.sampling_schedule, which finds the rule by the sampler's name."""
+    """Build what sampling.sampling_schedule returns, by a sampler's rule."""
     schedule = schedule.for_sampling()
     table, spacing = schedule.sigmas, spacing or rule.spacing
     timesteps = _visited_timesteps(schedule, rule, steps, spacing, steps_offset)

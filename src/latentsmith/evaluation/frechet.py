@@ -22,7 +22,7 @@ SMALLEST_SHARE = 0.25  # of the images in the smallest subset
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """How many features there were, their mean (d,), and the sum of outer products about it (d, d): float64."""
+    """Count of features, their mean (d,), and the sum of outer products about it (d, d): float64."""
 
     count: int
     mean: Array

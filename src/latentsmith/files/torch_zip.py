@@ -216,7 +216,7 @@ class _TensorUnpickler(pickle.Unpickler):
         return LazyTensor(dtype, tuple(shape), read)
 
     def _data_offset(self, key: str) -> int:
-        """Where a stored member's bytes begin: after its local header, whose extra field torch uses for alignment."""
+        """Return where a stored member's bytes begin: after its header, whose extra field torch uses for alignment."""
         header = self._members[f"{self._root}data/{key}"].header_offset
         self._window.seek(header + 26)
         name_length, extra_length = struct.unpack("<HH", self._window.read(4))

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from latentsmith.files.errors import BadInput
-from latentsmith.files.regular import PROMPTS, read_regular
+from latentsmith.files.regular import PROMPTS
+from latentsmith.files.text import read_lines
 
 from .generate import generate
 
@@ -37,9 +38,8 @@ def read_captions(folder: Path, count: int | None) -> list[str]:
     captions: list[str] = []
     for file in files:
         try:
-            lines = read_regular(file, PROMPTS).decode("utf-8").splitlines()
-            captions += [line.strip() for line in lines if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            captions += read_lines(file, PROMPTS)
+        except OSError as error:
             raise BadInput(f"{file}: cannot be read as captions ({error})") from None
         if count is not None and len(captions) >= count:
             return captions[:count]

@@ -93,7 +93,7 @@ class GenerationModel:
 
 
 def averaged(checkpoint: Checkpoint, weights: str) -> bool:
-    """Whether the U-Net's weights are a moving average, as far as its file says: NeMo keeps it in X-EMA.ckpt."""
+    """Return whether the U-Net's weights are a moving average, as far as its file says: NeMo keeps it in X-EMA.ckpt."""
     path = checkpoint.parts["unet"].path
     return (weights == "ema" and checkpoint.has_ema) or path.parent.name == "ema" or path.stem.endswith("-EMA")
 

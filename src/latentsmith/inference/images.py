@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from latentsmith.files.colour import to_srgb
 from latentsmith.files.errors import BadInput
 from latentsmith.image_request import ImageRequest, check_pixels
 from latentsmith.models import AutoencoderKL
@@ -24,15 +25,13 @@ DECODED_AT_ONCE = 512 * 512  # pixels, where a batch has more than one image
 def to_image(pixels: Tensor) -> Image.Image | str:
     """Return pixels (3, height, width) in [-1, 1] as an image of 8 bits, or why there is none, as a text.
 
-    Values that are not finite and images that are black all over come from failures alone.
+    Values that are not finite come from failures alone. An image may well be black.
     """
     if not pixels.isfinite().all():
         return (
             "the image holds values that are not finite: so do the latents, or the VAE fails; use float32 or bfloat16"
         )
     rounded = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    if not rounded.any():
-        return "the image is black all over: its latents lie outside what the VAE decodes"
     return Image.fromarray(np.ascontiguousarray(rounded))
 
 
@@ -45,19 +44,9 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def from_image(image: Image.Image) -> Tensor:
-    """Return an image as (3, height, width) in [-1, 1], float32: EXIF rotation applied, transparency on white."""
-    upright = eight_bits(ImageOps.exif_transpose(image))
-    if "A" in upright.getbands() or "transparency" in upright.info:
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    pixels = np.asarray(upright.convert("RGB"), dtype=np.float32)
+    """Return an image as (3, height, width) in [-1, 1], float32: upright, in sRGB, transparency on white."""
+    pixels = np.asarray(to_srgb(image), dtype=np.float32)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image of 16 bits a channel with the upper 8 of them, and any other as it is."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image).astype(np.int64) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def cropped(image: Image.Image, height: int | None, width: int | None) -> Image.Image:
@@ -117,11 +106,10 @@ def prepare_init_image(
         if each is not None and not isinstance(each, Image.Image):
             raise BadInput(f"{name} is a {type(each).__name__}; give a PIL image")
     check_pixels(height or image.height, width or image.width)
-    upright = ImageOps.exif_transpose(image)
-    if mask is not None and mask.size != upright.size:
-        raise BadInput(
-            f"the mask is {mask.height}x{mask.width}, the image {upright.height}x{upright.width}; make them one size"
-        )
+    upright, marked = to_srgb(image), None if mask is None else lightness(mask)
+    if marked is not None and marked.size != upright.size:
+        sizes = f"the mask is {marked.height}x{marked.width}, the image {upright.height}x{upright.width}"
+        raise BadInput(f"{sizes}; make them one size")
     pixels = from_image(cropped(upright, height, width))
     height, width = pixels.shape[1:]
     if height % factor or width % factor:
@@ -129,18 +117,15 @@ def prepare_init_image(
             f"an image of {height}x{width} to start from does not divide by {factor}; "
             "give height and width to crop it to"
         )
-    if mask is None:
+    if marked is None:
         return InitImage(pixels, None, torch.ones(1, height // factor, width // factor))
-    repaint = torch.from_numpy(np.asarray(cropped(lightness(mask), height, width), dtype=np.float32) / 255)[None]
+    repaint = torch.from_numpy(np.asarray(cropped(marked, height, width), dtype=np.float32) / 255)[None]
     return InitImage(pixels, repaint, (F.max_pool2d(repaint, factor) > 0).float())
 
 
 def lightness(mask: Image.Image) -> Image.Image:
-    """Return a mask's lightness; what is transparent is black, so it is kept."""
-    mask = eight_bits(mask)
-    if "A" in mask.getbands() or "transparency" in mask.info:
-        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA"))
-    return mask.convert("L")
+    """Return a mask's lightness, upright; what is transparent is black, so it is kept."""
+    return to_srgb(mask, background="black").convert("L")
 
 
 def decode(vae: AutoencoderKL, vae_latents: Tensor, *, tiling: bool) -> Tensor:

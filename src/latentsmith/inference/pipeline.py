@@ -56,6 +56,10 @@ from .requests import (
     unit_noise,
 )
 
+EARLIEST_START = (
+    0.75  # share of the schedule: below it, "leading" timesteps of 1 to 3 steps tell the network of an image
+)
+
 
 class Pipeline:
     """A whole model, ready to make images: `pipeline("a red circle").images`.
@@ -153,7 +157,7 @@ class Pipeline:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that the model was made for."""
+        """Return the side in pixels of the images that the model was made for."""
         return int(self.spec.image_size * self.vae.downsampling)
 
     def __call__(
@@ -196,7 +200,7 @@ class Pipeline:
     def stream_requests(
         self, requests: Sequence[ImageRequest], options: SamplingOptions, batch_size: int = 8
     ) -> Iterator[SamplingStep]:
-        """As `stream`, for requests that already exist."""
+        """Do as `stream`, for requests that already exist."""
         if batch_size < 1:
             raise BadInput(f"batch_size is {batch_size}; it must be at least 1")
         options, prepared = self.prepare(requests, options)
@@ -240,6 +244,11 @@ class Pipeline:
         if shared := schedule.shared_timesteps:
             note = "share timesteps though their sigmas differ more than twofold: the noise schedule is too steep there"
             warnings.warn(f"{options.sampler}: {shared} of {schedule.steps} steps {note}", stacklevel=2)
+        first, all_timesteps = schedule.timesteps[0].item(), self.schedule.timesteps
+        if init_image is None and first < EARLIEST_START * all_timesteps:
+            note = f"begin at timestep {first:.0f} of {all_timesteps}, but an image from noise begins at the last"
+            hint = "take more steps or spacing trailing"
+            warnings.warn(f"{options.sampler}: {schedule.steps} steps {note}; {hint}", stacklevel=2)
         if options.eta > 0 and "eta" not in sampler_keywords(options):
             raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
         if init_image and options.steps_from_image < 1:
@@ -370,7 +379,7 @@ class Pipeline:
         return images  # type: ignore[return-value]
 
     def decode_or_error(self, step: SamplingStep) -> list[Image.Image | str]:
-        """As `images_of`, with a reason in place of an image that cannot be shown, so that the others are not lost."""
+        """Do as `images_of`, with a reason in place of an image that cannot be shown: the others are not lost."""
         return [to_image(image) for image in self._decoded(step)]
 
     def _output(self, step: SamplingStep, output_type: str) -> Sequence[Any]:

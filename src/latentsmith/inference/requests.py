@@ -52,7 +52,7 @@ class PreparedRequest:
 
     @property
     def chunks(self) -> int:
-        """Chunks of text that both prompts are filled up to; without guidance the negative prompt plays no part."""
+        """Return the chunks that both prompts are filled up to; without guidance the negative prompt plays no part."""
         own = len(self.prompt.chunks)
         return own if self.request.guidance_scale == 1 else max(own, len(self.negative.chunks))
 
@@ -237,7 +237,7 @@ def start_noise(request: ImageRequest, shape: Sequence[int], generator: torch.Ge
 
 
 def mixed_noise(own: Tensor, other: Tensor, strength: float) -> Tensor:
-    """From `own` at strength 0 to `other` at 1 along the great circle between them, so that it stays unit noise.
+    """Mix from `own` at strength 0 to `other` at 1 along the great circle between them, so that it stays unit noise.
 
     Source: Shoemake 1985, spherical linear interpolation.
     """

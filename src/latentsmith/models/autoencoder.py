@@ -119,7 +119,7 @@ class VaeSizes:
 
     @property
     def widths(self) -> list[int]:
-        """Channels of each level, the finest first."""
+        """Return the channels of each level, the finest first."""
         return [self.ch * mult for mult in self.ch_mult]
 
     def residuals(self, level: int, channels: int, count: int) -> list[ResnetBlock]:

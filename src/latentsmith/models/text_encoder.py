@@ -17,7 +17,7 @@ from .layers import attention, join_heads, split_heads, zero_init
 
 
 def quick_gelu(hidden: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x), OpenAI CLIP's activation."""
+    """Return x * sigmoid(1.702 x), OpenAI CLIP's activation."""
     return hidden * torch.sigmoid(1.702 * hidden)
 
 

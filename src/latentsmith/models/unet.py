@@ -85,7 +85,7 @@ class UNetBlock(nn.Sequential):
         return hidden
 
     def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
-        """`layer(*inputs)`, its activations recomputed in the backward pass if `use_checkpoint`."""
+        """Return `layer(*inputs)`, its activations recomputed in the backward pass if `use_checkpoint`."""
         if self.use_checkpoint and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -93,7 +93,7 @@ class UNetBlock(nn.Sequential):
 
 @dataclass(frozen=True, kw_only=True)
 class Levels:
-    """What the levels of a U-Net are made of. Lists have an entry for each level, the finest first.
+    """Sizes of the levels of a U-Net. Lists have an entry for each level, the finest first.
 
     widths: channels. num_res_blocks, transformer_depth: residual blocks, and transformer blocks in each attention.
     The rest as in UNetModel.

@@ -36,7 +36,7 @@ class EncodedPrompt:
 
     @property
     def plain(self) -> bool:
-        """Whether every token has weight 1."""
+        """Return whether every token has weight 1."""
         return all(weight == 1 for chunk in self.chunks for _, weight in chunk)
 
 

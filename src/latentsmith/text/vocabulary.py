@@ -225,7 +225,7 @@ def _token_ids(path: Path, tokens: Any) -> dict[str, int]:
 
 
 def _pad_of(folder: Path) -> str | None:
-    """special_tokens_map.json goes before tokenizer_config.json, as in transformers: Stable Diffusion 2's disagree."""
+    """Return the padding token; Stable Diffusion 2's files disagree, and the first counts, as in transformers."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             pad = read_json(folder / name, TOKENIZER_FILE).get("pad_token")

@@ -256,7 +256,7 @@ def _load_optimizer(optimizer: Any, path: Path) -> None:
 
 @torch.no_grad()
 def _load_bitsandbytes(optimizer: Any, path: Path) -> None:
-    """The same for an optimizer of bitsandbytes, into memory that it allocates: what it loads is never paged."""
+    """Do the same for an optimizer of bitsandbytes, into memory that it allocates: what it loads is never paged."""
     saved, number = open_tensors(path), 0
     for i, group in enumerate(optimizer.param_groups):
         for j, parameter in enumerate(group["params"]):
@@ -281,7 +281,7 @@ def _filled(value: Any, saved: Tensor | None, name: str) -> Any:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """Where checkpoints go, how often (0: the last step only), how many stay (-1: all), and their files' metadata.
+    """Folder of the checkpoints, their interval (0: the last step only), how many stay (-1: all), metadata.
 
     every_n_minutes: also so long after the one before; None or 0 for steps alone.
     """

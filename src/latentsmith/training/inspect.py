@@ -1,4 +1,4 @@
-"""What a run folder or one of its checkpoints holds, in a few lines; and whether its files are as they were written."""
+"""Describe a run folder or one of its checkpoints in a few lines, and check that its files are as they were written."""
 
 from collections.abc import Iterator
 from pathlib import Path

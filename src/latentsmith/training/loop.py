@@ -32,7 +32,7 @@ from .state import TrainingState
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, on how many samples at a time, and how the weights move.
+    """Length of a training, samples of a step, and what moves the weights.
 
     global_batch: samples of one optimizer step over all processes. micro_batch: samples of one forward pass.
     optimizer, options: as model.optim. schedule: steps done -> factor of the learning rate.
@@ -49,7 +49,7 @@ class Plan:
 
 @dataclass
 class Step:
-    """What one optimizer step was made of. Its tensors stay on their device: reading one waits for the step.
+    """Inputs and results of one optimizer step. Its tensors stay on their device: reading one waits for the step.
 
     positions, losses: of each micro batch. metrics: of the whole step. data_seconds: spent waiting for batches.
     """

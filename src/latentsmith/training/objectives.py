@@ -39,7 +39,7 @@ class Objective(nn.Module):
 
 @dataclass(frozen=True)
 class DiffusionLoss:
-    """What the U-Net learns. prediction_type, loss_type: as in `diffusion`. min_snr_gamma: None weighs all alike."""
+    """Loss of the U-Net. prediction_type, loss_type: as in `diffusion`. min_snr_gamma: None weighs all alike."""
 
     prediction_type: str = "epsilon"
     loss_type: str = "l2"

@@ -13,7 +13,7 @@ from latentsmith.diffusion import NoiseSchedule
 
 @dataclass(frozen=True)
 class DiffusionDraws:
-    """What the diffusion loss draws for the samples of a batch, each by its own position.
+    """Draw the random inputs of the diffusion loss for a batch, each sample's by its own position.
 
     latent_shape: (channels, height, width). schedule: its timesteps are drawn uniformly.
     caption_dropout_rate: chance of the empty prompt. text_embedding_dropout_rate: chance of a zeroed embedding.
@@ -68,7 +68,7 @@ class DiffusionDraws:
 
 @dataclass(frozen=True)
 class PosteriorDraws:
-    """What training an autoencoder draws for each sample: the noise that its latents are sampled with."""
+    """Draw the noise that the latents of an autoencoder in training are sampled with."""
 
     seed: int
     latent_shape: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""How processes share a training: whole networks on each (DDP), or trained ones split over all (`fully_shard`)."""
+"""Share a training between processes: whole networks on each (DDP), or trained ones split over all (`fully_shard`)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .ema import Ema
 
 @dataclass
 class TrainingState:
-    """What a checkpoint keeps, and what a resumed run is put back to.
+    """Hold all that a checkpoint keeps and a resumed run is put back to.
 
     networks: all of the run's, by name. trained: the names of those whose weights move; ema: averages of these.
     optimizer_name: as model.optim.name. scaler: the GradScaler of float16. sharded: whether every process holds a

@@ -1,4 +1,4 @@
-"""What may act before, between and after the steps of a training."""
+"""Act before, between and after the steps of a training."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Hook:
     """Base class of hooks. Each method does nothing unless it is overridden, and none depends on other hooks."""
 
     def on_start(self, training: Training) -> None:
-        """Called before the first step, with the state that the training starts or resumes from."""
+        """Prepare before the first step, with the state that the training starts or resumes from."""
 
     def after_step(self, training: Training, step: Step) -> None:
-        """Called after every optimizer step, whose number is training.state.global_step."""
+        """Act after every optimizer step, whose number is training.state.global_step."""
 
     def on_end(self, training: Training) -> None:
-        """Called after the last step, also where a signal or a time limit ended the training, but not after errors."""
+        """Finish after the last step, also where a signal or a time limit ended the training, but not after errors."""
 
     def close(self) -> None:
-        """Called last, whatever ended the training."""
+        """Release what is held, whatever ended the training."""
 
 
 @contextmanager

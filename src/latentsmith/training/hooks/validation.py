@@ -25,7 +25,7 @@ VALIDATION_SEED = 20230501  # of every validation loss, so that runs can be comp
 
 @dataclass(frozen=True)
 class ValidationDraws:
-    """What the validation loss takes for samples `numbers` of `count`: the same in every run, whatever its seed.
+    """Noise and timesteps of the validation loss for samples `numbers` of `count`: the same in every run.
 
     The timesteps are stratified: each `count`-th part of the schedule has one sample, in a shuffled order. Nothing is
     dropped or perturbed. latent_shape, schedule: as of `DiffusionDraws`.
