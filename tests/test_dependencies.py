@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from latentsmith.config.model_options import LIBRARY_OPTIMIZERS
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("src", "tests", "examples", "benchmarks")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -53,8 +55,9 @@ def imported(folder: str) -> set[str]:
 
 
 def test_the_package_declares_what_it_imports():
-    assert imported("src") - declared() == declared("parquet", "bitsandbytes", "evaluation")
+    assert imported("src") - declared() == declared("parquet", "evaluation")
     assert declared("remote") == PLUGINS
+    assert declared("optimizers") == {package for _, package in LIBRARY_OPTIMIZERS.values()}
 
 
 def test_the_package_imports_what_it_declares():

@@ -101,9 +101,9 @@ def test_a_dry_run_says_it_too(world, capsys, case):
 
 
 def test_eight_bit_moments_without_the_library(world, capsys, monkeypatch):
-    monkeypatch.setattr("latentsmith.training.setup.find_spec", lambda name: None)
+    monkeypatch.setattr("latentsmith.training.optimizers.find_spec", lambda name: None)
     assert world.call(*world.command("cached", "wrong", "model.optim.name=adamw8bit")) == 2
-    assert "pip install 'latentsmith[bitsandbytes]'" in one_line(capsys)
+    assert "pip install 'latentsmith[optimizers]'" in one_line(capsys)
 
 
 def test_a_cache_whose_latents_do_not_fit(world, capsys):

@@ -10,7 +10,7 @@ from latentsmith.files.errors import BadInput
 
 from .class_registry import MODELS, SCHEDULERS
 from .inference_options import InferenceConfig
-from .model_options import WITH_BETAS, CondStageConfig, DDConfig, ModelConfig, OptimConfig, UNetConfig
+from .model_options import WITHOUT_BETAS, WITHOUT_EPS, CondStageConfig, DDConfig, ModelConfig, OptimConfig, UNetConfig
 from .run_options import Config, TrainerConfig
 
 TRANSFORMER_GROUPS = 32  # of the norm before a spatial transformer, the same in every Stable Diffusion
@@ -182,7 +182,7 @@ def _check_schedules(model: ModelConfig, trainer: TrainerConfig) -> None:
 def _check_optimizer(optim: OptimConfig) -> None:
     if optim.betas is not None and any(beta >= 1 for beta in optim.betas):
         raise BadInput(f"model.optim.betas={list(optim.betas)}: both lie below 1")
-    takes = {"betas": optim.name in WITH_BETAS, "eps": optim.name != "SGD"}
+    takes = {"betas": optim.name not in WITHOUT_BETAS, "eps": optim.name not in WITHOUT_EPS}
     for key, taken in takes.items():
         if getattr(optim, key) is not None and not taken:
             value = getattr(optim, key)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from latentsmith.architectures import COMPONENTS
 
 from .data_options import DataConfig
 from .option import option
+from .value_types import choice, class_path, either
 
 Weights = ("ckpt_path", "weights", "pretrained")  # what people call from_pretrained
-BITSANDBYTES = ("adamw8bit", "paged_adamw", "paged_adamw8bit")
-WITH_BETAS = ("fused_adam", "adamw", *BITSANDBYTES, "AdamW", "Adam", "Adamax", "NAdam", "RAdam")
-OPTIMIZERS = (*WITH_BETAS, "Adadelta", "Adagrad", "RMSprop", "SGD")
+LIBRARY_OPTIMIZERS = {  # name -> (class, the package that has it)
+    "adamw8bit": ("bitsandbytes.optim.AdamW8bit", "bitsandbytes"),
+    "adam8bit": ("bitsandbytes.optim.Adam8bit", "bitsandbytes"),
+    "lion8bit": ("bitsandbytes.optim.Lion8bit", "bitsandbytes"),
+    "paged_adamw": ("bitsandbytes.optim.PagedAdamW", "bitsandbytes"),
+    "paged_adamw8bit": ("bitsandbytes.optim.PagedAdamW8bit", "bitsandbytes"),
+    "lion": ("lion_pytorch.Lion", "lion-pytorch"),
+    "prodigy": ("prodigyopt.Prodigy", "prodigyopt"),
+    "adamw_schedulefree": ("schedulefree.AdamWScheduleFree", "schedulefree"),
+    "radam_schedulefree": ("schedulefree.RAdamScheduleFree", "schedulefree"),
+    "sgd_schedulefree": ("schedulefree.SGDScheduleFree", "schedulefree"),
+}
+BITSANDBYTES = tuple(name for name, (_, package) in LIBRARY_OPTIMIZERS.items() if package == "bitsandbytes")
+WITH_BETAS = ("fused_adam", "adamw", "AdamW", "Adam", "Adamax", "NAdam", "RAdam", *LIBRARY_OPTIMIZERS)
+WITHOUT_BETAS = ("Adadelta", "Adafactor", "Adagrad", "ASGD", "Muon", "RMSprop", "Rprop", "SGD")
+WITHOUT_EPS = ("SGD", "ASGD", "Rprop", "Adafactor", "lion", "lion8bit", "sgd_schedulefree")  # Adafactor has two
+OPTIMIZERS = (*WITH_BETAS, *WITHOUT_BETAS)
+OPTIMIZER_SPELLINGS = {name.lower(): name for name in OPTIMIZERS} | {
+    f"{kind}schedulefree": f"{kind}_schedulefree" for kind in ("adamw", "radam", "sgd")
+}
 IMAGE_KEYS = {"jpg": "images", "png": "images", "image": "images", "images_moments": "image_encoded"}
 CAPTION_KEYS = {
     "txt": "captions",
@@ -173,11 +192,11 @@ class OptimConfig:
 
     name: str = option(
         "fused_adam",
-        "fused_adam and adamw are AdamW, fused where it can be; of bitsandbytes, adamw8bit has moments in 8 bits, and "
-        "paged ones leave a full GPU for the CPU's memory; else the class of torch.optim of that name",
-        choices=OPTIMIZERS,
-        spellings={name.lower(): name for name in OPTIMIZERS},
-        aliases=("optimizer",),
+        "fused_adam and adamw are AdamW, fused where it can be; names ending in 8bit have moments in 8 bits, paged "
+        "ones leave a full GPU for the CPU's memory; Muon moves matrices, and AdamW the rest; else the class of "
+        "torch.optim of that name, or any installed one as package.module.Class",
+        type=either(choice(*OPTIMIZERS, spellings=OPTIMIZER_SPELLINGS), class_path()),
+        aliases=("optimizer", "optimizer_type"),
     )
     lr: float = option(
         1e-4,
@@ -200,6 +219,9 @@ class OptimConfig:
         "added to the root of the second moment; null: the optimizer's own, 1e-8",
         at_least=0,
         aliases=("epsilon", "adam_epsilon"),
+    )
+    options: Mapping[str, Any] = option(
+        {}, "other arguments of the optimizer's class, such as d_coef of prodigy", aliases=("optimizer_args",)
     )
     sched: SchedConfig = SchedConfig()
 

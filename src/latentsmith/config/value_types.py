@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,16 @@ def size() -> ValueType:
         return (numbers[0], numbers[1]) if len(numbers) == 2 and min(numbers) >= 1 else _refuse()
 
     return ValueType('pixels as one number, [height, width] or "height, width"', read, literal=True)
+
+
+def class_path() -> ValueType:
+    """Return the type of the dotted path of a class."""
+    path = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+    def read(value: Any) -> str:
+        return value if isinstance(value, str) and path.fullmatch(value) else _refuse()
+
+    return ValueType("a class as package.module.Class", read, literal=True)
 
 
 def mapping() -> ValueType:

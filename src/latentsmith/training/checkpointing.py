@@ -33,7 +33,7 @@ from latentsmith.files.tensors import open_tensors, save_safetensors
 
 from .clipping import parameters_of
 from .hooks import Hook
-from .optimizers import STATE_VALUES
+from .optimizers import STATE_VALUES, group_numbers
 from .sharding import copy_whole, is_sharded, on_first_process, split_like, whole
 from .state import TrainingState, trained_parameters
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # `latentsmith inspect` reads checkpoints too, and needs no F
 STATE_FILE = "state.json"
 REPLACED = f".REPLACED{INCOMPLETE}"  # suffix of a checkpoint while another is put in its place
 MARGIN = 1.25  # of a snapshot's size, that memory has to have free for a save in the background
+TRAINED = "trained"  # in the optimizer's file: a weight that a schedule-free optimizer trains
 GIB = 2**30
 
 # ---- Snapshots ----
@@ -89,18 +90,26 @@ def take_snapshot(state: TrainingState, *, first_process: bool = True) -> Snapsh
         **({"scaler": state.scaler.state_dict()} if state.scaler else {}),
         "ema_updates": {name: int(average.updates) for name, average in state.ema.items()},
         "optimizer": state.optimizer_name,
+        **({"optimizer_groups": numbers} if (numbers := group_numbers(state.optimizer)) else {}),
     }
     return Snapshot(files or _tensors(state), counters, owned=files is not None)
 
 
 def _tensors(state: TrainingState) -> dict[str, dict[str, Tensor]]:
-    """Return everything of a training that has to be kept, as tensors by file name."""
-    files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+    """Return everything of a training that has to be kept, as tensors by file name.
+
+    Weights are those to evaluate with; the optimizer's file has the trained ones, where they are others.
+    """
+    with state.for_evaluation() as trained:
+        files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+        if trained is not None:
+            files = {file: {name: t.detach().clone() for name, t in tensors.items()} for file, tensors in files.items()}
     files |= {f"ema/{name}": average.state_dict() for name, average in state.ema.items()}
     rows = [state.optimizer.state.get(parameter, {}) for parameter in parameters_of(state.optimizer)]
     files["optimizer"] = {
         f"{i}.{key}": torch.as_tensor(value) for i, row in enumerate(rows) for key, value in row.items()
     }
+    files["optimizer"] |= {f"{i}.{TRAINED}": weight for i, weight in enumerate(trained or [])}
     return files
 
 
@@ -219,6 +228,8 @@ def load_checkpoint(path: Path, counters: Mapping[str, Any], state: TrainingStat
             "or name a new run that starts from these weights with model.ckpt_path"
         )
     _load_optimizer(state.optimizer, path / "optimizer.safetensors")
+    for group, numbers in zip(state.optimizer.param_groups, counters.get("optimizer_groups", ()), strict=False):
+        group.update(numbers)
     state.global_step, state.consumed_samples = counters["global_step"], counters["consumed_samples"]
     state.skipped_steps.fill_(counters.get("skipped_steps", 0))
     if state.scaler and counters.get("scaler"):
@@ -246,6 +257,9 @@ def _load_optimizer(optimizer: Any, path: Path) -> None:
     for key, value in open_tensors(path).items():
         number, _, name = key.partition(".")
         parameter = parameters[int(number)]
+        if name == TRAINED:
+            copy_whole(parameter, value)
+            continue
         like = parameter if value.shape == parameter.shape else value
         device = None if is_sharded(like) else "cpu"
         ordered = torch.empty_like(like, dtype=value.dtype, device=device)

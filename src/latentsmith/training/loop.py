@@ -123,7 +123,7 @@ def training_step(training: Training, batches: Iterator[Record]) -> Step:
 
     rate = plan.options["lr"] * plan.schedule(state.global_step)
     for group in state.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_factor"]
     fabric.strategy.precision.unscale_gradients(state.optimizer)
     gradients = gradients_of(state.optimizer)
     norm = gradient_norm(gradients)

@@ -7,7 +7,6 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 
-from latentsmith.config.model_options import WITH_BETAS
-from latentsmith.config.typed import Config, EmaConfig, ModelConfig, TrainerConfig
+from latentsmith.config.model_options import BITSANDBYTES, LIBRARY_OPTIMIZERS, WITH_BETAS
+from latentsmith.config.typed import Config, EmaConfig, ModelConfig, OptimConfig, TrainerConfig
 from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
@@ -31,7 +30,7 @@ from .hooks.nonfinite import DescribeNonFinite
 from .hooks.signals import StopOnSignal
 from .loop import Plan, Training, train_loop
 from .objectives import Objective
-from .optimizers import BITSANDBYTES, build_optimizer, lr_schedule, share_rounded_away
+from .optimizers import build_optimizer, is_schedule_free, lr_schedule, optimizer_options, share_rounded_away
 from .report import RunReport
 from .run_folder import CHECKPOINTS, Resume
 from .sharding import leave_group, strategy
@@ -52,8 +51,7 @@ def training_plan(config: Config, samples: int) -> Plan:
     """Return the plan of a run over a set of `samples`."""
     optim, sched, batch = config.model.optim, config.model.optim.sched, global_batch(config)
     max_steps = step_limit(config.trainer, samples, batch)
-    stated = {"lr": optim.lr, "weight_decay": optim.weight_decay, "betas": optim.betas, "eps": optim.eps}
-    options = {key: value for key, value in stated.items() if value is not None}
+    options = options_of(optim)
     schedule = lr_schedule(
         sched.name,
         warmup_steps=sched.warmup_steps or 0,
@@ -64,6 +62,12 @@ def training_plan(config: Config, samples: int) -> Plan:
     clip = config.trainer.gradient_clip_val
     limit = clip if clip is not None and clip > 0 else None
     return Plan(max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, limit)
+
+
+def options_of(optim: OptimConfig) -> dict[str, Any]:
+    """Return the keywords of the config's optimizer, checked."""
+    stated = {"lr": optim.lr, "weight_decay": optim.weight_decay, "betas": optim.betas, "eps": optim.eps}
+    return optimizer_options(optim.name, stated, optim.options)
 
 
 def global_batch(config: Config) -> int:
@@ -100,6 +104,7 @@ def check_device(config: Config) -> None:
             raise BadInput(f"trainer.devices={wanted}: this machine has {torch.cuda.device_count()} GPUs")
         if config.trainer.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise BadInput("trainer.precision=bf16 is asked of a GPU without it; train in 16 or 32")
+    check_optimizer(config)
     if config.model.optim.name in BITSANDBYTES:
         check_bitsandbytes(config)
     if config.trainer.max_time is not None and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", config.trainer.max_time):
@@ -122,14 +127,24 @@ def check_device(config: Config) -> None:
 def check_bitsandbytes(config: Config) -> None:
     """Raise BadInput where an optimizer of bitsandbytes cannot work."""
     name = f"model.optim.name={config.model.optim.name}"
-    if find_spec("bitsandbytes") is None:
-        raise BadInput(f"{name}: bitsandbytes is not installed; pip install 'latentsmith[bitsandbytes]'")
     if "paged" in name and (on_cpu(config) or not torch.cuda.is_available()):
         raise BadInput(f"{name} moves moments between a GPU's memory and the CPU's; without CUDA take fused_adam")
     if config.model.channels_last:
         raise BadInput(f"{name}: bitsandbytes lays weights out anew as it steps; set model.channels_last=false")
     if config.trainer.strategy == "model_parallel":
         raise BadInput(f"{name}: bitsandbytes knows no sharded weights; take fused_adam, whose moments are sharded")
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise BadInput for an optimizer that is not installed, does not take its options, or cannot work here."""
+    optim, name = config.model.optim, f"model.optim.name={config.model.optim.name}"
+    options = options_of(optim)
+    untried = optim.name in (*LIBRARY_OPTIMIZERS, "Muon") or "." in optim.name
+    if untried and optim.name not in BITSANDBYTES and config.trainer.strategy == "model_parallel":
+        raise BadInput(f"{name}: not tried on sharded weights; with trainer.strategy=model_parallel take fused_adam")
+    probe = build_optimizer(optim.name, [torch.nn.Parameter(torch.zeros(2, 2))], fused=False, **options)
+    if is_schedule_free(probe) and config.exp_manager.ema.enable:
+        raise BadInput(f"{name}: its weights are an average already; set exp_manager.ema.enable=false")
 
 
 def on_cpu(config: Config) -> bool:
@@ -241,7 +256,9 @@ def start(fabric: Fabric, objective: Objective, plan: Plan, ema: EmaConfig | Non
     state = TrainingState(
         networks,
         objective.trained,
-        build_optimizer(plan.optimizer, parameters, fused=scaler is None, **plan.options),
+        build_optimizer(
+            plan.optimizer, [{"params": parameters, "lr_factor": 1.0}], fused=scaler is None, **plan.options
+        ),
         plan.optimizer,
         scaler=scaler,
         sharded=any(hasattr(parameter, "device_mesh") for parameter in parameters),

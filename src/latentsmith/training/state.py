@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .clipping import parameters_of
 from .ema import Ema
+from .optimizers import is_schedule_free
 
 
 @dataclass
@@ -39,6 +41,27 @@ class TrainingState:
             for name, average in self.ema.items():
                 stack.enter_context(average.applied(self.networks[name]))
             yield
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[list[Tensor] | None]:
+        """Put a schedule-free optimizer's evaluation weights in place of those it trains, inside the context.
+
+        Yields copies of those it trains; None with any other optimizer, whose weights stay.
+        """
+        if not is_schedule_free(self.optimizer):
+            yield None
+            return
+        optimizer: Any = self.optimizer
+        parameters = parameters_of(optimizer)
+        trained = [parameter.detach().clone() for parameter in parameters]
+        optimizer.eval()
+        try:
+            yield trained
+        finally:
+            optimizer.train()  # which rounds: what was trained comes back from the copies
+            with torch.no_grad():
+                for parameter, value in zip(parameters, trained, strict=True):
+                    parameter.copy_(value)
 
 
 def trained_parameters(networks: Mapping[str, nn.Module], trained: tuple[str, ...]) -> list[nn.Parameter]:

@@ -50,7 +50,7 @@ class SampleImages(Hook):
         number = training.state.global_step
         averaged = training.state.averaged() if self.averaged else nullcontext()
         try:
-            with evaluating(training.objective), averaged:
+            with evaluating(training.objective), training.state.for_evaluation(), averaged:
                 images = self.pipeline(self.prompts, **self.options).images
         except BadInput as error:  # early weights may give values that are not finite
             print(f"no sample images at step {number}: {error}")

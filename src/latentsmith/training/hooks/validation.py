@@ -91,7 +91,7 @@ class Validation(Hook):
         number = training.state.global_step
         if number % self.every_n_steps and number != training.plan.max_steps:
             return
-        with evaluating(training.objective):
+        with evaluating(training.objective), training.state.for_evaluation():
             losses = {"val_loss": self.loss(training)}
             if training.state.ema:
                 with training.state.averaged():
