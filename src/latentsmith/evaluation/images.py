@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from latentsmith.data.images import decode_image, to_rgb
+from latentsmith.data.images import decode_image
 from latentsmith.data.sample_io import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, blaming_sample, caption_of, image_member
 from latentsmith.data.shards import SET_FILE, ShardSet
+from latentsmith.files.colour import to_srgb
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text, hash_file
 from latentsmith.files.regular import IMAGE, read_regular
@@ -124,7 +125,7 @@ def images_in_memory(source: Any) -> Images:
 
 def as_pil(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return to_srgb(image)
     if isinstance(image, Tensor):
         pixels = image.detach().cpu()
         if pixels.is_floating_point():
