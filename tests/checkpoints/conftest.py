@@ -62,9 +62,12 @@ def reference_folder(reference, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"diffusers-v{reference.version}")
     for name in ("unet", "vae", "text_encoder"):
         getattr(reference, name).save_pretrained(folder / name)
-    scheduler = diffusers.PNDMScheduler if reference.version == 1 else diffusers.DDIMScheduler
-    prediction = "epsilon" if reference.version == 1 else "v_prediction"
-    scheduler(beta_start=0.00085, beta_end=0.012, prediction_type=prediction).save_pretrained(folder / "scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}
+    if reference.version == 1:
+        scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, **betas)
+    else:
+        scheduler = diffusers.DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **betas)
+    scheduler.save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text("{}")
     return folder
 

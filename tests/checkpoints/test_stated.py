@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import inspect
 import json
 import pathlib
 import shutil
@@ -14,12 +15,18 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
-from latentsmith.checkpoints import architecture, nemo, open_checkpoint, prediction_of, spec_of
-from latentsmith.checkpoints.convert import tokenizer_files
-from latentsmith.checkpoints.diffusers_config import SCHEDULERS, model_index, scheduler_config
+from latentsmith.checkpoints import architecture, ldm, nemo, open_checkpoint, prediction_of, spec_of
+from latentsmith.checkpoints.convert import convert, tokenizer_files
+from latentsmith.checkpoints.diffusers_config import model_index, scheduler_config
+from latentsmith.checkpoints.diffusers_keys import FIXED, OTHER, READ, SCHEDULERS, SOLVER
+from latentsmith.checkpoints.formats import FORMATS
+from latentsmith.checkpoints.from_config import check_objective
 from latentsmith.checkpoints.load import network_shapes
-from latentsmith.checkpoints.spec import _beside
+from latentsmith.checkpoints.match import match
+from latentsmith.checkpoints.spec import _beside, objective_of
+from latentsmith.config import load_config
 from latentsmith.files.archives import _parse_config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.tensors import open_tensors
@@ -60,8 +67,9 @@ def test_a_scheduler_that_leaves_keys_out(folder):
     spec = with_scheduler(folder, _class_name="PNDMScheduler", num_train_timesteps=500)
     stated = (spec.linear_start, spec.linear_end, spec.beta_schedule, spec.timesteps, spec.prediction_type)
     assert stated == (1e-4, 0.02, "sqrt_linear", 500, "epsilon")
-    with pytest.warns(UserWarning, match="clip_sample true, which diffusers obeys"):
-        assert with_scheduler(folder, _class_name="DDIMScheduler").linear_end == 0.02
+    with pytest.warns(UserWarning, match="clip_sample true: ddim, para_ddim and ddpm clip"):
+        spec = with_scheduler(folder, _class_name="DDIMScheduler")
+    assert (spec.linear_end, spec.clip_sample_range) == (0.02, 1.0)
     spec = with_scheduler(folder, **SCALED)  # by hand, without a class
     assert (spec.linear_start, spec.beta_schedule) == (0.00085, "linear")
 
@@ -71,8 +79,13 @@ def test_a_scheduler_that_leaves_keys_out(folder):
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", **SCALED}, "_class_name 'FlowMatch.*' is not one of PNDM"),
         ({"num_train_timesteps": 1000}, "_class_name None is not one of"),
-        ({"_class_name": "PNDMScheduler", "trained_betas": [0.1, 0.2]}, "trained_betas, a schedule of its own"),
-        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding true is not supported"),
+        ({"_class_name": "PNDMScheduler", "trained_betas": [0.1, 2]}, "trained_betas: betas must be numbers above 0"),
+        ({"_class_name": "PNDMScheduler", "trained_betas": "many"}, "trained_betas is 'many'; it must be a list"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding True; only False is supported"),
+        (
+            {"_class_name": "HeunDiscreteScheduler", "timestep_spacing": "log"},
+            "timestep_spacing is 'log'; it must be one",
+        ),
         ({"_class_name": "EulerDiscreteScheduler", "prediction_type": "flow_prediction"}, "says 'flow_prediction'"),
     ],
 )
@@ -82,12 +95,110 @@ def test_schedulers_refused(folder, config, message):
 
 
 def test_what_a_scheduler_says_of_sigmas_is_named(folder):
-    config = {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, **SCALED}
-    with pytest.warns(UserWarning, match="use_karras_sigmas true is left to the sampler"):
-        with_scheduler(folder, **config)
+    config = {"_class_name": "EulerDiscreteScheduler", **SCALED}
+    with pytest.warns(UserWarning, match="use_karras_sigmas true: samplers that have them in diffusers use them"):
+        assert with_scheduler(folder, use_karras_sigmas=True, **config).karras_sigmas
+    for key, value in {
+        "use_beta_sigmas": True,
+        "final_sigmas_type": "sigma_min",
+        "interpolation_type": "log_linear",
+    }.items():
+        with pytest.warns(UserWarning, match=f"{key} {value!r} is left to the sampler that is asked for"):
+            with_scheduler(folder, **config | {key: value})
+    with pytest.warns(UserWarning, match="a_new_key not known here, and without effect"):
+        with_scheduler(folder, a_new_key=3, **config)
+    with pytest.warns(UserWarning, match="unet/config.json: a_new_key not known here"):
+        with_key(folder, "unet", a_new_key=3)
+    with_key(folder, "unet", a_new_key=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with_scheduler(folder, **config | {"use_karras_sigmas": False, "prediction_type": "V-prediction"})
+
+
+def keys_of(cls):
+    """The keys of a class's config: its constructor's parameters."""
+    named = {name: each for name, each in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    return {name for name, each in named.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
+
+
+GENERIC = {  # of every config of transformers, read by its own training and generation code
+    "transformers_version", "architectures", "output_hidden_states", "return_dict", "dtype", "chunk_size_feed_forward",
+    "is_encoder_decoder", "id2label", "label2id", "problem_type", "_name_or_path", "model_type", "output_attentions",
+}  # fmt: skip
+
+
+def test_every_key_of_a_folders_configs_has_one_fate():
+    keys = {
+        "unet": keys_of(diffusers.UNet2DConditionModel),
+        "vae": keys_of(diffusers.AutoencoderKL),
+        "text_encoder": set(transformers.CLIPTextConfig().to_dict()) - GENERIC,
+        "scheduler": set().union(*(keys_of(getattr(diffusers, name)) for name in SCHEDULERS)),
+    }
+    for part, names in keys.items():
+        fates = [set(FIXED[part]), READ[part], OTHER[part], set(SOLVER if part == "scheduler" else ())]
+        assert not (without := names - set().union(*fates)), (part, without)
+        assert sum(map(len, fates)) == len(set().union(*fates)), part
+
+
+def test_trained_betas_are_the_schedule(folder, tmp_path):
+    betas = np.linspace(1e-4, 0.03, 50).tolist()
+    with_scheduler(folder, _class_name="PNDMScheduler", **SCALED)
+    spec = with_scheduler(folder, _class_name="PNDMScheduler", trained_betas=betas, **SCALED)
+    assert torch.equal(
+        spec.noise_schedule().alphas_cumprod, torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
+    )
+    for written in conversions(folder, spec, tmp_path).values():
+        assert list(spec_of(open_checkpoint(written)).trained_betas) == betas
+
+
+def conversions(folder, spec, tmp_path):
+    """The model in each format; a diffusers folder by its configs, as tiny vocabularies make no tokenizer."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler_config(spec)))
+    written = {to: convert(folder, tmp_path / f"m{FORMATS[to].ending}", to) for to in ("ldm", "nemo")}
+    return {"diffusers": folder, **written}
+
+
+def test_karras_sigmas_and_clipping_arrive_or_are_named(folder, tmp_path, capsys):
+    config = {"_class_name": "DDIMScheduler", "use_karras_sigmas": True, "clip_sample_range": 0.5, **SCALED}
+    written = conversions(folder, with_scheduler(folder, **config), tmp_path)
+    assert capsys.readouterr().out.count("Karras sigmas, which its scheduler uses") == 2
+    for path in written.values():
+        spec = spec_of(open_checkpoint(path))
+        assert spec.karras_sigmas and spec.clip_sample_range == 0.5
+
+
+def test_unusual_betas_of_a_single_file_are_read(tmp_path, make_shapes):
+    shapes = make_shapes(1)["unet"]
+    state = {f"model.diffusion_model.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    usual = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    for name, betas, read in (("usual", usual.half(), False), ("other", torch.linspace(1e-4, 2e-2, 1000), True)):
+        torch.save(state | {"betas": betas}, tmp_path / f"{name}.ckpt")
+        assert ("trained_betas" in objective_of(open_checkpoint(tmp_path / f"{name}.ckpt"))) == read
+
+
+@pytest.mark.parametrize("layout", ["ldm", "nemo"])
+def test_averages_alone_are_a_unet(tmp_path, make_shapes, layout):
+    """`model_ema.*` without the raw weights: names without dots, told by the words that they are made of."""
+    shapes = make_shapes(1, unet={"num_res_blocks": 4, "channel_mult": [1, 2, 2, 2]})["unet"]  # output_blocks.10 to 19
+    table = {"ldm": ldm.DIALECT, "nemo": nemo.V2_UNET}[layout].table(shapes)
+    state = {f"model_ema.{ldm.ema_key(table[name].key)}": torch.zeros(shape) for name, shape in shapes.items()}
+    state |= {f"model_ema.{name}": torch.ones(()) for name in ("decay", "num_updates")}
+    torch.save(state, tmp_path / "m.ckpt")
+    checkpoint = open_checkpoint(tmp_path / "m.ckpt")
+    assert {name: tensor.shape for name, tensor in match(checkpoint, "unet", shapes).items()} == shapes
+    torch.save(state | {"model_ema.diffusion_modelnobodyknows": torch.ones(2)}, tmp_path / "m.ckpt")
+    with pytest.raises(BadInput, match="diffusion_modelnobodyknows is of no known tensor"):
+        open_checkpoint(tmp_path / "m.ckpt")
+
+
+def test_a_vae_with_averages_of_its_own_loads_its_weights(tmp_path, make_shapes):
+    shapes = make_shapes(1)["vae"]
+    state = {name: torch.ones(shape) for name, shape in shapes.items()}
+    state |= {f"model_ema.{name.replace('.', '')}": torch.zeros(shape) for name, shape in shapes.items()}
+    for prefix in ("", "first_stage_model."):
+        torch.save({f"{prefix}{key}": value for key, value in state.items()}, tmp_path / "m.ckpt")
+        found = match(open_checkpoint(tmp_path / "m.ckpt"), "vae", shapes)
+        assert found.keys() == shapes.keys() and found["encoder.conv_in.weight"].read().min() == 1
 
 
 def test_ddim_made_from_a_folder_of_ours_does_not_clip(folder):
@@ -292,3 +403,31 @@ def test_a_nemo_config_has_the_keys_that_restore_from_reads(folder):
         "learn_logvar logvar_init concat_mode cond_stage_forward fused_opt"
     )
     assert set(keys.split()) <= nemo.nemo_config(parts, spec).keys()
+
+
+# --- training from a checkpoint
+
+
+def test_training_compares_its_objective_with_that_of_its_first_weights(folder, capsys):
+    """A model trained with v-prediction is not trained as one of noise without a word; nor with other betas."""
+    source = folder / "unet"  # whose scheduler lies beside it
+    with_scheduler(folder, _class_name="DDIMScheduler", prediction_type="v_prediction", clip_sample=False, **SCALED)
+    start = f"model.unet_config.from_pretrained={source}"
+    with pytest.raises(BadInput, match="trained with prediction_type 'v_prediction', the config trains it with 'epsil"):
+        check_objective(load_config("sd1", [start]))
+    check_objective(load_config("sd1", [start, "model.parameterization=v"]))
+    assert not capsys.readouterr().out
+    check_objective(load_config("sd1", [start, "model.change_objective=true"]))
+    assert "and is trained with 'epsilon' from here on (change_objective)" in capsys.readouterr().out
+    with_scheduler(folder, _class_name="PNDMScheduler", **SCALED | {"beta_end": 0.02})
+    with pytest.raises(BadInput, match=r"trained with linear_end 0.02, .* with 0.012; set model.linear_end=0.02, or"):
+        check_objective(load_config("sd1", [start]))
+    with_key(folder, "vae", scaling_factor=0.13)
+    start = f"model.ckpt_path={folder}"
+    with pytest.raises(BadInput, match=r"trained with scale_factor 0.13, .*; set model.scale_factor=0.13"):
+        check_objective(load_config("sd1", [start, "model.linear_end=0.02"]))
+    check_objective(load_config("sd1", [start, "model.linear_end=0.02", "model.scale_factor=measured"]))
+    with_scheduler(folder, _class_name="PNDMScheduler", trained_betas=[0.1, 0.2])
+    with pytest.raises(BadInput, match=r"trained_betas .*; no option gives it, or model.change_objective"):
+        check_objective(load_config("sd1", [start, "model.scale_factor=0.13", "model.linear_start=1e-4",
+                                            "model.linear_end=0.02", "model.beta_schedule=sqrt_linear"]))  # fmt: skip

@@ -199,3 +199,29 @@ def test_parallel_ddim_at_tolerance_zero_is_ddim(steps, parallelism):
     assert len(parallel) == steps
     for state, expected in zip(parallel, one_by_one, strict=True):
         torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_clip_sample(monkeypatch, sampler):
+    """The clean estimate is clipped; DDIM keeps the direction of the unclipped one, DDPM does not."""
+    clipping = {"clip_sample": True, "clip_sample_range": 0.3}
+    module, cls, _ = SCHEDULERS[sampler]
+    monkeypatch.setitem(SCHEDULERS, sampler, (module, cls, clipping))
+    reference = theirs(make_scheduler(monkeypatch, sampler, timestep_spacing="trailing"), 7)
+    schedule = NoiseSchedule.from_config()
+    grid, states = ours(sampler, 7, "epsilon", schedule, {"clip_sample_range": 0.3}, spacing="trailing")
+    assert_equal_step_for_step(sampler, grid, states, reference)
+
+
+def test_clipped_para_ddim_is_clipped_ddim():
+    schedule = NoiseSchedule.from_config()
+    options = {"parallelism": 3, "tolerance": 0.0, "clip_sample_range": 0.3}
+    _, parallel = ours("para_ddim", 8, "epsilon", schedule, options)
+    _, serial = ours("ddim", 8, "epsilon", schedule, {"clip_sample_range": 0.3})
+    assert torch.allclose(parallel[-1], serial[-1], atol=1e-9)
+
+
+def test_trained_betas():
+    betas = np.linspace(1e-4, 0.03, 50).tolist()
+    theirs = importlib.import_module("diffusers").DDIMScheduler(trained_betas=betas).alphas_cumprod
+    assert torch.allclose(NoiseSchedule.from_betas(betas).alphas_cumprod.float(), theirs, rtol=1e-6)

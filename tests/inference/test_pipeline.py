@@ -128,6 +128,19 @@ def test_karras_sigmas_of_a_steep_schedule_are_noted(pipeline):
     cosine.completed(SamplingOptions(sampler="euler Karras", num_inference_steps=10))
 
 
+def test_karras_sigmas_of_the_model(pipeline):
+    """As in diffusers, they are obeyed by the samplers whose schedulers have the key; a spacing turns them off."""
+    karras = copy.copy(pipeline)
+    karras.spec = replace(pipeline.spec, karras_sigmas=True)
+    for sampler, obeys in (("euler", True), ("dpmsolver++", True), ("ddim", False), ("euler_a", False)):
+        options = SamplingOptions(sampler=sampler, num_inference_steps=5)
+        asked = SamplingOptions(sampler=f"{sampler} karras" if obeys else sampler, num_inference_steps=5)
+        found, wanted = karras.sampling_schedule(options), pipeline.sampling_schedule(asked)
+        assert torch.equal(found.sigmas, wanted.sigmas)
+        spaced = replace(options, timestep_spacing="trailing")
+        assert torch.equal(karras.sampling_schedule(spaced).sigmas, pipeline.sampling_schedule(spaced).sigmas)
+
+
 def test_a_distinct_prompt_is_encoded_once(pipeline, monkeypatch):
     encoded = []
     encode = pipeline.text_encoder.forward

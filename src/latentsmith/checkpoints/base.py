@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.architectures import COMPONENTS, is_open_clip
+from latentsmith.diffusion.schedule import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile
@@ -23,6 +24,7 @@ SPEC_KEY = "latentsmith.spec"  # entries of ours in the metadata of safetensors 
 NULL_TEXT_KEY = "latentsmith.null_text"
 PAD_KEY = "latentsmith.pad_to"
 SCALE_FACTOR_KEY = "buffer scale_factor"  # of a checkpoint's extras: the number in a tensor of that name
+BETAS_KEY = "buffer trained_betas"  # the numbers in a tensor `betas`, where they are not Stable Diffusion's
 PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction",
                "v_pred": "v_prediction", "x0": "sample", "sample": "sample"}  # fmt: skip
 
@@ -65,7 +67,9 @@ class ModelSpec:
     prediction_type: "epsilon", "v_prediction" or "sample". image_size: side of the latents. The schedule is
     `beta_schedule` (LDM's names) from linear_start to linear_end; zero_terminal_snr rescales it (Lin et al. 2023).
     timestep_spacing, steps_offset, set_alpha_to_one: which timesteps samplers visit, as `diffusion.sampling_schedule`
-    takes them; None leaves it to each sampler. Defaults are those that Stable Diffusion is published with.
+    takes them; None leaves it to each sampler. trained_betas: the schedule itself, in place of the others' keys.
+    karras_sigmas: of samplers that have them in diffusers. clip_sample_range: where ddim and ddpm clip the clean
+    estimate; None: nowhere. Defaults are those that Stable Diffusion is published with.
     """
 
     unet_config: Mapping[str, Any]
@@ -83,10 +87,27 @@ class ModelSpec:
     timestep_spacing: str | None = None
     steps_offset: int = 1
     set_alpha_to_one: bool | None = False
+    trained_betas: Sequence[float] | None = None
+    karras_sigmas: bool = False
+    clip_sample_range: float | None = None
     null_text: str = "empty"  # "empty": the empty prompt's embedding; "zero": zeros (text_embedding_dropout_rate)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True, default=list)
+
+    def noise_schedule(self) -> NoiseSchedule:
+        """Return the noise schedule. Raises ValueError for numbers that describe none."""
+        if self.trained_betas is not None:
+            schedule = NoiseSchedule.from_betas(self.trained_betas)
+        else:
+            schedule = NoiseSchedule.from_config(
+                self.linear_start,
+                self.linear_end,
+                ldm_beta_schedule(self.beta_schedule),
+                self.timesteps,
+                cosine_s=self.cosine_s,
+            )
+        return schedule.zero_terminal_snr() if self.zero_terminal_snr else schedule
 
     def config_of(self, part: str) -> Mapping[str, Any]:
         """Return the keywords of one part's network."""
@@ -219,6 +240,16 @@ def lost_zero_snr(spec: ModelSpec) -> list[str]:
     return ["zero terminal SNR (their schedule is the plain one)"] if spec.zero_terminal_snr else []
 
 
+def lost_sampling(spec: ModelSpec) -> list[str]:
+    """Return what `Format.loses` says where there are no keys for how a model's scheduler samples."""
+    facts = {
+        "betas of its own (they use the plain schedule)": spec.trained_betas is not None,
+        "Karras sigmas, which its scheduler uses": spec.karras_sigmas,
+        "clip_sample, which its scheduler does": spec.clip_sample_range is not None,
+    }
+    return [fact for fact, holds in facts.items() if holds]
+
+
 def lost_clip_skip(spec: ModelSpec) -> list[str]:
     """Return what `Format.loses` says where a text encoder that is not OpenCLIP's always runs to its last layer."""
     skips = spec.penultimate and not spec.open_clip
@@ -235,3 +266,9 @@ def some(names: Iterable[str]) -> str:
     """Return the first three names for a message."""
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def shown(value: Any) -> str:
+    """Return a value of a foreign file for a message: on one line of at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

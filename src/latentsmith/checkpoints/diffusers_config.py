@@ -15,44 +15,15 @@ from latentsmith.files.json import read_json
 from latentsmith.files.lazy import LazyTensor
 
 from . import clip
-from .base import Checkpoint, ModelSpec, Part, Parts, known_prediction
+from .base import Checkpoint, ModelSpec, Part, Parts, known_prediction, some
+from .diffusers_keys import FIXED, OTHER, READ, SCHEDULERS, SOLVER
 
 VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
 BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
 SCHEDULE_KEYS = {"beta_start": "linear_start", "beta_end": "linear_end", "num_train_timesteps": "timesteps",
                  "rescale_betas_zero_snr": "zero_terminal_snr"}  # fmt: skip
-_LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-_NARROW = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
-_CLIPPING = {**_LINEAR, "clip_sample": True}
-SCHEDULERS: dict[str, dict[str, Any]] = {  # class -> its defaults, which hold for keys that a config leaves out
-    "PNDMScheduler": _LINEAR, "DDIMScheduler": _CLIPPING, "DDPMScheduler": _CLIPPING, "DEISMultistepScheduler": _LINEAR,
-    "DPMSolverMultistepScheduler": _LINEAR, "DPMSolverSinglestepScheduler": _LINEAR, "DPMSolverSDEScheduler": _NARROW,
-    "EulerAncestralDiscreteScheduler": _LINEAR, "EulerDiscreteScheduler": _LINEAR, "HeunDiscreteScheduler": _NARROW,
-    "KDPM2AncestralDiscreteScheduler": _NARROW, "KDPM2DiscreteScheduler": _NARROW, "LMSDiscreteScheduler": _LINEAR,
-    "UniPCMultistepScheduler": _LINEAR,
-    "LCMScheduler": {**_NARROW, "beta_schedule": "scaled_linear"},
-}  # fmt: skip
 PIPELINES = {0: "StableDiffusionPipeline", 4: "StableDiffusionInstructPix2PixPipeline",
              5: "StableDiffusionInpaintPipeline"}  # by the U-Net's input channels beside its latents  # fmt: skip
-SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-# part -> keys of its config.json and the only values with which our networks compute the same
-FIXED: dict[str, dict[str, Any]] = {
-    "unet": {
-        "act_fn": ("silu", "swish"), "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-        "downsample_padding": (1,), "mid_block_scale_factor": (1,), "norm_eps": (1e-5,), "class_embed_type": (None,),
-        "only_cross_attention": (False,), "dual_cross_attention": (False,), "addition_embed_type": (None,),
-        "resnet_time_scale_shift": ("default",), "encoder_hid_dim_type": (None,), "attention_type": ("default",),
-        "num_class_embeds": (None,), "time_embedding_type": ("positional",), "timestep_post_act": (None,),
-        "time_embedding_act_fn": (None,), "resnet_skip_time_act": (False,), "resnet_out_scale_factor": (1,),
-        "mid_block_type": ("UNetMidBlock2DCrossAttn",), "mid_block_only_cross_attention": (None, False),
-        "cross_attention_norm": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-    },
-    "vae": {
-        "act_fn": ("silu", "swish"), "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,),
-        "mid_block_add_attention": (True,), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
-    },
-    "text_encoder": {"layer_norm_eps": (1e-5,), "hidden_act": ("quick_gelu", "gelu")},
-}  # fmt: skip
 WEIGHTS_FILE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model|model_weights)"
     r"(\.(?P<variant>\w+))??\.(?P<type>safetensors|bin|ckpt)(\.index(\.(?P<index_variant>\w+))?\.json)?"
@@ -76,10 +47,8 @@ def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
     config = component_config(part)
     if not config:
         return None
-    for key, values in FIXED[part.name].items():
-        stated = config.get(key, values[0])
-        if any(value not in values for value in (stated if isinstance(stated, list) else [stated])):
-            raise BadInput(f"{part.path}: its config.json says {key} {stated!r}; only {values[0]!r} is supported")
+    if fault := _unsupported(part.name, config):
+        raise BadInput(f"{part.path}: its config.json says {fault}")
     if part.name == "unet":
         upcast = {"upcast_attention": True} if config.get("upcast_attention") else {}
         return {**_our_heads(part, config), **upcast, "resblock_gn_groups": config.get("norm_num_groups", 32)}
@@ -119,43 +88,76 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     unet, vae = (
         component_config(checkpoint.parts[part]) if part in checkpoint.parts else {} for part in ("unet", "vae")
     )
-    found = {"image_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}
-    scheduler = _config(checkpoint.path / "scheduler", "scheduler_config.json")
+    size = unet.get("sample_size")
+    found = {
+        "image_size": size[0] if isinstance(size, list) and len(set(map(str, size))) == 1 else size,
+        "scale_factor": vae.get("scaling_factor"),
+    }
+    notes = [
+        f"{name}/config.json: {note}"
+        for name, config in (("unet", unet), ("vae", vae))
+        for note in _unknown(name, config)
+    ]
+    scheduler = _scheduler(checkpoint)
     if scheduler:
         stated = scheduler.get("prediction_type", "epsilon")
         prediction = known_prediction(stated)
         found["prediction"] = prediction, f"scheduler_config.json{'' if prediction else f' says {stated!r}'}"
         scheduler = SCHEDULERS.get(scheduler.get("_class_name", ""), {}) | scheduler
-        found["refused"], found["notes"] = _refused(scheduler), _notes(scheduler)
+        found["refused"] = _refused(scheduler)
+        notes += [f"scheduler_config.json: {note}" for note in _notes(scheduler)]
         found |= {ours: scheduler[theirs] for theirs, ours in SCHEDULE_KEYS.items() if theirs in scheduler}
         schedule = scheduler.get("beta_schedule", "linear")
         found["beta_schedule"] = BETA_SCHEDULES.get(schedule, schedule)
         found["timestep_spacing"] = scheduler.get("timestep_spacing")
         found["steps_offset"] = scheduler.get("steps_offset", 0)
         found["set_alpha_to_one"] = scheduler.get("set_alpha_to_one")
-    return found
+        found["trained_betas"] = scheduler.get("trained_betas")
+        found["karras_sigmas"] = scheduler.get("use_karras_sigmas")
+        found["clip_sample_range"] = scheduler.get("clip_sample_range", 1.0) if scheduler.get("clip_sample") else None
+    return {key: value for key, value in found.items() if value is not None} | {"notes": notes}
+
+
+def _scheduler(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return scheduler_config.json of a folder, or of that which the folder of a U-Net alone lies in."""
+    path = checkpoint.path.parent if checkpoint.path.name == "unet" else checkpoint.path
+    return _config(path / "scheduler", "scheduler_config.json")
+
+
+def _unsupported(name: str, config: Mapping[str, Any]) -> str | None:
+    """Return the first key of a config whose value changes what is computed in a way unknown here."""
+    for key, values in FIXED[name].items():
+        stated = config.get(key, values[0])
+        if any(value not in values for value in (stated if isinstance(stated, list) else [stated])):
+            return f"{key} {stated!r}; only {values[0]!r} is supported"
+    return None
+
+
+def _unknown(name: str, config: Mapping[str, Any]) -> list[str]:
+    """Return a note on keys with a value that this version has not heard of."""
+    known = FIXED[name].keys() | READ[name] | OTHER[name] | (SOLVER.keys() if name == "scheduler" else set())
+    unknown = [key for key, value in config.items() if key not in known and key[0] != "_" and value]
+    return [f"{some(unknown)} not known here, and without effect"] if unknown else []
 
 
 def _refused(scheduler: Mapping[str, Any]) -> str | None:
     """Return the first key of a scheduler's config, class defaults included, that samples in a way unknown here."""
     name, where = scheduler.get("_class_name"), "scheduler_config.json: "
-    if name not in SCHEDULERS and (name or not _LINEAR.keys() <= scheduler.keys()):
+    if name not in SCHEDULERS and (name or not {"beta_start", "beta_end", "beta_schedule"} <= scheduler.keys()):
         return f"{where}_class_name {name!r} is not one of {', '.join(SCHEDULERS)}"
-    if scheduler.get("trained_betas") is not None:
-        return f"{where}trained_betas, a schedule of its own, is not supported"
-    if key := next((key for key in ("thresholding", "use_flow_sigmas") if scheduler.get(key)), None):
-        return f"{where}{key} true is not supported"
-    return None
+    fault = _unsupported("scheduler", scheduler)
+    return f"{where}{fault}" if fault else None
 
 
 def _notes(scheduler: Mapping[str, Any]) -> list[str]:
-    """Return what a scheduler's config, class defaults included, says of sampling and is not done here by itself."""
-    notes = []
+    """Return what a scheduler's config, class defaults included, says of sampling that depends on the sampler here."""
+    notes = _unknown("scheduler", scheduler)
     if scheduler.get("clip_sample"):
-        notes.append("clip_sample true, which diffusers obeys (also where the key is left out), is not done here")
-    if key := next((key for key in SIGMAS if scheduler.get(key)), None):
-        notes.append(f"{key} true is left to the sampler that is asked for, as in sampler=dpmsolver++_karras")
-    return [f"scheduler_config.json: {note}" for note in notes]
+        notes.append("clip_sample true: ddim, para_ddim and ddpm clip the clean estimate, as in diffusers")
+    if scheduler.get("use_karras_sigmas"):
+        notes.append("use_karras_sigmas true: samplers that have them in diffusers use them, unless a spacing is given")
+    left = [f"{key} {scheduler[key]!r}" for key, same in SOLVER.items() if scheduler.get(key, same[0]) not in same]
+    return [*notes, *(f"{key} is left to the sampler that is asked for" for key in left)]
 
 
 # ---- Writing ----
@@ -216,31 +218,40 @@ def _pipeline_class(spec: ModelSpec) -> str:
 
 def scheduler_class(checkpoint: Checkpoint) -> str | None:
     """Return the class that a folder's scheduler_config.json names; None where there is none."""
-    return _config(checkpoint.path / "scheduler", "scheduler_config.json").get("_class_name")
+    return _scheduler(checkpoint).get("_class_name")
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
-    """Return scheduler_config.json: PNDM for epsilon, DDIM for all others, as the published folders have them."""
+    """Return scheduler_config.json: PNDM for epsilon, DDIM for all others, as the published folders have them.
+
+    PNDM has no key for Karras sigmas nor for clipping: DPM-Solver++ is written with the first, DDIM with the second.
+    """
     schedules = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
     if spec.beta_schedule not in schedules:
         raise BadInput(f"beta_schedule {spec.beta_schedule}: diffusers has {', '.join(schedules)}")
-    ddim = spec.prediction_type != "epsilon" or spec.zero_terminal_snr
+    ddim = spec.prediction_type != "epsilon" or spec.zero_terminal_snr or spec.clip_sample_range is not None
+    name = "DPMSolverMultistepScheduler" if spec.karras_sigmas else "DDIMScheduler" if ddim else "PNDMScheduler"
     config = {
-        "_class_name": "DDIMScheduler" if ddim else "PNDMScheduler",
+        "_class_name": name,
         **VERSION,
         "beta_start": spec.linear_start,
         "beta_end": spec.linear_end,
         "beta_schedule": schedules[spec.beta_schedule],
         "num_train_timesteps": spec.timesteps,
-        "trained_betas": None,
+        "trained_betas": None if spec.trained_betas is None else list(spec.trained_betas),
         "prediction_type": spec.prediction_type,
-        "clip_sample": False,  # PNDM has no such key, but DDIM and DDPM made from this config default to True
+        # PNDM has no such key, but DDIM and DDPM made from this config default to True
+        "clip_sample": spec.clip_sample_range is not None,
         "steps_offset": spec.steps_offset,
     }
     spacing = spec.timestep_spacing or ("trailing" if spec.zero_terminal_snr else None)
     optional = {"set_alpha_to_one": spec.set_alpha_to_one, "timestep_spacing": spacing}
     config |= {key: value for key, value in optional.items() if value is not None}
-    if not ddim:
+    if spec.karras_sigmas:
+        config["use_karras_sigmas"] = True
+    if spec.clip_sample_range is not None:
+        config["clip_sample_range"] = spec.clip_sample_range
+    if name == "PNDMScheduler":
         return config | {"skip_prk_steps": True}
     return config | {"rescale_betas_zero_snr": spec.zero_terminal_snr}
 

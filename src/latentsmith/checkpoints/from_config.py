@@ -1,5 +1,6 @@
 """The networks and the tokenizer that a config asks for, filled from the files that it names."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,14 +8,18 @@ from torch import nn
 
 from latentsmith.architectures import COMPONENTS, is_open_clip
 from latentsmith.config.typed import Config, replaced
+from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import published
 from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.text.vocabulary import own_vocabulary
 
+from .base import shown
 from .load import build
 from .open import open_checkpoint
-from .spec import padded_length
+from .spec import OBJECTIVE, objective_of, padded_length
+
+PARAMETERIZATIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def is_encoded(key: str) -> bool:
@@ -49,6 +54,44 @@ def with_padding(config: Config) -> Config:
         return config
     print(f"{start}: trained by NeMo with text embeddings filled up to {length}, and used so here (pad_to)")
     return replaced(config, "model.cond_stage_config.pad_to", length)
+
+
+def check_objective(config: Config) -> None:
+    """Compare what the U-Net's first weights were trained for with what the config trains.
+
+    Raises BadInput for a difference, unless model.change_objective allows it; then it is printed.
+    """
+    start = stated_weights(config, "unet")
+    if not start:
+        return
+    stated = objective_of(open_checkpoint(start))
+    asked = {key: getattr(config.model, key, None) for key in OBJECTIVE} | {
+        "prediction_type": canonical_prediction_type(config.model.parameterization)
+    }
+    if asked["scale_factor"] == "measured":
+        stated.pop("scale_factor", None)
+    if stated.get("beta_schedule") == "cosine":  # which has neither
+        stated = {key: value for key, value in stated.items() if key not in ("linear_start", "linear_end")}
+    differing = [key for key, value in stated.items() if not _same(asked[key], value)]
+    if not differing:
+        return
+    key = differing[0]
+    ours, theirs = shown(asked[key]), shown(stated[key])
+    if not config.model.change_objective:
+        option = "parameterization" if key == "prediction_type" else key
+        value = PARAMETERIZATIONS.get(stated[key], stated[key]) if key == "prediction_type" else theirs
+        fix = "no option gives it" if key == "trained_betas" else f"set model.{option}={value}"
+        raise BadInput(
+            f"{start}: was trained with {key} {theirs}, the config trains it with {ours}; {fix}, or "
+            "model.change_objective=true to train it as something else"
+        )
+    print(f"{start}: was trained with {key} {theirs}, and is trained with {ours} from here on (change_objective)")
+
+
+def _same(asked: Any, stated: Any) -> bool:
+    if isinstance(asked, float) and isinstance(stated, int | float):
+        return math.isclose(asked, stated, rel_tol=1e-4)
+    return bool(asked == stated)
 
 
 def build_networks(config: Config) -> dict[str, nn.Module]:

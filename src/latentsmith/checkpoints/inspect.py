@@ -15,7 +15,7 @@ from .load import network_shapes
 from .match import audit
 from .open import open_checkpoint
 from .sizes import architecture, version_of
-from .spec import prediction_of, stated_spec
+from .spec import notes_of, prediction_of, stated_spec
 
 FAULTS = ("missing", "unknown", "of another shape")  # in the order of `audit`
 
@@ -90,6 +90,7 @@ def expected_shapes(checkpoint: Checkpoint) -> tuple[dict[str, Shapes], str]:
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     text, path = checkpoint.parts.get("text_encoder"), checkpoint.path
+    yield from (f"  note      {note}" for note in notes_of(checkpoint))
     if text and dialect_of(text, checkpoint.config) is clip.OPEN_CLIP_DIALECT:
         layers = CLIP_SIZES["ViT-H-14"].layers
         if clip.depth(text.entries) == layers - 1:

@@ -3,6 +3,7 @@
 Its names of U-Net and VAE are the canonical ones. Text encoders have Hugging Face's names in v1, OpenCLIP's in v2.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from latentsmith.files.tensors import open_tensors, save_safetensors
 
 from . import clip
 from .base import (
+    BETAS_KEY,
     SCALE_FACTOR_KEY,
     SPEC_KEY,
     Checkpoint,
@@ -28,6 +30,7 @@ from .base import (
     known_prediction,
     lost_clip_skip,
     lost_padding,
+    lost_sampling,
     lost_zero_snr,
     packed,
     renamed,
@@ -52,6 +55,11 @@ KEY_RULES = (
     ("unet", r"(?=(input_blocks|middle_block|output_blocks|time_embed|out)\.)"),
     ("vae", r"(?=(encoder|decoder)\.(conv_in|conv_out|down|up|mid|norm_out)\.|(quant_conv|post_quant_conv)\.)"),
 )
+WORDS = re.compile(  # of the U-Net's keys, LDM's and NeMo's
+    r"input_blocks|output_blocks|middle_block|time_embed|in_layers|emb_layers|out_layers|skip_connection|"
+    r"transformer_blocks|proj_in|proj_out|proj|to_out|to_q|to_k|to_v|attn[12]|norm[123]?|ff|net|LN|conv|op|out|"
+    r"weight|bias|\d+"
+)
 DIALECT = Dialect("ldm", "LDM", lambda names: renamed({name: name for name in names}))
 
 
@@ -65,8 +73,11 @@ def averaged_unet(
 ) -> dict[str, LazyTensor]:
     """Return the moving averages under the names of the U-Net's raw tensors.
 
-    averages: keys without `model_ema.`. Raises BadInput unless the two match one to one.
+    averages: keys without `model_ema.`. unet: {} where the file holds the averages alone, whose names are then put
+    together again. Raises BadInput unless the two match one to one.
     """
+    if not unet:
+        return {_undotted(path, key): entry for key, entry in averages.items() if key not in ("decay", "num_updates")}
     twins = {key: ema_key(key) for key in unet}
     if missing := [key for key, twin in twins.items() if twin not in averages]:
         raise BadInput(
@@ -78,14 +89,28 @@ def averaged_unet(
 
 
 def ema_key(key: str) -> str:
-    """Return LDM's name of a U-Net tensor's moving average: dots deleted, so it can never be parsed back."""
+    """Return LDM's name of a U-Net tensor's moving average: its dots are deleted."""
     return f"diffusion_model.{key}".replace(".", "")
+
+
+def _undotted(path: Path, twin: str) -> str:
+    """Return the key whose `ema_key` is `twin`, by the words that a U-Net's keys are made of.
+
+    In `input_blocks.N.M` only N can have two digits. Raises BadInput for what is no key of a U-Net.
+    """
+    rest = re.sub(r"^((?:in|out)put_blocks)(\d+)(\d)", r"\1 \2 \3", twin.removeprefix("diffusion_model"))
+    key = ".".join(WORDS.findall(rest))
+    if ema_key(key) != twin:
+        raise BadInput(f"{path}: the moving average {twin} is of no known tensor; take its raw weights")
+    return key
 
 
 def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what ModelSpec metadata (SAI's, 1.0.0) and the empty tensors v_pred and ztsnr state."""
     found: dict[str, Any] = {"zero_terminal_snr": True} if "ztsnr" in checkpoint.ignored else {}
-    found |= {"scale_factor": checkpoint.extras.get(SCALE_FACTOR_KEY)}
+    found["scale_factor"] = checkpoint.extras.get(SCALE_FACTOR_KEY)
+    if not checkpoint.config:  # which has the schedule's own keys: the same in fewer numbers
+        found["trained_betas"] = checkpoint.extras.get(BETAS_KEY)
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if stated := checkpoint.metadata.get(key):
             prediction = known_prediction(stated)
@@ -128,6 +153,8 @@ def schedule_buffers(spec: ModelSpec) -> dict[str, LazyTensor]:
     power, steps = powers[spec.beta_schedule], spec.timesteps
     ends = spec.linear_start ** (1 / power), spec.linear_end ** (1 / power)
     betas = torch.linspace(*ends, steps, dtype=torch.float64) ** power
+    if spec.trained_betas is not None:
+        betas = torch.tensor(list(spec.trained_betas), dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     variance = betas * (1 - previous) / (1 - alphas_cumprod)
@@ -177,5 +204,5 @@ FORMAT = Format(
     write=export_ldm,
     ending=".safetensors",
     keeps_unused_text=True,
-    loses=lambda spec: lost_zero_snr(spec) + lost_clip_skip(spec) + lost_padding(spec),
+    loses=lambda spec: lost_zero_snr(spec) + lost_sampling(spec) + lost_clip_skip(spec) + lost_padding(spec),
 )

@@ -7,6 +7,7 @@ import io
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .base import (
     Written,
     known_prediction,
     lost_clip_skip,
+    lost_sampling,
     lost_zero_snr,
     packed,
     renamed,
@@ -46,13 +48,14 @@ RESTORE_KEYS: dict[str, Any] = {  # read by NeMo's restore_from without a defaul
     "optim": {"name": "fused_adam", "lr": 1e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]},
     "num_timesteps_cond": 1, "scale_by_std": False, "ignore_keys": [], "clip_denoised": True, "log_every_t": 10,
     "use_positional_encodings": False, "inductor": False, "inductor_cudagraphs": False, "ckpt_path": None,
-    "v_posterior": 0.0, "original_elbo_weight": 0.0, "l_simple_weight": 1.0, "given_betas": None, "loss_type": "l2",
+    "v_posterior": 0.0, "original_elbo_weight": 0.0, "l_simple_weight": 1.0, "loss_type": "l2",
     "learn_logvar": False, "logvar_init": 0.0, "concat_mode": True, "cond_stage_forward": None, "fused_opt": True,
 }  # fmt: skip
 OWN_SECTION = "latentsmith"  # of a model config that we write: what NeMo has no key for
 PADDED_LENGTH = 80  # text embeddings of a caption in NeMo v2.0.0, zeros from the 78th on
 SCHEDULE = ("linear_start", "linear_end", "timesteps", "beta_schedule", "cosine_s")
-OWN_SCHEDULE = ("zero_terminal_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one")
+OWN_SCHEDULE = ("zero_terminal_snr", "timestep_spacing", "steps_offset", "set_alpha_to_one", "karras_sigmas",
+                "clip_sample_range")  # fmt: skip
 BLOCK = 512  # bytes of a tar header, and what members are padded to
 KEY_RULES = (
     ("unet", r"(model\.)?unet\."),
@@ -180,7 +183,7 @@ def facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if found.get("cosine_s", 0) is None:
         del found["cosine_s"]
     if config.get("given_betas"):
-        found["refused"] = "its model config gives given_betas, a schedule of its own, which is not supported"
+        found["trained_betas"] = config["given_betas"]
     found |= {key: checkpoint.config.get(key) for key in ("image_size", "scale_factor")}
     found["scale_factor"] = checkpoint.extras.get(SCALE_FACTOR_KEY, found["scale_factor"])  # scale_by_std measured it
     if config.get("text_embedding_dropout_rate"):  # NeMo trains on zeroed embeddings
@@ -287,6 +290,7 @@ def nemo_config(parts: Parts, spec: ModelSpec) -> dict[str, Any]:
         "conditioning_key": "crossattn",
         "scale_factor": spec.scale_factor,
         **RESTORE_KEYS,
+        "given_betas": None if spec.trained_betas is None else list(spec.trained_betas),
         "cosine_s": spec.cosine_s,
         "text_embedding_dropout_rate": 0.1 if spec.null_text == "zero" else 0.0,
         "unet_config": _plain(unet),
@@ -346,6 +350,7 @@ def loses(spec: ModelSpec) -> list[str]:
     pads = spec.open_clip or spec.cond_stage_config.get("pad_to")
     return (
         lost_zero_snr(spec)
+        + lost_sampling(replace(spec, trained_betas=None))
         + lost_clip_skip(spec)
         + ([] if pads else ["text without NeMo's three zero vectors (NeMo adds them)"])
     )

@@ -5,16 +5,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from latentsmith.architectures import COMPONENTS
+from latentsmith.diffusion.schedule import NoiseSchedule
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import local_or_hub
 from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile
 
 from . import clip, ldm
-from .base import SCALE_FACTOR_KEY, Checkpoint, Contents, Part, some
+from .base import BETAS_KEY, SCALE_FACTOR_KEY, Checkpoint, Contents, Part, some
 from .formats import FORMATS, classify_key
 
+MOST_BETAS = 100_000
 FOREIGN = {  # what only the keys of a model that is not supported match -> what the file is
     r"\.lora[._](A|B|up|down|linear_layer)|^lora_|\.lora_(A|B|up|down|magnitude)|_lora\.|\.hada_w|\.lokr_w|\.base_layer\.":
         "a LoRA, or weights with one left in them; merge it first",
@@ -91,11 +95,14 @@ def _classified(path: Path, file: TensorFile, weights: str, contents: Contents |
         raise BadInput(f"{path}: {len(unknown)} keys of no known format ({some(unknown)})")
     # "ema-only" files carry just decay and num_updates; the averages of a VAE alone are its own.
     has_ema = len(entries.get("ema", {})) > 2 and ("unet" in entries or "vae" not in entries)
-    if has_ema and weights == "ema":
-        entries["unet"] = ldm.averaged_unet(path, entries["ema"], entries.get("unet", {}))
-    extras = file.extras
-    if measured := entries.get("schedule", {}).get("scale_factor"):
-        extras = {**extras, SCALE_FACTOR_KEY: float(measured.read())}
+    if has_ema and "unet" not in entries:  # the averages alone are the weights
+        twins = keys.pop("ema")
+        entries["unet"] = ldm.averaged_unet(path, entries["ema"], {})
+        keys["unet"] = {key: twins[ldm.ema_key(key)] for key in entries["unet"]}
+        has_ema = False
+    elif has_ema and weights == "ema":
+        entries["unet"] = ldm.averaged_unet(path, entries["ema"], entries["unet"])
+    extras = {**file.extras, **_buffers(path, entries.get("schedule", {}))}
     parts = {part: Part(part, path, entries[part], keys[part]) for part in COMPONENTS if part in entries}
     return Checkpoint(
         path,
@@ -109,6 +116,21 @@ def _classified(path: Path, file: TensorFile, weights: str, contents: Contents |
         unknown,
         file.files or (file.path,),
     )
+
+
+def _buffers(path: Path, entries: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """Return the numbers in a file's buffers that say how its model is run: its scale, and unusual betas."""
+    found: dict[str, Any] = {}
+    if (scale := entries.get("scale_factor")) is not None:
+        if scale.numel != 1:
+            raise BadInput(f"{path}: its tensor scale_factor holds {scale.numel} numbers; one was expected")
+        found[SCALE_FACTOR_KEY] = float(scale.read())
+    if (betas := entries.get("betas")) is not None and len(betas.shape) == 1 and betas.shape[0] <= MOST_BETAS:
+        stored, usual = betas.read().double(), NoiseSchedule.from_config().betas
+        # Half precision moves a beta by up to 0.4 %.
+        if stored.shape != usual.shape or not torch.allclose(stored, usual, rtol=0.01, atol=0):
+            found[BETAS_KEY] = stored.tolist()
+    return found
 
 
 def _format_of_keys(file: TensorFile, parts: int) -> str:

@@ -2,20 +2,63 @@
 
 import json
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from latentsmith.architectures import COMPONENTS
-from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES
+from latentsmith.diffusion.schedule import LDM_BETA_SCHEDULES, TIMESTEP_SPACINGS, NoiseSchedule
 from latentsmith.files.errors import BadInput
 from latentsmith.files.json import parse_json
 
 from . import nemo
-from .base import NULL_TEXT_KEY, SPEC_KEY, Checkpoint, ModelSpec
+from .base import NULL_TEXT_KEY, SPEC_KEY, Checkpoint, ModelSpec, shown
 from .formats import FORMATS
 from .sizes import V21_STEP, architecture, version_of
 
+OBJECTIVE = ("prediction_type", "beta_schedule", "linear_start", "linear_end", "timesteps", "trained_betas",
+             "zero_terminal_snr", "scale_factor")  # fmt: skip
+GUESSED = "v1 weights"  # where the prediction type of a file that does not state it comes from
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+_BOOL = ("true or false", lambda value: isinstance(value, bool))
+_BETA = ("a number above 0 and below 1", lambda value: _is_number(value) and 0 < value < 1)
+_ABOVE_0 = ("a number above 0", lambda value: _is_number(value) and value > 0)
+_MAPPING = ("a mapping", lambda value: isinstance(value, Mapping))
+FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # of ModelSpec -> what a value must be, and whether it is
+    "unet_config": _MAPPING, "first_stage_config": _MAPPING, "cond_stage_config": _MAPPING,
+    "prediction_type": (
+        "epsilon, v_prediction or sample",
+        lambda value: isinstance(value, str) and value in ("epsilon", "v_prediction", "sample"),
+    ),
+    "image_size": ("a whole number from 1 to 8,192", _is_whole(1, 8192)),
+    "scale_factor": _ABOVE_0, "linear_start": _BETA, "linear_end": _BETA,
+    "timesteps": ("a whole number from 1 to 100,000", _is_whole(1, 100_000)),
+    "zero_terminal_snr": _BOOL, "karras_sigmas": _BOOL, "set_alpha_to_one": _BOOL, "clip_sample_range": _ABOVE_0,
+    "beta_schedule": (
+        f"one of {', '.join(LDM_BETA_SCHEDULES)}",
+        lambda value: isinstance(value, str) and value in LDM_BETA_SCHEDULES,
+    ),
+    "cosine_s": ("a number from 0 on", lambda value: _is_number(value) and value >= 0),
+    "timestep_spacing": (
+        f"one of {', '.join(TIMESTEP_SPACINGS)}", lambda value: isinstance(value, str) and value in TIMESTEP_SPACINGS
+    ),
+    "steps_offset": ("a whole number from 0 to 100,000", _is_whole(0, 100_000)),
+    "null_text": ("empty or zero", lambda value: value in ("empty", "zero")),
+    "trained_betas": (
+        "a list of numbers", lambda value: isinstance(value, list | tuple) and all(map(_is_number, value))
+    ),
+}  # fmt: skip
 V2_STEPS = {875_000: "epsilon", V21_STEP: "v_prediction"}  # global_step of published v2 files: 2-base, 2.1
 
 
@@ -42,8 +85,7 @@ def spec_of(checkpoint: Checkpoint, prediction_type: str | None = None) -> Model
         raise BadInput(f"{checkpoint.path}: {refused}")
     for note in facts.pop("notes", ()):
         warnings.warn(f"{checkpoint.path}: {note}", stacklevel=2)
-    if facts.get("beta_schedule", "linear") not in LDM_BETA_SCHEDULES:
-        raise BadInput(f"{checkpoint.path}: the beta_schedule {facts['beta_schedule']} of its config is not supported")
+    check_fields(facts, str(checkpoint.path))
     v2_at_768 = prediction == "v_prediction" and version_of(checkpoint) == "v2"
     facts["image_size"] = facts.get("image_size") or (96 if v2_at_768 else 64)
     facts["scale_factor"] = facts.get("scale_factor") or ModelSpec.scale_factor
@@ -65,8 +107,10 @@ def _beside(path: Path) -> list[str]:
 
 def _stored(checkpoint: Checkpoint) -> ModelSpec:
     name = f"{checkpoint.path}: its metadata {SPEC_KEY}"
+    stored = parse_json(checkpoint.metadata[SPEC_KEY], name, "the spec of a model")
+    check_fields(stored, name)
     try:
-        return ModelSpec(**parse_json(checkpoint.metadata[SPEC_KEY], name, "the spec of a model"))
+        return ModelSpec(**stored)
     except TypeError as error:
         raise BadInput(f"{name} is damaged or newer than this version ({error})") from None
 
@@ -81,6 +125,35 @@ def stated_spec(checkpoint: Checkpoint) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found | spec if isinstance(spec, dict) else {}
+
+
+def check_fields(fields: Mapping[str, Any], name: str) -> None:
+    """Raise BadInput for a value that a field of ModelSpec cannot have; None is "not stated". name: the source's."""
+    for key, value in fields.items():
+        if value is not None and key in FIELDS and not FIELDS[key][1](value):
+            raise BadInput(f"{name}: {key} is {shown(value)}; it must be {FIELDS[key][0]}")
+    try:
+        if not isinstance(betas := fields.get("trained_betas"), type(None)):
+            NoiseSchedule.from_betas(betas)
+    except ValueError as error:
+        raise BadInput(f"{name}: trained_betas: {error}") from None
+
+
+def objective_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint itself states of how its U-Net was trained: the fields in OBJECTIVE, those stated."""
+    facts = dict(_facts(checkpoint))
+    if SPEC_KEY in checkpoint.metadata:
+        facts = asdict(_stored(checkpoint))
+    elif (found := prediction_of(checkpoint))[1] != GUESSED:
+        facts["prediction_type"] = found[0]
+    check_fields(facts, str(checkpoint.path))
+    return {key: facts[key] for key in OBJECTIVE if facts.get(key) is not None}
+
+
+def notes_of(checkpoint: Checkpoint) -> list[str]:
+    """Return what a checkpoint states of sampling and is done only in part; first what refuses it."""
+    facts = _facts(checkpoint)
+    return [*([f"refused: {facts['refused']}"] if facts.get("refused") else []), *facts.get("notes", ())]
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -99,7 +172,7 @@ def prediction_of(checkpoint: Checkpoint) -> tuple[str | None, str]:
         return stated
     version, step = version_of(checkpoint), checkpoint.extras.get("global_step")
     if version == "v1":
-        return "epsilon", "v1 weights"
+        return "epsilon", GUESSED
     if version == "v2" and isinstance(step, int) and checkpoint.format == "ldm":
         unheard_of = ", which no published file has" if step not in V2_STEPS else ""
         return V2_STEPS.get(step), f"global_step {step:,}{unheard_of}"

@@ -260,6 +260,9 @@ class ModelConfig:
     input_perturbation: float = option(
         0.0, "deviation of noise added to the U-Net's input but not to its target", at_least=0
     )
+    change_objective: bool = option(
+        False, "train weights with another parameterization, schedule or scale than their checkpoint states"
+    )
     zero_terminal_snr: bool = option(
         False,
         "stretch the schedule until its last timestep is pure noise; needs parameterization v or x0",

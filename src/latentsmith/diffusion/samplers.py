@@ -59,6 +59,7 @@ class Sampler:
     """solve: the generator function. rule: which sigmas it visits. title: its name in web UIs and in image metadata.
 
     aliases: what other programs call it, in lower case with underscores. random: it always uses noise_sampler.
+    karras, clips: whether diffusers' scheduler obeys use_karras_sigmas, and clip_sample.
     """
 
     solve: Solver
@@ -66,18 +67,20 @@ class Sampler:
     title: str
     aliases: tuple[str, ...] = ()
     random: bool = False
+    karras: bool = False
+    clips: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {}
 
 
 def register(
-    name: str, rule: SpacingRule, title: str, aliases: Sequence[str] = (), *, random: bool = False
+    name: str, rule: SpacingRule, title: str, aliases: Sequence[str] = (), **traits: bool
 ) -> Callable[[Solver], Solver]:
-    """Add the decorated function to SAMPLERS under `name`."""
+    """Add the decorated function to SAMPLERS under `name`. traits: random, karras and clips of Sampler."""
 
     def add(solve: Solver) -> Solver:
-        SAMPLERS[name] = Sampler(solve, rule, title, tuple(aliases), random)
+        SAMPLERS[name] = Sampler(solve, rule, title, tuple(aliases), **traits)
         return solve
 
     return add
@@ -93,7 +96,7 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float) -> tuple[float, 
     return max(0.0, sigma_next**2 - added**2) ** 0.5, added
 
 
-@register("ddim", SpacingRule("leading", fixed_stride=True, set_alpha_to_one=True), "DDIM")
+@register("ddim", SpacingRule("leading", fixed_stride=True, set_alpha_to_one=True), "DDIM", clips=True)
 def sample_ddim(
     denoise: Denoise,
     latents: Tensor,
@@ -102,18 +105,22 @@ def sample_ddim(
     eta: float = 0.0,
     noise_sampler: NoiseSampler | None = None,
     step_targets: Tensor | None = None,
+    clip_sample_range: float | None = None,
 ) -> Iterator[Step]:
     """DDIM; the same formula is Euler's method (eta 0) and, with eta 1, DDPM and Euler ancestral.
 
     eta: in [0, 1], the share of random noise; above 0 it needs noise_sampler.
     step_targets: (steps,), as in SamplingSchedule; sigmas[1:] by default.
+    clip_sample_range: clips the clean estimate, not the direction from it, as diffusers does.
     Source: Song et al. 2021, equation 12.
     """
     targets = (sigmas[1:] if step_targets is None else step_targets).tolist()
     for index, ((sigma, sigma_next), target) in enumerate(zip(pairwise(sigmas.tolist()), targets, strict=True)):
         denoised = denoise(latents, sigma)
         down, added = ancestral_step(sigma, target, eta)
-        latents = denoised + (latents - denoised) * (down / sigma)
+        away = latents - denoised
+        denoised = _clipped(denoised, clip_sample_range)
+        latents = denoised + away * (down / sigma)
         if added > 0:
             latents = latents + _noise(noise_sampler, index) * added
         if target != sigma_next:
@@ -121,15 +128,20 @@ def sample_ddim(
         yield Step(index, latents, denoised)
 
 
-@register("ddpm", LEADING, "DDPM", random=True)
+@register("ddpm", LEADING, "DDPM", random=True, clips=True)
 def sample_ddpm(
-    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None
-) -> Iterator[Step]:
-    """DDPM: DDIM's formula with eta 1 (Ho et al. 2020, algorithm 2)."""
-    return sample_ddim(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    clip_sample_range: float | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """DDPM: DDIM's formula with eta 1 (Ho et al. 2020, algorithm 2), the direction taken from the clipped estimate."""
+
+    def clipped(noisy: Tensor, sigma: Tensor | float) -> Tensor:
+        return _clipped(denoise(noisy, sigma), clip_sample_range)
+
+    return sample_ddim(clipped, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
 
 
-@register("euler", EVERY_SIGMA, "Euler", ["k_euler", "eulerdiscrete"])
+@register("euler", EVERY_SIGMA, "Euler", ["k_euler", "eulerdiscrete"], karras=True)
 def sample_euler(
     denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseSampler | None = None
 ) -> Iterator[Step]:
@@ -171,7 +183,7 @@ def sample_plms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, averaged: 
         yield Step(index, latents, denoised)
 
 
-@register("heun", EVERY_SIGMA, "Heun", ["k_heun", "heundiscrete"])
+@register("heun", EVERY_SIGMA, "Heun", ["k_heun", "heundiscrete"], karras=True)
 def sample_heun(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun's second-order method for d(latents) / d(sigma) = (latents - denoised) / sigma; 2 * steps - 1 calls.
 
@@ -188,7 +200,7 @@ def sample_heun(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[S
         yield Step(index, latents, denoised)
 
 
-@register("lms", EVERY_SIGMA, "LMS", ["k_lms", "lmsdiscrete"])
+@register("lms", EVERY_SIGMA, "LMS", ["k_lms", "lmsdiscrete"], karras=True)
 def sample_lms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, order: int = 4) -> Iterator[Step]:
     """Linear multistep: integrates the polynomial through the last `order` slopes (at most 4) over each step.
 
@@ -207,7 +219,7 @@ def sample_lms(denoise: Denoise, latents: Tensor, sigmas: Tensor, *, order: int 
 
 @register("dpmsolver++", ALL_BUT_LAST, "DPM++ 2M", [
     "dpm", "dpmsolver", "dpm++", "dpm++_2m", "dpmpp_2m", "dpmsolver++_2m", "dpmsolvermultistep",
-])  # fmt: skip
+], karras=True)  # fmt: skip
 def sample_dpmsolver_multistep(
     denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 0.0, noise_sampler: NoiseSampler | None = None
 ) -> Iterator[Step]:
@@ -232,7 +244,7 @@ def sample_dpmsolver_multistep(
 
 @register("dpmsolver++_sde", ALL_BUT_LAST, "DPM++ 2M SDE", [
     "dpm++_2m_sde", "dpmpp_2m_sde", "dpmsolver++_2m_sde",
-], random=True)  # fmt: skip
+], random=True, karras=True)  # fmt: skip
 def sample_dpmsolver_sde(
     denoise: Denoise, latents: Tensor, sigmas: Tensor, *, eta: float = 1.0, noise_sampler: NoiseSampler | None = None
 ) -> Iterator[Step]:
@@ -240,7 +252,7 @@ def sample_dpmsolver_sde(
     return sample_dpmsolver_multistep(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
 
 
-@register("dpmsolver++_singlestep", ALL_BUT_LAST, "DPM++ 2S", ["dpm++_2s", "dpmsolversinglestep"])
+@register("dpmsolver++_singlestep", ALL_BUT_LAST, "DPM++ 2S", ["dpm++_2s", "dpmsolversinglestep"], karras=True)
 def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2S): steps in pairs, the first a plain one to the middle, the second over both; the last is plain.
 
@@ -261,7 +273,7 @@ def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tenso
         yield Step(index, latents, denoised)
 
 
-@register("unipc", ALL_BUT_LAST, "UniPC", ["uni_pc", "unipcmultistep"])
+@register("unipc", ALL_BUT_LAST, "UniPC", ["uni_pc", "unipcmultistep"], karras=True)
 def sample_unipc(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """UniPC of order 2, variant B2 on data predictions: DPM-Solver++(2M) steps, each corrected by the next call.
 
@@ -281,10 +293,11 @@ def sample_unipc(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[
         yield Step(index, latents, denoised)
 
 
-@register("para_ddim", SpacingRule("leading", set_alpha_to_one=True), "DDIM", ["paraddim", "ddimparallel"])
+@register("para_ddim", SpacingRule("leading", set_alpha_to_one=True), "DDIM", ["paraddim", "ddimparallel"], clips=True)
 def sample_para_ddim(
-    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, parallelism: int = 8, tolerance: float = 0.1
-) -> Iterator[Step]:
+    denoise: Denoise, latents: Tensor, sigmas: Tensor, *, parallelism: int = 8, tolerance: float = 0.1,
+    clip_sample_range: float | None = None,
+) -> Iterator[Step]:  # fmt: skip
     """DDIM (eta 0) by Picard iteration: a window of steps in one batch, repeated until it no longer changes.
 
     parallelism: steps in the window; one call serves parallelism * batch samples, step by step, each with its sigma.
@@ -303,11 +316,13 @@ def sample_para_ddim(
         repeated = torch.tensor([sigma for sigma, _ in ends], dtype=torch.float64).repeat_interleave(batch)
         denoised = denoise(window.flatten(0, 1), repeated).view_as(window)
         relative = per_sample(window.new_tensor([(after - sigma) / sigma for sigma, after in ends]), window)
-        states = window[0] + ((window - denoised) * relative).cumsum(0)  # at sigma_list[begin + 1:]
+        clipped = _clipped(denoised, clip_sample_range)
+        changes = (window - denoised) * relative + (clipped - denoised)
+        states = window[0] + changes.cumsum(0)  # at sigma_list[begin + 1:]
         allowed = [(tolerance * ancestral_step(sigma, after, 1.0)[1]) ** 2 for sigma, after in ends]
         done = _converged(states[:-1], window[1:], allowed)
         for offset in range(done):
-            yield Step(begin + offset, states[offset], denoised[offset])
+            yield Step(begin + offset, states[offset], clipped[offset])
         begin += done
         guesses, size = states[done - 1 :], min(parallelism, steps - begin)
         window = torch.cat([guesses, guesses[-1:].expand(len(window), *latents.shape)])[:size]
@@ -322,6 +337,10 @@ def _converged(states: Tensor, before: Tensor, allowed: Sequence[float]) -> int:
             break
         done += 1
     return done
+
+
+def _clipped(denoised: Tensor, limit: float | None) -> Tensor:
+    return denoised if limit is None else denoised.clamp(-limit, limit)
 
 
 def _noise(noise_sampler: NoiseSampler | None, step: int) -> Tensor:

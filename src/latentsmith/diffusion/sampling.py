@@ -69,17 +69,21 @@ def sample(
     schedule: SamplingSchedule,
     *,
     noise_sampler: NoiseSampler | None = None,
+    clip_sample_range: float | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Run a sampler by its name; the last Step's latents are the result, ready for the VAE.
 
     latents: (batch, channels, height, width), unit noise; scaled here to the schedule's start.
     noise_sampler: step -> unit noise, for those samplers (and ddim with eta) that use it.
+    clip_sample_range: where ddim, para_ddim and ddpm clip the clean estimate, as in diffusers; others never do.
     options: the sampler's own: eta, averaged, order, parallelism, tolerance.
     """
     chosen = SAMPLERS[canonical_sampler(sampler)[0]]
     if chosen.random or options.get("eta", 0) > 0:
         options["noise_sampler"] = noise_sampler
+    if chosen.clips:
+        options["clip_sample_range"] = clip_sample_range
     if chosen.rule.fixed_stride:
         options["step_targets"] = schedule.step_targets
     for step in chosen.solve(denoise, latents * schedule.start_scale, schedule.sigmas, **options):

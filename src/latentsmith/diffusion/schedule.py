@@ -5,6 +5,7 @@ first two of Stable Diffusion's 1,000 timesteps would get no noise at all.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -72,6 +73,14 @@ class NoiseSchedule:
             raise ValueError(f"linear_start {linear_start} and linear_end {linear_end} must rise within (0, 1)")
         betas = _betas(linear_start, linear_end, beta_schedule, timesteps, cosine_s)
         return cls(torch.cumprod(1 - betas, dim=0))
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float]) -> Self:
+        """Make a schedule of the betas themselves. Raises ValueError unless each lies within (0, 1)."""
+        table = torch.tensor(list(betas), dtype=torch.float64)
+        if not len(table) or not ((table > 0) & (table < 1)).all():
+            raise ValueError("betas must be numbers above 0 and below 1")
+        return cls(torch.cumprod(1 - table, dim=0))
 
     @property
     def timesteps(self) -> int:

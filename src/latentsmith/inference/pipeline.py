@@ -16,13 +16,12 @@ from latentsmith.checkpoints import Checkpoint, ModelSpec, open_checkpoint, read
 from latentsmith.checkpoints.load import mapped_network
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.diffusion import (
+    SAMPLERS,
     Denoiser,
     GuidedDenoiser,
-    NoiseSchedule,
     SamplingSchedule,
     canonical_prediction_type,
     inpainting_denoiser,
-    ldm_beta_schedule,
     sample,
     sampling_schedule,
 )
@@ -52,6 +51,7 @@ from .requests import (
     noise_generator,
     parse_call,
     sampler_keywords,
+    sampler_name,
     start_noise,
     unit_noise,
 )
@@ -75,15 +75,10 @@ class Pipeline:
             purpose = f"{UNET_INPUTS[unet.in_channels]}: " if unet.in_channels in UNET_INPUTS else ""
             channels = f"the U-Net takes {unet.in_channels} channels, the VAE's latents have {vae.embed_dim}"
             raise BadInput(f"{purpose}{channels}; only models that sample from text alone can be run")
-        self.schedule = NoiseSchedule.from_config(
-            spec.linear_start,
-            spec.linear_end,
-            ldm_beta_schedule(spec.beta_schedule),
-            spec.timesteps,
-            cosine_s=spec.cosine_s,
-        )
-        if spec.zero_terminal_snr:
-            self.schedule = self.schedule.zero_terminal_snr()
+        try:
+            self.schedule = spec.noise_schedule()
+        except ValueError as error:
+            raise BadInput(str(error)) from None
 
     @classmethod
     def from_pretrained(
@@ -271,6 +266,7 @@ class Pipeline:
             spacing=options.timestep_spacing or spec.timestep_spacing,
             steps_offset=spec.steps_offset,
             set_alpha_to_one=spec.set_alpha_to_one,
+            karras=spec.karras_sigmas and not options.timestep_spacing and SAMPLERS[sampler_name(options)].karras,
         )
 
     def _stream(
@@ -323,8 +319,9 @@ class Pipeline:
             return torch.stack([unit_noise(generator, shape).to(self.device) for generator in generators])
 
         steps = sample(
-            options.sampler, denoise, start, schedule, noise_sampler=noise_sampler, **sampler_keywords(options)
-        )
+            options.sampler, denoise, start, schedule, noise_sampler=noise_sampler,
+            clip_sample_range=self.spec.clip_sample_range, **sampler_keywords(options),
+        )  # fmt: skip
         for step in steps:
             latents = step.latents
             if mask is not None and step.index + 1 == schedule.steps:  # schedules may end a little above sigma 0

@@ -12,6 +12,7 @@ from latentsmith.checkpoints.from_config import (
     build_network,
     build_networks,
     build_tokenizer,
+    check_objective,
     is_encoded,
     with_padding,
 )
@@ -43,6 +44,7 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     the weights of the frozen networks. Raises BadInput, one line, for all that training would refuse before its first
     step.
     """
+    check_objective(config)
     config = with_padding(config)
     model, batch = config.model, setup.global_batch(config)
     with meta_weights():

@@ -12,7 +12,13 @@ from torch import nn
 
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints import ModelSpec
-from latentsmith.checkpoints.from_config import build_networks, build_tokenizer, is_encoded, with_padding
+from latentsmith.checkpoints.from_config import (
+    build_networks,
+    build_tokenizer,
+    check_objective,
+    is_encoded,
+    with_padding,
+)
 from latentsmith.config import require_config
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.config.typed import Config, ModelConfig, replaced
@@ -100,6 +106,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     fabric: of the run, for what is measured on its device by one process for all. resume: a checkpoint that says
     what was measured.
     """
+    check_objective(config)
     config = with_padding(config)
     batch, trained = setup.global_batch(config), trained_networks(config)
     networks = build_networks(config)
