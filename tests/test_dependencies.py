@@ -16,6 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 DISTRIBUTIONS = {  # of modules whose distribution has another name
     "PIL": "pillow",
     "hydra": "hydra-core",
+    "lycoris": "lycoris-lora",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "text": {"files"},
     "config": {"files", "architectures", "precision", "image_request"},
     "checkpoints": {"files", "models", "text", "config", "architectures", "precision", "diffusion", "progress"},
-    "adapters": {"files", "models", "checkpoints", "architectures", "precision", "diffusion", "progress"},
+    "adapters": {"files", "models", "text", "checkpoints", "architectures", "precision", "diffusion", "progress"},
     "data": {
         "files",
         "models",

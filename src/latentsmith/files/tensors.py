@@ -85,27 +85,39 @@ def save_safetensors(
 
     written: called with each name once its tensor is in the file. Raises BadInput for a dtype of no safetensors name.
     """
-    # Wider types first, then names: every tensor starts aligned without padding, as the library does it.
     lazy = {name: LazyTensor.of(tensor) for name, tensor in tensors.items()}
-    names = sorted(lazy, key=lambda name: (-lazy[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for name in names:
-        tensor = lazy[name]
+    for name, tensor in lazy.items():
         if tensor.dtype not in SAFETENSORS_NAMES:
             raise BadInput(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
+    with atomic_open(Path(path)) as file:
+        file.write(safetensors_header(lazy, metadata))
+        for name in stored_order(lazy):
+            file.write(lazy[name].to_bytes())
+            if written:
+                written(name)
+
+
+def stored_order(tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """Return the names in the order in which safetensors stores tensors.
+
+    Wider types first, then by name: every tensor starts aligned without padding.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def safetensors_header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return all bytes of a safetensors file before its tensors."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name in stored_order(tensors):
+        tensor = tensors[name]
         end = at + tensor.numel * tensor.dtype.itemsize
         dtype, shape = SAFETENSORS_NAMES[tensor.dtype], list(tensor.shape)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with atomic_open(Path(path)) as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            file.write(lazy[name].to_bytes())
-            if written:
-                written(name)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def tensors_of(path: Path, loaded: Any) -> TensorFile:

@@ -6,6 +6,7 @@ Both have one layout: 256 byte symbols, the same ending a word, one token per me
 
 import html
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -71,6 +72,7 @@ class Tokenizer:
         self.pad_id = tokens[self.pad]
         self._encoder = _open_clip_encoder(vocabulary) if cleaning == "open_clip" else _encoder(vocabulary, self.pad)
         self._clean: Callable[[str], str] = open_clip_clean if cleaning == "open_clip" else whole_characters
+        self.added: dict[str, tuple[int, ...]] = {}  # token, lower case -> its ids, beyond the vocabulary's
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int = 77, **options: Any) -> "Tokenizer":
@@ -112,15 +114,55 @@ class Tokenizer:
         batch = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), self.max_length)
         return (batch, cut) if return_cut else batch
 
+    def add_token(self, token: str, ids: Iterable[int]) -> None:
+        """Let a word stand for ids beyond the vocabulary, as textual inversion does; its case does not matter.
+
+        Raises BadInput for a token that is blank or known already.
+        """
+        name = self._clean(token).strip().lower()
+        if not name or re.search(r"\s", name):
+            raise BadInput(f"token {token!r}: a trained token is one word, such as <cat-toy>")
+        if name in self.added:
+            raise BadInput(f"token {token!r} is there already; remove that first, or give this one another name")
+        if len(self.encode(token)) == 1:
+            raise BadInput(f"token {token!r} is a token of the vocabulary; name one that is not, such as <{token}>")
+        self.added[name] = tuple(ids)
+
+    def remove_token(self, token: str) -> None:
+        """Undo add_token. Raises BadInput for a token that was not added."""
+        if self.added.pop(self._clean(token).strip().lower(), None) is None:
+            raise BadInput(f"token {token!r} was not added; those are {', '.join(self.added) or 'none'}")
+
+    def _encoded(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a cleaned text, and where in the text each one starts."""
+        if not self.added:
+            encoded = self._encoder.encode(text, add_special_tokens=False)
+            return encoded.ids, [start for start, _ in encoded.offsets]
+        ids: list[int] = []
+        starts: list[int] = []
+        at = 0
+        longest_first = sorted(self.added, key=len, reverse=True)
+        words = "|".join(
+            rf"(?<!\w){re.escape(name)}(?!\w)" if name[:1].isalnum() else re.escape(name) for name in longest_first
+        )
+        for piece in re.split(f"({words})", text, flags=re.IGNORECASE):
+            if own := self.added.get(piece.lower()):
+                ids, starts = [*ids, *own], [*starts, *[at] * len(own)]
+            else:
+                encoded = self._encoder.encode(piece, add_special_tokens=False)
+                ids, starts = [*ids, *encoded.ids], [*starts, *(at + start for start, _ in encoded.offsets)]
+            at += len(piece)
+        return ids, starts
+
     def _row(self, text: str) -> tuple[list[int], str]:
-        encoded = self._encoder.encode(text, add_special_tokens=False)
+        ids, starts = self._encoded(text)
         room = self.max_length - 2
-        rest = text[encoded.offsets[room][0] :] if len(encoded.ids) > room else ""
-        return self.frame(encoded.ids[:room]), rest
+        rest = text[starts[room] :] if len(ids) > room else ""
+        return self.frame(ids[:room]), rest
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, of any length, without start, end and padding."""
-        return self._encoder.encode(self._clean(text), add_special_tokens=False).ids
+        return self._encoded(self._clean(text))[0]
 
     def frame(self, ids: list[int]) -> list[int]:
         """Put at most max_length - 2 ids between start and end and pad them to max_length."""
@@ -130,6 +172,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text that ids stand for, as cleaning left it, one blank between words."""
         names, letters = {index: name for name, index in self.vocabulary.tokens.items()}, bytes_of_symbols()
+        names |= {index: token + WORD_END for token, every in self.added.items() for index in every}
         parts = (names[index].replace(WORD_END, chr(288)) for index in ids)  # 288 stands for a blank
         return bytes(letters[letter] for part in parts for letter in part).decode("utf-8", "replace").strip()
 
@@ -142,6 +185,7 @@ class Tokenizer:
             "max_length": self.max_length,
             "cleaning": self.cleaning,
             "pad": self.pad,
+            **({"added": {token: list(ids) for token, ids in self.added.items()}} if self.added else {}),
         }
 
     def fingerprint(self) -> str:
