@@ -125,9 +125,10 @@ def with_latentsmith(folder: Path, batch: int, steps: int, widths: list[int]) ->
 
     def draw(positions: list[int], latent_shape=None) -> dict:
         latents, noise, timesteps, _, schedule = batch_at(positions)
-        signal, level = schedule.signal_and_noise(timesteps)
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        scales = dict(zip(names, schedule.coefficients(timesteps), strict=True))
         no = torch.zeros(batch, dtype=torch.bool)
-        return {"timesteps": timesteps, "signal": signal, "noise_level": level, "noise": noise,
+        return {"timesteps": timesteps, **scales, "noise": noise,
                 "posterior_noise": torch.zeros_like(latents), "empty_caption": no, "zero_embedding": no}  # fmt: skip
 
     class Clock(Hook):

@@ -22,7 +22,7 @@ CLIP_BY_WIDTH = {sizes.width: arch for arch, sizes in CLIP_SIZES.items()}  # fea
 
 
 def is_open_clip(arch: str | None, activation: str | None) -> bool:
-    """Return whether a text encoder is of OpenCLIP's kind (exact GELU), as in v2. activation: overrides arch's."""
+    """Return whether a text encoder is one of OpenCLIP's (exact GELU), as in v2. activation: overrides arch's."""
     published = CLIP_SIZES.get(arch or "")
     return (activation or (published.activation if published else None)) == "gelu"
 

@@ -60,19 +60,25 @@ class Option:
             raise BadInput(f"{name} is {value}; it must be {limits}")
 
 
-def option(type: type, default: Any, help: str, **described: Any) -> Any:
-    """Return a dataclass field with a default that is described by an Option."""
-    return field(default=default, metadata={"option": Option(type, default, help, **described)})
+def described(default: Any, description: Any) -> Any:
+    """Return a dataclass field with a description, which `descriptions` finds."""
+    default = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
+    return field(**default, metadata={"description": description})
 
 
-def options_of(cls: type) -> dict[str, Option]:
-    """Return the described fields of ImageRequest or SamplingOptions by name."""
-    return {each.name: each.metadata["option"] for each in fields(cls) if "option" in each.metadata}
+def descriptions(cls: Any) -> dict[str, Any]:
+    """Return the descriptions of the described fields of a dataclass by name."""
+    return {each.name: each.metadata["description"] for each in fields(cls) if "description" in each.metadata}
 
 
-def check_options(described: Any) -> None:
-    for name, each in options_of(type(described)).items():
-        if (value := getattr(described, name)) is not None:
+def option(type: type, default: Any, help: str, **more: Any) -> Any:
+    """Return a dataclass field that is described by an Option."""
+    return described(default, Option(type, default, help, **more))
+
+
+def check_options(checked: Any) -> None:
+    for name, each in descriptions(checked).items():
+        if (value := getattr(checked, name)) is not None:
             each.check(name, value)
 
 
@@ -132,7 +138,7 @@ class ImageRequest:
 
     def metadata(self) -> dict[str, Any]:
         """Return what a PNG records: the prompt and every described field."""
-        return {"prompt": self.prompt, **{name: getattr(self, name) for name in options_of(ImageRequest)}}
+        return {"prompt": self.prompt, **{name: getattr(self, name) for name in descriptions(ImageRequest)}}
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ class SamplingOptions:
         return self.height, self.width
 
 
-OPTIONS = options_of(ImageRequest) | options_of(SamplingOptions)
+OPTIONS: dict[str, Option] = descriptions(ImageRequest) | descriptions(SamplingOptions)
 AXES = {flag.lstrip("-").replace("-", "_"): name for name, each in OPTIONS.items() if each.axis for flag in each.flags}
 
 
@@ -243,11 +249,11 @@ ELSEWHERE = {  # what keywords of diffusers' pipelines ask for, and what does it
 }
 
 
-def unknown_keyword(name: str, known: Mapping[str, Any]) -> str:
-    """Return an error message for a keyword that is none of `known`, with the nearest one or what others call it."""
+def unknown_keyword(name: str, keywords: Mapping[str, Any]) -> str:
+    """Return an error message for a keyword that is none of `keywords`, with the nearest one or what others call it."""
     spellings = {alias: keyword for keyword, each in OPTIONS.items() for alias in (*each.aliases, keyword)}
-    spellings |= {keyword: keyword for keyword in known}
+    spellings |= {keyword: keyword for keyword in keywords}
     near = get_close_matches(name, spellings, n=1, cutoff=0.75) or [k for k in spellings if k.startswith(f"{name}_")]
-    hint = f"did you mean {spellings[near[0]]}?" if near else f"choose from {', '.join(known)}"
+    hint = f"did you mean {spellings[near[0]]}?" if near else f"choose from {', '.join(keywords)}"
     hint = ELSEWHERE.get(name, hint)
     return f"unknown keyword {name!r}; {hint}"

@@ -32,7 +32,7 @@ def wrong_types():
     """Values of a kind that the option cannot read."""
     bad = {"a whole number": "many", "a number": [1], "true or false": "perhaps", "one of": "another"}
     for key, option in schema.table().items():
-        value = next((value for words, value in bad.items() if option.value_type.words.startswith(words)), None)
+        value = next((value for words, value in bad.items() if option.value_type.description.startswith(words)), None)
         if option.status == "used" and value is not None:
             yield key, value, "must be"
 

@@ -1,6 +1,5 @@
 import ast
 import inspect
-from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -14,7 +13,7 @@ from latentsmith.config.run_options import Config
 from latentsmith.data.buckets import Buckets
 from latentsmith.data.transforms import APPLY
 from latentsmith.files.errors import BadInput
-from latentsmith.image_request import OPTIONS
+from latentsmith.image_request import OPTIONS, descriptions
 from latentsmith.models import AutoencoderKL, ClipTextEncoder, UNetModel
 from latentsmith.models.autoencoder import VaeSizes
 from latentsmith.training.losses import ReconstructionLoss
@@ -38,7 +37,7 @@ OF_NODES = {"_target_", *network_arguments.SOURCES}
 @pytest.mark.parametrize("option", schema.table().values(), ids=lambda option: option.key)
 def test_each_option_is_whole(option):
     """Explained, and its own default is one of its values (interpolated defaults apart)."""
-    assert option.meaning and option.value_type.words
+    assert option.meaning and option.value_type.description
     interpolated = isinstance(option.default, str) and "${" in option.default
     if option.default is None:
         assert option.value_type.nullable or not option.filled
@@ -76,8 +75,7 @@ def test_every_option_is_read():
         read = READ_BY_NAME.get(section, names)
         if section in KEYWORDS_OF:
             read = read | OF_NODES | set(inspect.signature(KEYWORDS_OF[section]).parameters)
-        options = [field.name for field in fields(section) if "option" in field.metadata]
-        unread += [f"{section.__name__}.{name}" for name in options if name not in read]
+        unread += [f"{section.__name__}.{name}" for name in descriptions(section) if name not in read]
     assert not unread
 
 

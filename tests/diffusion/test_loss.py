@@ -24,11 +24,11 @@ def test_half_precision_is_averaged_in_float32():
 def test_min_snr_weighs_the_error_in_the_latents_alike_for_every_parameterization(prediction_type):
     schedule = NoiseSchedule.from_config()
     alphas_cumprod = schedule.alphas_cumprod[[10, 300, 600, 999]]
-    signal, noise_scale, snr = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), schedule.snr[[10, 300, 600, 999]]
+    scale, noise_scale, snr = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), schedule.snr[[10, 300, 600, 999]]
     latents, noise, error = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64)
-    noisy = signal.view(-1, 1, 1, 1) * latents + noise_scale.view(-1, 1, 1, 1) * noise
-    target = training_target(prediction_type, latents, noise, signal, noise_scale)
-    estimate = to_denoised(prediction_type, target + error, noisy, signal, noise_scale)
+    noisy = scale.view(-1, 1, 1, 1) * latents + noise_scale.view(-1, 1, 1, 1) * noise
+    target = training_target(prediction_type, latents, noise, scale, noise_scale)
+    estimate = to_denoised(prediction_type, target + error, noisy, scale, noise_scale)
     weighted = min_snr_weight(prediction_type, snr, gamma=5) * per_sample_loss(target + error, target)
     torch.testing.assert_close(weighted, snr.clamp(max=5) * per_sample_loss(estimate, latents))
 

@@ -10,11 +10,11 @@ TIMESTEPS = torch.tensor([0, 500, 999])
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "eps", "v", "x0"])
 def test_the_right_output_leads_back_to_the_latents(prediction_type):
-    signal, noise_scale = (c.double() for c in NoiseSchedule.from_config().signal_and_noise(TIMESTEPS))
-    signal = (1 - noise_scale**2).sqrt()
-    noisy = signal.view(-1, 1, 1, 1) * LATENTS + noise_scale.view(-1, 1, 1, 1) * NOISE
-    output = training_target(prediction_type, LATENTS, NOISE, signal, noise_scale)
-    torch.testing.assert_close(to_denoised(prediction_type, output, noisy, signal, noise_scale), LATENTS)
+    scale, noise_scale = (c.double() for c in NoiseSchedule.from_config().coefficients(TIMESTEPS))
+    scale = (1 - noise_scale**2).sqrt()
+    noisy = scale.view(-1, 1, 1, 1) * LATENTS + noise_scale.view(-1, 1, 1, 1) * NOISE
+    output = training_target(prediction_type, LATENTS, NOISE, scale, noise_scale)
+    torch.testing.assert_close(to_denoised(prediction_type, output, noisy, scale, noise_scale), LATENTS)
 
 
 def test_plain_numbers_serve_a_whole_batch():
@@ -28,12 +28,12 @@ def test_velocity_equals_diffusers():
     schedule = NoiseSchedule.from_config(0.00085, 0.012)
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     theirs = scheduler.get_velocity(LATENTS.float(), NOISE.float(), TIMESTEPS)
-    ours = training_target("v", LATENTS.float(), NOISE.float(), *schedule.signal_and_noise(TIMESTEPS))
+    ours = training_target("v", LATENTS.float(), NOISE.float(), *schedule.coefficients(TIMESTEPS))
     torch.testing.assert_close(ours, theirs)
 
 
 def test_at_zero_terminal_snr_the_velocity_is_minus_the_latents():
-    coefficients = NoiseSchedule.from_config().zero_terminal_snr().signal_and_noise(torch.tensor([999]))
+    coefficients = NoiseSchedule.from_config().zero_terminal_snr().coefficients(torch.tensor([999]))
     assert torch.equal(training_target("v", LATENTS[:1], NOISE[:1], *coefficients), -LATENTS[:1])
     assert torch.equal(to_denoised("v", -LATENTS[:1], NOISE[:1], *coefficients), LATENTS[:1])
 

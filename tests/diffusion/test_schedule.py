@@ -56,9 +56,9 @@ def test_add_noise_keeps_unit_variance_and_the_first_timestep_gets_noise_even_in
     assert noisy.dtype == torch.float32
     expected = 0.99915**0.5 + 3 * 0.00085**0.5
     torch.testing.assert_close(noisy[0], torch.full((4, 2, 2), expected))
-    signal, noise = STABLE_DIFFUSION.signal_and_noise(torch.arange(1000))
-    assert signal.dtype == noise.dtype == torch.float32
-    torch.testing.assert_close(signal**2 + noise**2, torch.ones(1000))
+    scale, noise_scale = STABLE_DIFFUSION.coefficients(torch.arange(1000))
+    assert scale.dtype == noise_scale.dtype == torch.float32
+    torch.testing.assert_close(scale**2 + noise_scale**2, torch.ones(1000))
 
 
 def test_zero_terminal_snr():
@@ -66,8 +66,8 @@ def test_zero_terminal_snr():
     alphas_cumprod = stretched.alphas_cumprod
     assert alphas_cumprod[0] == pytest.approx(0.99915) and alphas_cumprod[999] == 0 and stretched.betas[999] == 1
     assert alphas_cumprod[998].item() == pytest.approx(1.97e-7, rel=5e-3)
-    signal, noise = stretched.signal_and_noise(torch.tensor([999]))
-    assert (signal, noise) == (0, 1)
+    scale, noise_scale = stretched.coefficients(torch.tensor([999]))
+    assert (scale, noise_scale) == (0, 1)
     assert stretched.for_sampling().sigmas[-1].item() == pytest.approx(4096, rel=1e-6)
     assert STABLE_DIFFUSION.for_sampling() is STABLE_DIFFUSION
 

@@ -171,7 +171,8 @@ def test_offset_noise_and_input_perturbation(toy):
         assert all(torch.equal(drawn[name], draws[0][name]) for drawn in draws)
     objective, batch = plain.objective(), batch_of(plain)
     perturbed = {**batch, "input_noise": batch["noise"] + 0.3}
-    signal, level = (batch[name][:, None, None, None] for name in ("signal", "noise_level"))
-    noisy = signal * objective.latents(batch) + level * perturbed["input_noise"]
+    names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+    scale, noise_scale = (batch[name][:, None, None, None] for name in names)
+    noisy = scale * objective.latents(batch) + noise_scale * perturbed["input_noise"]
     output = objective.networks["unet"](noisy, batch["timesteps"], objective.context(batch))
     torch.testing.assert_close(objective(perturbed)[0], (output - batch["noise"]).square().mean())

@@ -80,9 +80,9 @@ def test_draws_are_distributed_as_the_loss_assumes():
 def test_coefficients_are_those_of_the_timestep():
     drawn = DRAWS(range(20))
     kept = DRAWS.schedule.alphas_cumprod[drawn["timesteps"]]
-    assert drawn["signal"].dtype == torch.float32
-    assert torch.equal(drawn["signal"], kept.sqrt().float())
-    assert torch.equal(drawn["noise_level"], (1 - kept).sqrt().float())
+    assert drawn["sqrt_alphas_cumprod"].dtype == torch.float32
+    assert torch.equal(drawn["sqrt_alphas_cumprod"], kept.sqrt().float())
+    assert torch.equal(drawn["sqrt_one_minus_alphas_cumprod"], (1 - kept).sqrt().float())
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2)])

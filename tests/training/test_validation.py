@@ -31,8 +31,9 @@ def test_timesteps_are_stratified_and_nothing_is_dropped(toy):
     timesteps = drawn["timesteps"].tolist()
     assert sorted(timesteps) == [12 + 25 * stratum for stratum in range(40)] and timesteps != sorted(timesteps)
     assert not drawn["empty_caption"].any() and not drawn["zero_embedding"].any()
-    signal, level = draw.schedule.signal_and_noise(torch.tensor(timesteps))
-    assert torch.equal(drawn["signal"], signal) and torch.equal(drawn["noise_level"], level)
+    scale, noise_scale = draw.schedule.coefficients(torch.tensor(timesteps))
+    assert torch.equal(drawn["sqrt_alphas_cumprod"], scale)
+    assert torch.equal(drawn["sqrt_one_minus_alphas_cumprod"], noise_scale)
     many = ValidationDraws(SIZE, draw.schedule, 3000)
     assert set(many(range(3000))["timesteps"].tolist()) == set(range(1000))
 
@@ -48,7 +49,7 @@ def test_it_is_the_mean_error_of_the_prediction(toy):
         batch = held[[number]]
         with torch.no_grad():
             latents, context = objective.latents(batch), objective.context(batch)
-            noisy = batch["signal"] * latents + batch["noise_level"] * batch["noise"]
+            noisy = batch["sqrt_alphas_cumprod"] * latents + batch["sqrt_one_minus_alphas_cumprod"] * batch["noise"]
             output = objective.networks["unet"](noisy, batch["timesteps"], context)
         errors.append((output.double() - batch["noise"].double()).square().mean())
     assert rows[-1]["val_loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-6)

@@ -116,7 +116,7 @@ class ModelSpec:
 
     @property
     def open_clip(self) -> bool:
-        """Return whether the text encoder is of OpenCLIP's kind (exact GELU), as in v2."""
+        """Return whether the text encoder is one of OpenCLIP's (exact GELU), as in v2."""
         return is_open_clip(self.cond_stage_config.get("arch"), self.cond_stage_config.get("activation"))
 
     @property

@@ -211,7 +211,7 @@ def _pipeline_class(spec: ModelSpec) -> str:
     """Return the pipeline for the input channels that a U-Net has beside its latents. Raises BadInput for others."""
     inputs, latents = spec.unet_config.get("in_channels", 4), spec.unet_config.get("out_channels", 4)
     if inputs - latents not in PIPELINES:
-        purpose = UNET_INPUTS.get(inputs, "a model of another kind")
+        purpose = UNET_INPUTS.get(inputs, "another model")
         raise BadInput(f"a U-Net of {inputs} input channels, {purpose}: no diffusers folder is written of it")
     return PIPELINES[inputs - latents]
 

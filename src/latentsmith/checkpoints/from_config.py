@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from latentsmith.architectures import COMPONENTS, is_open_clip
-from latentsmith.config.typed import Config, replaced
+from latentsmith.config import Config, replaced
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hub import published

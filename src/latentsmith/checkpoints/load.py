@@ -1,4 +1,4 @@
-"""Make networks and fill them from checkpoints: the only place where weights meet modules."""
+"""Make networks and fill them from checkpoints: the only module where weights meet networks."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence

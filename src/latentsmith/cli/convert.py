@@ -20,7 +20,8 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any supported format.")],
     out: Annotated[Path, typer.Argument(metavar="DST", help="File or folder to write; must not exist.")],
     to: Annotated[
-        str, typer.Option("--to", metavar="FORMAT", help="Format to write: diffusers, ldm, nemo, or another by name.")
+        str,
+        typer.Option("--to", metavar="FORMAT", help="Format to write: see the examples; a wrong one lists all."),
     ],
     weights: Annotated[Weights, typer.Option(help="The average or the trained weights, where both are there.")] = (
         Weights.ema

@@ -59,22 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] and given[0] in TRAINING:
             keep_freed_memory()
     debug = "--debug" in given
-    words = [item for item in given if item != "--debug"]
+    arguments = [item for item in given if item != "--debug"]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(str(message))}", file=sys.stderr)
-        return exit_code(lambda: _run(words), debug=debug)
+        return exit_code(lambda: _run(arguments), debug=debug)
 
 
-def _run(words: list[str]) -> Any:
+def _run(arguments: list[str]) -> Any:
     try:
-        return typer.main.get_command(app)(words, standalone_mode=False)
+        return typer.main.get_command(app)(arguments, standalone_mode=False)
     except Exception as error:
-        if hint := _config_option(error, words):
+        if hint := _config_option(error, arguments):
             raise BadInput(hint) from None
         raise
 
 
-def _config_option(error: Any, words: list[str]) -> str | None:
+def _config_option(error: Any, arguments: list[str]) -> str | None:
     """Return how to write an unknown `--option` of a command that takes a config as an option of the config."""
     takes_config = getattr(error, "ctx", None) and any(each.name == "overrides" for each in error.ctx.command.params)
     if type(error).__name__ != "NoSuchOption" or not takes_config:
@@ -84,7 +84,8 @@ def _config_option(error: Any, words: list[str]) -> str | None:
     option = named(error.option_name.lstrip("-").replace("-", "_"))
     if option is None:
         return None
-    word, *after = words[next(place for place, word in enumerate(words) if word.startswith(error.option_name)) :]
+    start = next(i for i, argument in enumerate(arguments) if argument.startswith(error.option_name))
+    word, *after = arguments[start:]
     value = word.partition("=")[2] or next((each for each in after[:1] if not each.startswith("--")), "VALUE")
     return f"{error.option_name}: use {option.key}={value}"
 

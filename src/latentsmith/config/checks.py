@@ -198,6 +198,6 @@ def check_classes(model: Mapping[str, Any]) -> None:
         "model.target": (model.get("_target_"), MODELS),
         "model.scheduler_config.target": ((model.get("scheduler_config") or {}).get("_target_"), SCHEDULERS),
     }
-    for key, (path, known) in named.items():
-        if path is not None and path not in known:
-            raise BadInput(f"{key}: {path!r} is not among the classes a config may name: {', '.join(known)}")
+    for key, (path, allowed) in named.items():
+        if path is not None and path not in allowed:
+            raise BadInput(f"{key}: {path!r} is not among the classes a config may name: {', '.join(allowed)}")

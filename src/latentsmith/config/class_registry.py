@@ -64,11 +64,11 @@ def canonical(node: dict[str, Any], key: str) -> dict[str, Any]:
     if str(path).endswith("IdentityFirstStage"):
         raise BadInput(f"{key}._target_: {path!r} means diffusion on pixels; here it is on the latents of a VAE")
     if path not in ALIASES:
-        known = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
+        allowed = ", ".join((UNET, VAE, TEXT, LOSS, IDENTITY))
         near = get_close_matches(str(path), ALIASES, 1, 0.8)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise BadInput(
-            f"{key}._target_: {path!r} is not among the classes a config may name: {known}, and their names in "
+            f"{key}._target_: {path!r} is not among the classes a config may name: {allowed}, and their names in "
             f"NeMo and LDM{hint}"
         )
     target, implied = ALIASES[path]

@@ -159,11 +159,11 @@ def _read_base(path: Path, base: Any, inside: tuple[Path, ...]) -> tuple[dict[st
     be missing.
     """
     group, name = next(iter(base.items())) if isinstance(base, dict) and len(base) == 1 else ("", base)
-    words = str(group or name).split()
-    optional = len(words) == 2 and words[0] == "optional"
-    if not isinstance(name, str) or len(words) != 1 + optional:
+    parts = str(group or name).split()
+    optional = len(parts) == 2 and parts[0] == "optional"
+    if not isinstance(name, str) or len(parts) != 1 + optional:
         raise BadInput(f"{path.name}: {base!r} in defaults is neither a preset, a YAML file nor GROUP: FILE")
-    node, name = (words[-1], name) if group else ("", words[-1])
+    node, name = (parts[-1], name) if group else ("", parts[-1])
     file = f"{node}/{name}" if node else name
     found = next((one.resolve() for one in (path.parent / file, path.parent / f"{file}.yaml") if one.is_file()), None)
     if found is None and (optional or node):
@@ -324,7 +324,7 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _ldm_warmup(node: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched in our words.
+    """Return the warm-up of LDM's `LambdaLinearScheduler`, whose rate then stays: model.optim.sched under our keys.
 
     BadInput for one whose rate falls after it, which has another meaning in each cycle.
     """

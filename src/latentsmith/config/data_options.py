@@ -38,7 +38,7 @@ class AugmentationsConfig:
         None, "cut this out of the middle", type=size(), aliases=("center_crop",)
     )
     random_crop_h_w: tuple[int, int] | None = option(
-        None, "cut this out at an addressed random place", type=size(), aliases=("random_crop",)
+        None, "cut this out at a random position, a function of seed and sample", type=size(), aliases=("random_crop",)
     )
     horizontal_flip: bool | None = option(None, "mirror half of the images", aliases=("random_flip", "flip"))
     aspect_buckets: AspectBucketsConfig | None = None

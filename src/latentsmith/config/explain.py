@@ -1,4 +1,4 @@
-"""The table of options in words: for `config explain`, the reference page, `config show`, `migrate` and `diff`."""
+"""Describe the table of options: for `config explain`, the reference page, `config show`, `migrate` and `diff`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _lines(option: schema.Option) -> Iterator[str]:
     yield option.key
     if option.status in ("used", "mapped"):
         yield f"  meaning  {option.meaning}"
-        yield f"  value    {option.value_type.words}"
+        yield f"  value    {option.value_type.description}"
         yield f"  default  {_short(option.default)}"
         yield f"  status   {option.status}"
     else:
@@ -63,7 +63,7 @@ def reference_page() -> str:
         "",
         "| key | value | default | meaning |",
         "|---|---|---|---|",
-        *(f"| `{o.key}` | {o.value_type.words} | `{_short(o.default)}` | {o.meaning} |" for o in own),
+        *(f"| `{o.key}` | {o.value_type.description} | `{_short(o.default)}` | {o.meaning} |" for o in own),
         "",
         "## Keys of NeMo's and LDM's files",
         "",

@@ -6,9 +6,17 @@ Nothing has a default: what a file does not give is `generate`'s own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from latentsmith.image_request import OPTIONS
 
 from .option import option
+
+
+def sampling(name: str) -> Any:
+    """Return an option of `infer` that is one of `generate`, with its bounds."""
+    each = OPTIONS[name]
+    return option(None, f"generate {each.flags[0]}", at_least=each.low, at_most=each.high)
 
 
 @dataclass(frozen=True)
@@ -16,19 +24,19 @@ class InferConfig:
     """Images to generate, by the options of `latentsmith generate`."""
 
     given_only: ClassVar[bool] = True
-    unconditional_guidance_scale: float | None = option(None, "generate --guidance-scale")
+    unconditional_guidance_scale: float | None = sampling("guidance_scale")
     num_images_per_prompt: int | None = option(None, "generate --count", at_least=1)
     batch_size: int | None = option(None, "generate --batch-size", at_least=1)
-    height: int | None = option(None, "generate --height", at_least=1)
-    width: int | None = option(None, "generate --width", at_least=1)
-    inference_steps: int | None = option(None, "generate --steps", at_least=1, at_most=1000)
-    sampler_type: str | None = option(None, "generate --sampler")
-    eta: float | None = option(None, "generate --eta", at_least=0, at_most=1)
+    height: int | None = sampling("height")
+    width: int | None = sampling("width")
+    inference_steps: int | None = sampling("num_inference_steps")
+    sampler_type: str | None = sampling("sampler")
+    eta: float | None = sampling("eta")
     out_path: str | None = option(None, "generate --out", path=True)
-    seed: int | None = option(None, "generate --seed", at_least=0)
+    seed: int | None = sampling("seed")
     prompts: str | tuple[str, ...] | None = option(None, "prompts, where the command line gives none")
-    sampler_parallelism: int | None = option(None, "generate --parallelism", at_least=1)
-    sampler_tolerance: float | None = option(None, "generate --tolerance", at_least=0)
+    sampler_parallelism: int | None = sampling("parallelism")
+    sampler_tolerance: float | None = sampling("tolerance")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""NeMo's inference files (`sd_infer.yaml`, `sd_fid_images.yaml`) in the words of `latentsmith generate`."""
+"""NeMo's inference files (`sd_infer.yaml`, `sd_fid_images.yaml`) as options of `latentsmith generate`."""
 
 from __future__ import annotations
 

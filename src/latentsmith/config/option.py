@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from latentsmith.image_request import described
 
 from .value_types import ValueType, value_type
 
@@ -36,7 +38,4 @@ def option(
     meaning: help, in one line. aliases: what people call it elsewhere; a message suggests the right key. type: where
     the annotation and the constraints do not say it all. constraints: keywords of `value_types.value_type`.
     """
-    metadata = {"option": OptionField(default, meaning, aliases, constraints, type)}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return described(default, OptionField(default, meaning, aliases, constraints, type))

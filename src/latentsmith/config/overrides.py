@@ -78,7 +78,7 @@ def sweep(given: list[str]) -> list[list[str]]:
         _, key, _ = parse(override, sweeps=True)
         option, text = schema.find(key), override.partition("=")[2]
         values = [override]
-        meant = option is None or not option.value_type.literal or option.value_type.words.startswith("one of")
+        meant = option is None or not option.value_type.literal or option.value_type.description.startswith("one of")
         if text and (meant or text.startswith(("choice(", "range("))):
             try:
                 parsed = OverridesParser.create().parse_override(f"key={text}")

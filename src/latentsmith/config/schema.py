@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
 
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import descriptions
 
 from .foreign_keys import IGNORED, MOVED, REFUSED
 from .inference_options import InferenceConfig
@@ -54,7 +55,7 @@ class Option:
         try:
             result = self.value_type.read(value)
         except (ValueError, TypeError, OverflowError):
-            raise BadInput(f"{source}: {self.key} must be {self.value_type.words}, not {value!r}") from None
+            raise BadInput(f"{source}: {self.key} must be {self.value_type.description}, not {value!r}") from None
         if self.status == "refused" and result != self.default:
             default = json.dumps(self.default)
             raise BadInput(f"{source}: {self.key}={result} is refused: {self.meaning}; leave it at {default}")
@@ -77,18 +78,15 @@ def table() -> dict[str, Option]:
 def _options(section: type, prefix: str = "") -> Iterator[Option]:
     """Yield the options of a section and of those inside it, its own first."""
     hints, given_only = get_type_hints(section), getattr(section, "given_only", False)
-    inside = []
-    for field in fields(section):
-        key = f"{prefix}{field.name}"
-        if subsection := section_of(hints[field.name]):
-            inside.append((subsection, f"{key}."))
-        elif found := field.metadata.get("option"):
-            assert isinstance(found, OptionField)
-            hint = _without_none(hints[field.name]) if given_only else hints[field.name]
-            type_ = found.value_type(hint)
-            yield Option(key, type_, found.default, found.meaning, aliases=found.aliases, filled=not given_only)
-    for subsection, key in inside:
-        yield from _options(subsection, key)
+    described: dict[str, OptionField] = descriptions(section)
+    for name, found in described.items():
+        type_ = found.value_type(_without_none(hints[name]) if given_only else hints[name])
+        yield Option(
+            f"{prefix}{name}", type_, found.default, found.meaning, aliases=found.aliases, filled=not given_only
+        )
+    for name, hint in hints.items():
+        if subsection := section_of(hint):
+            yield from _options(subsection, f"{prefix}{name}.")
 
 
 def section_of(annotation: Any) -> type | None:
@@ -128,14 +126,14 @@ def find(key: str) -> Option | None:
 def unknown_key(key: str, source: str) -> BadInput:
     """Return the error for a key that is not in the table."""
     if above := next((option for option in table().values() if key.startswith(f"{option.key}.")), None):
-        return BadInput(f"{source}: {above.key} must be {above.value_type.words}, not a mapping")
+        return BadInput(f"{source}: {above.key} must be {above.value_type.description}, not a mapping")
     hint = nearest(key)
     advice = f"did you mean {hint}?" if hint else "`latentsmith config explain` lists every option"
     return BadInput(f"{source}: {key} is not an option; {advice}")
 
 
 def nearest(key: str) -> str | None:
-    """Return the known key most like this one in name and place; None where no name is like it."""
+    """Return the key of the table most like this one in name and section; None where no name is like it."""
     parent, _, leaf = key.rpartition(".")
 
     def name_likeness(option: Option) -> float:

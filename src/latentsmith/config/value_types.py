@@ -1,4 +1,4 @@
-"""Types of option values: the words for messages, and how to read a value as a config or a command line gives it."""
+"""Read values as a config or a command line gives them, by types that describe themselves in messages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class ValueType:
-    """words: what the value must be, as in "must be <words>". read: value as given -> value as used, or ValueError."""
+    """Type of an option. description: as in "must be DESCRIPTION". read: value as given -> as used, or ValueError."""
 
-    words: str
+    description: str
     read: Callable[[Any], Any]
     nullable: bool = False  # null is a value of its own; elsewhere null means "not set", so the default
     literal: bool = False  # on the command line, text outside Hydra's grammar is taken as it stands
@@ -143,8 +143,8 @@ def flag() -> ValueType:
 
 def choice(*names: str, spellings: Mapping[str, str] | None = None) -> ValueType:
     """Return the type of one of `names`; spellings (other -> own) are compared as text, so 16 and "16" are the same."""
-    known = {**(spellings or {}), **{name: name for name in names}}
-    return ValueType("one of " + ", ".join(names), lambda value: known.get(str(value)) or _refuse(), literal=True)
+    meant = {**(spellings or {}), **{name: name for name in names}}
+    return ValueType("one of " + ", ".join(names), lambda value: meant.get(str(value)) or _refuse(), literal=True)
 
 
 def list_of(item: ValueType, length: int | None = None, *, min_length: int = 0) -> ValueType:
@@ -156,7 +156,7 @@ def list_of(item: ValueType, length: int | None = None, *, min_length: int = 0) 
         return tuple(item.read(entry) for entry in value)
 
     count = "a list" if length is None else f"a list of {length}"
-    return ValueType(f"{count}, each {item.words}", read, literal=item.literal)
+    return ValueType(f"{count}, each {item.description}", read, literal=item.literal)
 
 
 def either(*options: ValueType) -> ValueType:
@@ -170,8 +170,8 @@ def either(*options: ValueType) -> ValueType:
                 continue
         raise ValueError
 
-    words = " or ".join(option.words for option in options)
-    return ValueType(words, read, literal=any(option.literal for option in options))
+    description = " or ".join(option.description for option in options)
+    return ValueType(description, read, literal=any(option.literal for option in options))
 
 
 def nullable(inner: ValueType) -> ValueType:
@@ -180,7 +180,7 @@ def nullable(inner: ValueType) -> ValueType:
     def read(value: Any) -> Any:
         return None if value is None else inner.read(value)
 
-    return ValueType(f"{inner.words}, or null", read, nullable=True, literal=inner.literal)
+    return ValueType(f"{inner.description}, or null", read, nullable=True, literal=inner.literal)
 
 
 def size() -> ValueType:

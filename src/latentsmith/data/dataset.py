@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from latentsmith.checkpoints.from_config import is_encoded
-from latentsmith.config.typed import Config
+from latentsmith.config import Config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_tensors
 from latentsmith.progress import progress

@@ -15,8 +15,7 @@ import torch
 from latentsmith import __version__
 from latentsmith.architectures import COMPONENTS
 from latentsmith.checkpoints.from_config import build_network, build_tokenizer, is_encoded, weights_of, with_padding
-from latentsmith.config import require_config
-from latentsmith.config.typed import Config
+from latentsmith.config import Config, require_config
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput

@@ -70,7 +70,7 @@ class Storage:
 class LocalStorage(Storage):
     """A folder of this machine. Files out of it are read only as `access` allows.
 
-    named: a file in it that the user named, which may be a link to any place.
+    named: a file in it that the user named, which may be a link to any file.
     """
 
     def __init__(self, folder: Path, access: Access = INSIDE, named: str | None = None):

@@ -112,7 +112,7 @@ def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> li
     A link to a member has the span of that member. Tars put together by `cat` are read one after the other.
     """
     members: list[tuple[str, int, int]] = []
-    links: list[tuple[int, str, str]] = []  # place in `members`, name, name of the target
+    links: list[tuple[int, str, str]] = []  # index in `members`, name, name of the target
     start: int | None = 0
     with opened or open(path, "rb") as file:
         total = file.seek(0, os.SEEK_END)
@@ -189,9 +189,9 @@ def _fits(index: np.ndarray, data: Any, rows_checked: int | None) -> bool:
     if rows_checked is not None and rows_checked < len(index):
         chosen = np.linspace(0, len(index) - 1, rows_checked).astype(int)
         first = first[np.isin(rows, chosen)]
-    for place in first.tolist():
-        row, column = divmod(place, len(extensions))
-        offset, size = spans[place].tolist()
+    for at in first.tolist():
+        row, column = divmod(at, len(extensions))
+        offset, size = spans[at].tolist()
         if not _is_header(data[offset - BLOCK : offset], index["key"][row] + extensions[column].encode(), size):
             return False
     return True

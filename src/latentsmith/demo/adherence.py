@@ -85,11 +85,11 @@ class SceneReader:
             background=background,
         )
 
-    def _colour_of(self, pixels: np.ndarray, colour: np.ndarray, known: Mapping[str, np.ndarray]) -> str:
+    def _colour_of(self, pixels: np.ndarray, colour: np.ndarray, named: Mapping[str, np.ndarray]) -> str:
         """Return the name of a colour if most of the pixels (n, 3) have it, within half the way to any other name's."""
-        reach = least_distance(known) / 2
+        reach = least_distance(named) / 2
         pure = np.linalg.norm(to_lab(pixels) - to_lab(colour), axis=-1) < max(reach, 20)
-        return nearest(to_lab(colour), known, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
+        return nearest(to_lab(colour), named, reach) if pure.mean() >= LEAST_PURE else UNREADABLE
 
     def adherence(self, images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> Adherence:
         """Return how often images[i] shows scenes[i]; at least one of each, equally many."""
@@ -199,15 +199,15 @@ def moments(mask: np.ndarray, start: float, length: float) -> tuple[float, np.nd
     return float(total / mask.size * length**2), start + length * centroid
 
 
-def nearest(point: np.ndarray, known: Mapping[str, np.ndarray], reach: float) -> str:
+def nearest(point: np.ndarray, named: Mapping[str, np.ndarray], reach: float) -> str:
     """Return the name at the least distance from the point, UNREADABLE beyond reach."""
-    distances = {name: float(np.linalg.norm(point - position)) for name, position in known.items()}
+    distances = {name: float(np.linalg.norm(point - position)) for name, position in named.items()}
     best = min(distances, key=distances.__getitem__)
     return best if distances[best] <= reach else UNREADABLE
 
 
-def least_distance(known: Mapping[str, np.ndarray]) -> float:
+def least_distance(named: Mapping[str, np.ndarray]) -> float:
     """Return the distance of the two points nearest to each other."""
-    points = np.array(list(known.values()))
+    points = np.array(list(named.values()))
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
     return float(distances[~np.eye(len(points), dtype=bool)].min())

@@ -103,17 +103,17 @@ class NoiseSchedule:
         """Return (timesteps,), float64: noise relative to signal, sqrt((1 - a) / a); infinite where a is 0."""
         return self.snr.rsqrt()
 
-    def signal_and_noise(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt_alphas_cumprod and sqrt_one_minus_alphas_cumprod at integer timesteps: float32, of their shape.
 
         Timesteps on the CPU cost no device synchronisation; the float64 arithmetic never leaves the CPU.
         """
-        signal, noise = self._signal_and_noise
+        scale, noise_scale = self._coefficients
         device, timesteps = timesteps.device, timesteps.cpu()
-        return signal[timesteps].to(device), noise[timesteps].to(device)
+        return scale[timesteps].to(device), noise_scale[timesteps].to(device)
 
     @cached_property
-    def _signal_and_noise(self) -> tuple[Tensor, Tensor]:
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
         return self.alphas_cumprod.sqrt().float(), (1 - self.alphas_cumprod).sqrt().float()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ class NoiseSchedule:
         timesteps: (batch,), integers in [0, timesteps).
         Source: Ho et al. 2020, equation 4.
         """
-        signal, noise_scale = self.signal_and_noise(timesteps)
-        return per_sample(signal, latents) * latents + per_sample(noise_scale, noise) * noise
+        scale, noise_scale = self.coefficients(timesteps)
+        return per_sample(scale, latents) * latents + per_sample(noise_scale, noise) * noise
 
     def zero_terminal_snr(self) -> Self:
         """Return the schedule stretched until its last timestep is pure noise (a = 0), its first unchanged.
@@ -134,9 +134,9 @@ class NoiseSchedule:
         """
         if self.timesteps < 2:
             raise ValueError("zero terminal SNR needs a schedule of at least 2 timesteps")
-        signal = self.alphas_cumprod.sqrt()
-        stretched = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
-        stretched[0] = signal[0]  # exactly, not to rounding
+        scales = self.alphas_cumprod.sqrt()
+        stretched = (scales - scales[-1]) * (scales[0] / (scales[0] - scales[-1]))
+        stretched[0] = scales[0]  # exactly, not to rounding
         return type(self)(stretched**2)
 
     def for_sampling(self) -> Self:

@@ -132,7 +132,7 @@ def generate(
 
     image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is sampled. sheet: also one of all
     images. grid: axes such as "guidance=1,3,7", one or two, for a sheet for each prompt.
-    names: of each prompt's one image, NAME.png, made with seed + its place; those that exist already are kept.
+    names: of each prompt's one image, NAME.png, made with seed + its index; those that exist already are kept.
     options: fields of ImageRequest and SamplingOptions. Under torchrun or srun each process makes its share.
     """
     axes = parse_axes(grid, image)

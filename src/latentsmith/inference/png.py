@@ -14,7 +14,7 @@ from latentsmith.diffusion import SAMPLERS
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
-from latentsmith.image_request import ImageRequest, options_of
+from latentsmith.image_request import ImageRequest, descriptions
 from latentsmith.text.prompts import web_ui_tags
 
 OWN_KEY = "latentsmith"
@@ -106,8 +106,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         text = image.info.get(OWN_KEY)
     try:
         metadata = json.loads(text or "")
-        known = {name: metadata["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}
-        ImageRequest(metadata["prompt"], **{name: metadata[name] for name in options_of(ImageRequest)})
-        return {**metadata, "options": dict(metadata["options"]), "model": {**metadata["model"], **known}}
+        stored = {name: metadata["model"][name] for name in ("from", "weights", "dtype", "prediction_type", "hash")}
+        ImageRequest(metadata["prompt"], **{name: metadata[name] for name in descriptions(ImageRequest)})
+        return {**metadata, "options": dict(metadata["options"]), "model": {**metadata["model"], **stored}}
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: does not record how it was made; images of `latentsmith generate` do") from None

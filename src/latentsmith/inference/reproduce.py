@@ -9,7 +9,7 @@ import numpy as np
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import read_image
-from latentsmith.image_request import ImageRequest, SamplingOptions, options_of
+from latentsmith.image_request import ImageRequest, SamplingOptions, descriptions
 
 from .generate import generate
 from .png import read_metadata
@@ -30,7 +30,7 @@ def reproduce(original: Path, out: Path, *, source: str | None = None, device: s
     files: dict[str, Any] = {name: Path(metadata[name]["file"]) for name in ("image", "mask") if metadata.get(name)}
     if metadata.get("tokenizer"):
         files["tokenizer"] = metadata["tokenizer"]
-    own = {name: metadata[name] for name in options_of(ImageRequest)}
+    own = {name: metadata[name] for name in descriptions(ImageRequest)}
     (path,) = generate(
         source or model["from"], [metadata["prompt"]], out, device=device, dtype=model["dtype"],
         weights=model["weights"], prediction_type=model["prediction_type"], batch_size=1,

@@ -17,8 +17,8 @@ from latentsmith.checkpoints.from_config import (
     with_padding,
 )
 from latentsmith.checkpoints.load import meta_weights
+from latentsmith.config import Config, replaced
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import Config, replaced
 from latentsmith.data import dataset
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions, sampler_name

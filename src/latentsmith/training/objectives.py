@@ -78,7 +78,7 @@ class DiffusionObjective(Objective):
         losses = self.losses(batch, self.loss.loss_type)
         metrics = in_bands(losses.detach(), batch["timesteps"], self.loss.timesteps)
         if self.loss.min_snr_gamma:
-            snr = (batch["signal"] / batch["noise_level"]).square()
+            snr = (batch["sqrt_alphas_cumprod"] / batch["sqrt_one_minus_alphas_cumprod"]).square()
             losses = losses * min_snr_weight(self.loss.prediction_type, snr, self.loss.min_snr_gamma)
         loss = losses.mean()
         return loss, metrics | {"loss": loss}
@@ -86,11 +86,12 @@ class DiffusionObjective(Objective):
     def losses(self, batch: Mapping[str, Any], loss_type: str) -> Tensor:
         """Return the loss of each sample, (batch,), before any weight."""
         latents, context = self.latents(batch), self.context(batch)
-        signal, noise_level, noise = batch["signal"], batch["noise_level"], batch["noise"]
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "noise")
+        scale, noise_scale, noise = (batch[name] for name in names)
         input_noise = batch.get("input_noise", noise)
-        noisy = signal[:, None, None, None] * latents + noise_level[:, None, None, None] * input_noise
+        noisy = scale[:, None, None, None] * latents + noise_scale[:, None, None, None] * input_noise
         output = self.networks["unet"](noisy, batch["timesteps"], context)
-        target = training_target(self.loss.prediction_type, latents, noise, signal, noise_level)
+        target = training_target(self.loss.prediction_type, latents, noise, scale, noise_scale)
         return per_sample_loss(output, target, loss_type)
 
     @torch.no_grad()

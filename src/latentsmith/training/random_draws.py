@@ -34,8 +34,8 @@ class DiffusionDraws:
         """Return the draws for the samples at `positions`, stacked.
 
         `noise`, `posterior_noise`: of latent_shape (the samples' own, where they have one). `timesteps`, with their
-        `signal` and `noise_level`. `empty_caption`, `zero_embedding`: flags. `input_noise`, with input_perturbation:
-        what the U-Net sees in place of the noise that it is to find.
+        `sqrt_alphas_cumprod`, `sqrt_one_minus_alphas_cumprod`. `empty_caption`, `zero_embedding`: flags. `input_noise`,
+        with input_perturbation: what the U-Net sees in place of the noise that it is to find.
         """
         count, shape = len(positions), latent_shape or self.latent_shape
         chances, timesteps = torch.empty(count, 2), torch.empty(count, dtype=torch.long)
@@ -49,13 +49,13 @@ class DiffusionDraws:
             seeded(generator, self.seed, position)
             chance.uniform_(generator=generator)
             timestep.random_(self.schedule.timesteps, generator=generator)
-            for one in normal:
-                one.normal_(generator=generator)
-        signal, noise_level = self.schedule.signal_and_noise(timesteps)
+            for row in normal:
+                row.normal_(generator=generator)
+        scale, noise_scale = self.schedule.coefficients(timesteps)
         drawn = {
             "timesteps": timesteps,
-            "signal": signal,
-            "noise_level": noise_level,
+            "sqrt_alphas_cumprod": scale,
+            "sqrt_one_minus_alphas_cumprod": noise_scale,
             "noise": noise + self.offset_noise * offset if self.offset_noise else noise,
             "posterior_noise": posterior_noise,
             "empty_caption": chances[:, 0] < self.caption_dropout_rate,

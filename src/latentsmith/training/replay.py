@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from latentsmith.config.typed import Config
+from latentsmith.config import Config
 from latentsmith.data.loader import to_device
 from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import JSON, read_regular

@@ -15,8 +15,8 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, Precision
 from lightning.fabric.plugins.precision.half import HalfPrecision
 
-from latentsmith.config.model_options import BITSANDBYTES, LIBRARY_OPTIMIZERS, WITH_BETAS
-from latentsmith.config.typed import Config, EmaConfig, ModelConfig, OptimConfig, TrainerConfig
+from latentsmith.config.model_options import BITSANDBYTES, LIBRARY_OPTIMIZERS, WITH_BETAS, ModelConfig, OptimConfig
+from latentsmith.config.run_options import Config, EmaConfig, TrainerConfig
 from latentsmith.data.loader import RunPositions, RunSamples, run_loader
 from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput

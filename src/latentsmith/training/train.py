@@ -19,9 +19,9 @@ from latentsmith.checkpoints.from_config import (
     is_encoded,
     with_padding,
 )
-from latentsmith.config import require_config
+from latentsmith.config import Config, replaced, require_config
+from latentsmith.config.model_options import ModelConfig
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import Config, ModelConfig, replaced
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples

@@ -9,8 +9,8 @@ import torch
 
 from latentsmith.checkpoints.from_config import build_network
 from latentsmith.checkpoints.load import build, meta_weights
+from latentsmith.config import Config
 from latentsmith.config.network_arguments import network_arguments
-from latentsmith.config.typed import Config
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data.dataset import open_images, reader
 from latentsmith.data.loader import RunSamples

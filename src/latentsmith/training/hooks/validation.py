@@ -39,8 +39,8 @@ class ValidationDraws:
         strata = torch.tensor([shuffled_index(VALIDATION_SEED, number, self.count) for number in numbers])
         timesteps = (2 * strata + 1) * self.schedule.timesteps // (2 * self.count)
         drawn = DiffusionDraws(VALIDATION_SEED, self.latent_shape, self.schedule)(numbers, latent_shape)
-        signal, noise_level = self.schedule.signal_and_noise(timesteps)
-        return drawn | {"timesteps": timesteps, "signal": signal, "noise_level": noise_level}
+        names = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return drawn | {"timesteps": timesteps} | dict(zip(names, self.schedule.coefficients(timesteps), strict=True))
 
 
 @dataclass(frozen=True)
