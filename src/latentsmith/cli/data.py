@@ -29,9 +29,10 @@ def import_(
     allow_outside: Annotated[
         bool, typer.Option("--allow-outside", help="Read table entries that are absolute paths or use `..`.")
     ] = False,
+    no_captions: Annotated[bool, typer.Option("--no-captions", help="Take the images alone, for train-vae.")] = False,
     min_size: Annotated[int, typer.Option(min=1, help="Pixels of the shorter side, at least.")] = 1,
     max_size: Annotated[int | None, typer.Option(min=1, help="Pixels of the shorter side, at most.")] = None,
-    max_aspect: Annotated[float | None, typer.Option(min=1, help="Longer over shorter side, at most.")] = None,
+    max_aspect: Annotated[float | None, typer.Option(min=1, help="Longer over shorter side, at most. [20]")] = None,
     min_caption: Annotated[int, typer.Option(min=1, help="Characters of a caption, at least.")] = 1,
     max_caption: Annotated[int | None, typer.Option(min=1, help="Characters of a caption, at most.")] = None,
     where: Annotated[list[str] | None, typer.Option(help="On JSON or columns: language=en, aesthetic>=5.")] = None,
@@ -57,6 +58,7 @@ def import_(
         keep_duplicates=not no_duplicates,
         follow_links=follow_links,
         allow_outside=allow_outside,
+        captions=not no_captions,
     )
 
 

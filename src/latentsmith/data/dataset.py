@@ -141,11 +141,14 @@ def open_shards(config: Config, split: str = "train") -> ShardSet:
 
 
 def tars_of(config: Config, path: str) -> list[str]:
-    """Return the tars or folder that a dataset_path names; relative ones start from webdataset.local_root_path."""
+    """Return the tars or folder that a dataset_path names; relative ones start from webdataset.local_root_path.
+
+    Without it the tars that a wdinfo.pkl lists lie beside it, as in `data import`.
+    """
     root = config.model.data.webdataset.local_root_path or ""
     if not path.endswith(".pkl"):
         return [path if is_remote(path) else os.path.join(root, path)]
-    tars = read_wdinfo(Path(path))
+    tars, root = read_wdinfo(Path(path)), root or os.path.dirname(path)
     if outside := [tar for tar in tars if is_remote(tar) or leads_out(tar)]:
         raise BadInput(f"{path}: lists {outside[0]!r}, which is not in its folder; give it in dataset_path")
     return [os.path.join(root, tar) for tar in tars]

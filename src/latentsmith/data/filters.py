@@ -9,6 +9,7 @@ from latentsmith.files.errors import BadInput
 
 from .errors import BadSample
 
+MAX_ASPECT = 20.0
 CONDITION = re.compile(r"(?P<key>[^<>=!]+)(?P<sign><=|>=|!=|<|>|=)(?P<value>.*)", re.DOTALL)
 SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": lambda a, b: a < b,
@@ -24,7 +25,8 @@ SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
 class Filters:
     """Selection of samples by an import; one that is left out counts under the name of its filter.
 
-    min_size, max_size: pixels of the shorter side. max_aspect: of the longer over the shorter side. min_caption,
+    min_size, max_size: pixels of the shorter side. max_aspect: of the longer over the shorter side, MAX_ASPECT where
+    it is not given: of a strip 4,000 times as long as it is wide a crop shows nothing. min_caption,
     max_caption: characters. where: conditions on the sample's JSON or columns, such as "aesthetic_score>=5" and
     "language=en"; a sample without the key does not meet one.
     """
@@ -40,18 +42,19 @@ class Filters:
         for condition in self.where:
             parsed(condition)
 
-    def check(self, size: tuple[int, int], caption: str, columns: Mapping[str, Any]) -> None:
+    def check(self, size: tuple[int, int], caption: str | None, columns: Mapping[str, Any]) -> None:
         """Raise BadSample, its reason the first filter that leaves the sample out. size: (width, height)."""
         short, long = min(size), max(size)
         if short < self.min_size:
             raise BadSample("too small", f"{size[0]}x{size[1]}: the shorter side is under {self.min_size} pixels")
         if self.max_size is not None and short > self.max_size:
             raise BadSample("too large", f"{size[0]}x{size[1]}: the shorter side is over {self.max_size} pixels")
-        if self.max_aspect is not None and long > self.max_aspect * short:
-            raise BadSample("too elongated", f"{size[0]}x{size[1]}: the sides differ by more than {self.max_aspect:g}")
-        if len(caption) < self.min_caption:
+        aspect = self.max_aspect or MAX_ASPECT
+        if long > aspect * short:
+            raise BadSample("too elongated", f"{size[0]}x{size[1]}: the sides differ by more than {aspect:g} times")
+        if caption is not None and len(caption) < self.min_caption:
             raise BadSample("caption too short", f"{len(caption)} characters, under {self.min_caption}")
-        if self.max_caption is not None and len(caption) > self.max_caption:
+        if caption is not None and self.max_caption is not None and len(caption) > self.max_caption:
             raise BadSample("caption too long", f"{len(caption):,} characters, over {self.max_caption:,}")
         for condition in self.where:
             key, sign, value = parsed(condition)

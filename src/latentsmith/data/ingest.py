@@ -48,6 +48,7 @@ class ImportReport:
     reasons: dict[str, int]
     shards: int
     path: Path
+    notes: tuple[str, ...] = ()
 
 
 def import_dataset(
@@ -60,6 +61,7 @@ def import_dataset(
     keep_duplicates: bool = True,
     follow_links: bool = False,
     allow_outside: bool = False,
+    captions: bool = True,
     progress: Progress | None = None,
 ) -> ImportReport:
     """Write the good samples of `source` as shards in `out`, members KEY.jpg|png|webp, KEY.txt, KEY.json.
@@ -71,14 +73,15 @@ def import_dataset(
     keep_duplicates: False drops a sample whose file and caption have both been seen.
     follow_links: read what links in the source folder lead to out of it. allow_outside: read table entries that are
     absolute paths or use `..`. Otherwise such samples are bad, "outside the source folder".
+    captions: False takes the images alone, to train an autoencoder on.
     Each bad sample is listed with its reason in `import-report.json`. An import that was interrupted goes on where it
     stopped when run again. BadInput if the source is wrong, has changed since the interruption, or has no good sample.
     """
     access = Access(follow_links, allow_outside)
-    listing = open_source(source, access)
+    listing = open_source(source, access, captions)
     options = {"samples_per_shard": samples_per_shard, "filters": asdict(filters), "keep_duplicates": keep_duplicates}
     # Only those in use: imports made before there were these options have neither.
-    options |= {name: True for name, used in asdict(access).items() if used}
+    options |= {name: True for name, used in asdict(access).items() if used} | ({} if captions else {"captions": False})
     recipe = {"command": "data import", "source": listing.fingerprint(), "options": options}
     with locked_output(Path(out)), full_disk_reported(out):
         work = ResumableOutput(out, recipe)
@@ -92,8 +95,9 @@ def read_report(folder: Path) -> ImportReport:
     path = folder / REPORT_FILE
     try:
         content = json.loads(path.read_text("utf-8"))
-        reasons = content["reasons"]
-        return ImportReport(content["good"], content["bad"], reasons, len(read_set_file(folder)), path)
+        notes = tuple(content.get("notes", ()))
+        shards = len(read_set_file(folder))
+        return ImportReport(content["good"], content["bad"], content["reasons"], shards, path, notes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path}: no report of an import ({error})") from None
 
@@ -128,7 +132,9 @@ class _Import:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
             causes = "; ".join(self._first_causes())
             nothing = f"no good sample in the source ({counts}); nothing was imported"
-            raise BadInput(f"{self.work.folder}: {nothing}{'; first causes: ' if causes else ''}{causes}")
+            self._write_report()
+            listed = f"; all are listed in {REPORT_FILE}" if causes else ""
+            raise BadInput(f"{self.work.folder}: {nothing}{'; first causes: ' if causes else ''}{causes}{listed}")
         self._write_report()
         self.work.finish(self.shards)
 
@@ -153,7 +159,7 @@ class _Import:
     def _take(self, writer: ShardWriter, number: int, item: SourceItem) -> bool:
         """Write one item, or set it aside; returns whether it completed a shard."""
         try:
-            members = prepare(item, self.filters)
+            members = prepare(item, self.filters, self.options.get("captions", True))
             if not self.options["keep_duplicates"]:
                 self._refuse_duplicate(members)
         except BadSample as error:
@@ -185,7 +191,8 @@ class _Import:
 
     def _write_report(self) -> None:
         counts = {"good": sum(shard.samples for shard in self.shards), "bad": self.reasons.total()}
-        head = json.dumps({**counts, "reasons": dict(self.reasons.most_common())}, indent=1)
+        notes = {"notes": self.source.notes} if self.source.notes else {}
+        head = json.dumps({**counts, "reasons": dict(self.reasons.most_common()), **notes}, indent=1)
         with atomic_open(self.work.folder / REPORT_FILE, "w") as file:
             file.write(head.removesuffix("\n}") + ',\n "samples": [')
             for count, entry in enumerate(self._all_bad()):
@@ -199,10 +206,10 @@ class _Import:
         yield from self.bad
 
 
-def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
+def prepare(item: SourceItem, filters: Filters, with_caption: bool = True) -> dict[str, bytes]:
     """Return the members of one sample, checked: image, caption, JSON. Raises BadSample with the reason."""
     data = item.image()
-    caption = checked_caption(item.caption())
+    caption = checked_caption(item.caption()) if with_caption else None
     image = load_image(data, max_pixels=MAX_PIXELS)
     filters.check(image.size, caption, item.extra)
     if image.format in KEPT_FORMATS and is_plain(image):
@@ -210,11 +217,8 @@ def prepare(item: SourceItem, filters: Filters) -> dict[str, bytes]:
     else:
         stored, extension, size = encoded(image, data)
     about: dict[str, Any] = {**item.extra, "original_name": item.name, "width": size[0], "height": size[1]}
-    return {
-        extension: stored,
-        "txt": caption.encode("utf-8"),
-        "json": json.dumps(_finite(about), allow_nan=False).encode("utf-8"),
-    }
+    text = {} if caption is None else {"txt": caption.encode("utf-8")}
+    return {extension: stored, **text, "json": json.dumps(_finite(about), allow_nan=False).encode("utf-8")}
 
 
 def _finite(value: Any) -> Any:
@@ -264,6 +268,8 @@ def import_data(source: str | os.PathLike[str], out: str | os.PathLike[str], **o
     print(f"{out}: {report.good:,} samples in {report.shards} shards, {report.bad:,} set aside")
     for reason, count in sorted(report.reasons.items()):
         print(f"  {count:,} {reason}")
+    for note in report.notes:
+        print(f"  {note}")
     if report.bad:
         print(f"each is listed in {report.path}")
     return report

@@ -58,7 +58,10 @@ class ResumableOutput:
                     self._tidy()
             return True
         if marker.exists():
-            self._compare(_read_json(marker))
+            if self.shared or self.done_numbers():
+                self._compare(_read_json(marker))
+            else:  # nothing is made yet, so a corrected source or option may start anew
+                write_text(marker, json.dumps(self.recipe, indent=1) + "\n")
             if not self.shared:  # another's file under way looks the same
                 remove_incomplete(self.folder)
         elif self.folder.exists() and (not self.folder.is_dir() or self._holds_files()):

@@ -10,11 +10,32 @@ from typing import Any
 import numpy as np
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.images import is_image
 
 from .errors import BadSample
 from .shards import Sample
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm"),
+    *(
+        "jfif",
+        "jpe",
+        "jif",
+        "jfi",
+        "jpg_large",
+        "apng",
+        "dib",
+        "mpo",
+        "j2k",
+        "j2c",
+        "jpx",
+        "jpf",
+        "pbm",
+        "pnm",
+        "avifs",
+    ),
+    *("heic", "heif", "hif", "jxl", "psd"),  # named where nothing here reads them
+)
 CAPTION_EXTENSIONS = ("txt", "caption")
 NPY_HEADERS = {  # by version: bytes of the header's length, and NumPy's reader
     1: (2, np.lib.format.read_array_header_1_0),
@@ -23,11 +44,21 @@ NPY_HEADERS = {  # by version: bytes of the header's length, and NumPy's reader
 
 
 def image_member(sample: Sample) -> tuple[str, memoryview]:
-    """Return extension and bytes of a sample's image. Raises BadSample if it has none."""
+    """Return extension and bytes of a sample's image: by its extension, or else by its content.
+
+    Raises BadSample if it has none.
+    """
     for extension in IMAGE_EXTENSIONS:
         if extension in sample.members:
             return extension, sample.members[extension]
-    raise BadSample("missing image", f"members {', '.join(sample.members)}, none an image")
+    for extension, data in sample.members.items():
+        if "." not in extension and is_image(data):
+            return extension, data
+    dotted = any(extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in sample.members)
+    cause = (
+        "an extension begins at the first dot of a name" if dotted else "its other members may lie elsewhere in the tar"
+    )
+    raise BadSample("missing image", f"members {', '.join(sample.members)}, none an image; {cause}")
 
 
 @contextmanager

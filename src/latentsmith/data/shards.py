@@ -31,7 +31,7 @@ from latentsmith.files.text import decode_text
 
 from .mirrors import Mirror, MirrorCache, RemoteFile
 from .storage import is_remote
-from .tar_index import SAMPLE_NAME, Row, build_index, index_array, load_index, padded, write_index
+from .tar_index import SAMPLE_NAME, Row, build_index, index_array, load_index, padded, refuse_packed, write_index
 
 ShardSource = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -143,7 +143,19 @@ class ShardSet(Iterable[Sample]):
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._remote: dict[Path, Mirror | None] = {}  # by folder
         self.counts = [record.samples if record else len(self.shard(i)) for i, record in enumerate(self.records)]
+        self._drop_empty(source)
         self._ends = list(accumulate(self.counts))
+
+    def _drop_empty(self, source: Any) -> None:
+        """Leave out tars without a sample. Raises BadInput if there is no other."""
+        kept = [number for number, count in enumerate(self.counts) if count]
+        if not kept:
+            raise BadInput(f"{source}: the tars hold no samples")
+        if len(kept) < len(self.counts):
+            self.paths = [self.paths[number] for number in kept]
+            self.records = [self.records[number] for number in kept]
+            self.counts = [self.counts[number] for number in kept]
+            self._open.clear()
 
     @property
     def bytes(self) -> int:
@@ -186,12 +198,17 @@ class ShardSet(Iterable[Sample]):
         return self._remote[folder]
 
     def fingerprint(self) -> str:
-        """Name the content: the checksums in set.json, or the keys, offsets and sizes where there is none."""
+        """Name the content: the checksums in set.json, or the indexes of tars and their times of change."""
         parts = [
-            record.checksum if record else hashlib.blake2b(self.shard(i).index.tobytes()).hexdigest()
+            record.checksum if record else hashlib.blake2b(self.shard(i).index.tobytes()).hexdigest() + self._changed(i)
             for i, record in enumerate(self.records)
         ]
         return fingerprint_text("\n".join(parts))
+
+    def _changed(self, number: int) -> str:
+        """Return the time of change of a tar here; a mirror's is that of its last use."""
+        path = self.paths[number]
+        return "" if self._remote_copy(path.parent) else f" {path.stat().st_mtime_ns}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # maps do not travel; a worker opens its own
@@ -352,6 +369,8 @@ def _folder_shards(folder: Path, mirrors: MirrorCache) -> list[tuple[Path, Shard
     if (folder / SET_FILE).exists():
         return [(folder / record.file, record) for record in read_set_file(folder)]
     remote = mirrors.mirror_at(folder)
+    if remote is None:
+        refuse_packed(folder, (path.name for path in folder.iterdir()))
     return [(tar, None) for tar in (remote.tars if remote else sorted(folder.glob("*.tar")))]
 
 

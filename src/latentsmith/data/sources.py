@@ -6,9 +6,13 @@ BadSample, raised when an item is read: this one sample is wrong.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -16,6 +20,7 @@ from typing import Any, Protocol
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text
+from latentsmith.files.images import HEAD, is_image
 from latentsmith.files.pickles import load_plain
 from latentsmith.files.regular import CAPTION, JSON, check_regular, open_regular
 from latentsmith.files.text import NotText, checked_text, decode_text
@@ -35,9 +40,13 @@ from .storage import (
     storage_at,
 )
 from .tables import ParquetTable, Table, TextTable, image_bytes
-from .tar_index import index_path
+from .tar_index import index_path, refuse_packed
 
-TABLES = ("metadata.jsonl", "metadata.csv")  # as HF's imagefolder has them
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as HF's imagefolder has them
+TABLE_EXTENSIONS = ("jsonl", "csv", "parquet")
+TEXT_EXTENSIONS = ("json", "md", "yaml", "yml", "html", "py", "tar", "npy", "npz", *TABLE_EXTENSIONS)  # never sniffed
+SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.\d]|$)", re.IGNORECASE)
+SHOWN = 3  # names in a note
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "image_bytes", "jpg", "png", "bytes")
 URL_COLUMNS = {"url", "image_url", "URL"}
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
@@ -55,7 +64,9 @@ class SourceItem:
 
 
 class Source(Protocol):
-    """A listing of items in a fixed order."""
+    """A listing of items in a fixed order. notes: what a user should know of it, such as files that were not read."""
+
+    notes: list[str]
 
     def __len__(self) -> int: ...
 
@@ -66,30 +77,33 @@ class Source(Protocol):
         """Name the listing: another order, number or size of items gives another fingerprint."""
 
 
-def open_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
+def open_source(path: str | os.PathLike[str], access: Access = INSIDE, captions: bool = True) -> Source:
     """Return the source at `path`, here or at an address that fsspec opens.
 
-    It may be a folder (with `metadata.jsonl` or `.csv`, or captions beside the images, or tars), a .jsonl or .csv file,
-    a .parquet or a folder of them, a tar, a pattern of tars, or, here, NeMo's wdinfo.pkl beside them. Raises BadInput
-    if it is none of these or has nothing in it.
+    It may be a folder (with `metadata.jsonl`, `.csv` or `.parquet`, or captions beside the images, or tars), a .jsonl
+    or .csv file, a .parquet, a folder or pattern of them, a tar, a pattern of tars, or, here, NeMo's wdinfo.pkl beside
+    them. Raises BadInput if it is none of these or has nothing in it.
 
     access: which files out of the source's folder may be read; the others are samples that raise BadSample.
+    captions: whether they are needed.
     """
     path = _without_file_protocol(path)
     name, suffix = str(path), PurePosixPath(path).suffix.lower()
-    if suffix == ".tar" or (is_remote(path) and set("*{").intersection(name.rpartition("/")[2])):
+    folder, last = os.path.split(path)
+    is_pattern = bool(set("*{").intersection(last))
+    if suffix == ".parquet" and is_pattern:
+        return _parquet_pattern(storage_at(folder, access), last)
+    if suffix == ".tar" or (is_remote(path) and is_pattern):
         if not is_remote(path):
             _check_pattern(name, access)
         return TarSource(path)
-    if suffix in (".jsonl", ".csv", ".parquet") and not _is_folder(path):
-        folder, name = os.path.split(path)
-        storage = storage_at(folder, access, named=name)
-        if not storage.exists(name):
+    if suffix[1:] in TABLE_EXTENSIONS and not _is_folder(path):
+        storage = storage_at(folder, access, named=last)
+        if not storage.exists(last):
             raise BadInput(f"{path}: no such folder or file")
-        table = ParquetTable(storage, [name]) if suffix == ".parquet" else TextTable(storage, name)
-        return TableSource(storage, table)
+        return TableSource(storage, _table(storage, last), captions)
     if is_remote(path) or Path(path).is_dir():
-        return folder_source(path, access)
+        return folder_source(path, access, captions)
     if not Path(path).exists():
         raise BadInput(f"{path}: no such folder or file")
     if suffix == ".pkl":
@@ -97,9 +111,23 @@ def open_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source
         beside, tars = Path(path).parent, read_wdinfo(Path(path))
         _check_tars(LocalStorage(beside, access), tars)
         return TarSource([beside / tar for tar in tars])
+    refuse_packed(folder, [last])
     raise BadInput(
         f"{path}: not a source; it takes a folder of images, a .jsonl or .csv table, or WebDataset .tar files"
     )
+
+
+def _table(storage: Storage, name: str) -> Table:
+    return ParquetTable(storage, [name]) if _extension(name) == "parquet" else TextTable(storage, name)
+
+
+def _parquet_pattern(storage: Storage, pattern: str) -> Source:
+    """Return the source of the parquet files in one folder whose names fit a pattern."""
+    patterns = expand_braces(pattern)
+    names = sorted(name for name in storage.sizes() if any(fnmatchcase(name, each) for each in patterns))
+    if not names:
+        raise BadInput(f"{storage.address}/{pattern}: no such files")
+    return TableSource(storage, ParquetTable(storage, names))
 
 
 def _is_folder(path: str | os.PathLike[str]) -> bool:
@@ -131,7 +159,7 @@ def _check_pattern(pattern: str, access: Access) -> None:
             _check_tars(LocalStorage(path.parent, access), [tar.name for tar in path.parent.glob(path.name)])
 
 
-def folder_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Source:
+def folder_source(path: str | os.PathLike[str], access: Access = INSIDE, captions: bool = True) -> Source:
     """Return the source that a folder is, by the files in it."""
     storage = storage_at(path, access)
     if storage.exists(SET_FILE) or storage.exists(UNFINISHED_FILE):
@@ -139,32 +167,85 @@ def folder_source(path: str | os.PathLike[str], access: Access = INSIDE) -> Sour
             open_regular(storage.resolve(SET_FILE), JSON, storage.folder / SET_FILE).close()
             _check_tars(storage, [record.file for record in read_set_file(storage.folder)])
         return TarSource(path)
-    if tables := [name for name in TABLES if storage.exists(name)]:
-        return TableSource(storage, TextTable(storage, tables[0]))
     sizes = storage.sizes()
-    if any(_extension(name) in IMAGE_EXTENSIONS for name in sizes):
-        return _with_refused(FolderSource(storage, sizes), storage)
+    refused = {name: link_refused(f"{storage.address}/{name}") for name in storage.refused}
+    images = [name for name in sorted(sizes, key=PurePosixPath) if _is_image(storage, name)]
+    if table := _table_of(storage, sizes):
+        source = TableSource(storage, _table(storage, table), captions, images)
+        return _with_refused(source, source.unlisted() | refused)
+    if images:
+        found = FolderSource(storage, sizes, images)
+        if captions and not found.captions:
+            _check_captions(storage, sizes, images)
+        return _with_refused(found, refused)
+    top = [name for name in sizes if "/" not in name]
+    refuse_packed(storage.address, top)
     # img2dataset leaves a .parquet beside each of its tars
-    if tars := [name for name in sizes if "/" not in name and _extension(name) == "tar"]:
+    if tars := [name for name in top if _extension(name) == "tar"]:
         if isinstance(storage, LocalStorage):
             _check_tars(storage, tars)
         return TarSource(path)
     if parquets := [name for name in sorted(sizes, key=PurePosixPath) if _extension(name) == "parquet"]:
-        return _with_refused(TableSource(storage, ParquetTable(storage, parquets)), storage)
-    if storage.refused:
-        raise link_refused(f"{storage.address}/{storage.refused[0]}")
-    raise BadInput(f"{storage.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS)}")
+        _check_splits(storage, parquets)
+        return _with_refused(TableSource(storage, ParquetTable(storage, parquets), captions), refused)
+    if refused:
+        raise next(iter(refused.values()))
+    raise BadInput(f"{storage.address}: no images here; known extensions: {', '.join(IMAGE_EXTENSIONS[:12])}")
 
 
-def _with_refused(source: Source, storage: Storage) -> Source:
-    return RefusedLinks(source, storage) if storage.refused else source
+def _is_image(storage: Storage, name: str) -> bool:
+    """Return whether a file is an image by its extension, or, here, by its first bytes."""
+    extension = _extension(name)
+    if extension in IMAGE_EXTENSIONS or extension in CAPTION_EXTENSIONS or extension in TEXT_EXTENSIONS:
+        return extension in IMAGE_EXTENSIONS
+    return is_image(storage.head(name, HEAD))
 
 
-class RefusedLinks:
-    """A source, and after its items one for each linked folder that was left out: reading it raises BadSample."""
+def _table_of(storage: Storage, names: Iterable[str]) -> str | None:
+    """Return the folder's metadata table. Raises BadInput if it has two, or its subfolders have them."""
+    tables = sorted((name for name in names if PurePosixPath(name).name.lower() in TABLES), key=PurePosixPath)
+    top = [name for name in tables if "/" not in name]
+    if len(top) > 1:
+        raise BadInput(f"{storage.address}: has two tables, {top[0]} and {top[1]}; name the one to read")
+    if tables and not top:
+        folders = " and ".join(str(PurePosixPath(name).parent) for name in tables[:SHOWN])
+        raise BadInput(f"{storage.address}: its tables are in {folders}; import each of these folders by itself")
+    return top[0] if top else None
 
-    def __init__(self, source: Source, storage: Storage):
-        self.source, self.storage, self.names = source, storage, tuple(storage.refused)
+
+def _check_captions(storage: Storage, names: Iterable[str], images: Sequence[str]) -> None:
+    """Raise BadInput for images without one caption file where something else may hold their captions."""
+    others = sorted(name for name in names if _extension(name) in (*TABLE_EXTENSIONS, "tar", "json"))
+    if others:
+        what = f"{len(images):,} images without caption files, but {others[0]} is there"
+        raise BadInput(
+            f"{storage.address}: {what}; name it as the source, or as metadata{PurePosixPath(others[0]).suffix}"
+        )
+
+
+def _check_splits(storage: Storage, parquets: Sequence[str]) -> None:
+    """Raise BadInput for the parquet files of several splits: a training set must not hold the test set."""
+    splits: dict[str, str] = {}
+    for name in parquets:
+        parts = PurePosixPath(name).parts
+        if found := next((match for part in parts if (match := SPLIT.match(part))), None):
+            below = str(PurePosixPath(*parts[:-1])) + "/" if len(parts) > 1 else ""
+            is_folder = found.string != parts[-1]
+            splits.setdefault(found[1].lower(), f"{below}{'' if is_folder else found[1]}*.parquet")
+    if len(splits) > 1:
+        one = splits.get("train") or next(iter(splits.values()))
+        raise BadInput(f"{storage.address}: has the splits {', '.join(splits)}; import one: '{storage.address}/{one}'")
+
+
+def _with_refused(source: Source, causes: Mapping[str, BadSample]) -> Source:
+    return RefusedFiles(source, causes) if causes else source
+
+
+class RefusedFiles:
+    """A source, and after its items one for each file or linked folder that it leaves out: reading it raises."""
+
+    def __init__(self, source: Source, causes: Mapping[str, BadSample]):
+        self.source, self.causes, self.names, self.notes = source, causes, tuple(causes), source.notes
 
     def __len__(self) -> int:
         return len(self.source) + len(self.names)
@@ -178,21 +259,32 @@ class RefusedLinks:
         return fingerprint_text("\n".join([self.source.fingerprint(), *self.names]))
 
     def _refuse(self, name: str) -> bytes:
-        raise link_refused(f"{self.storage.address}/{name}")
+        raise self.causes[name]
 
 
 class FolderSource:
-    """Images anywhere below a folder, by name, each with its caption in `NAME.txt` or `NAME.caption` beside it."""
+    """Images anywhere below a folder, by name, each with its caption in `NAME.txt` or `NAME.caption` beside it.
 
-    def __init__(self, storage: Storage, sizes: Mapping[str, int]):
-        self.storage, self.sizes = storage, sizes
-        names = sorted(sizes, key=PurePosixPath)
-        images = [name for name in names if _extension(name) in IMAGE_EXTENSIONS]
-        captioned = {_stem(name) for name in images}
-        captions = [name for name in names if _extension(name) in CAPTION_EXTENSIONS]
+    NAME is the image's, with or without its extension.
+    """
+
+    def __init__(self, storage: Storage, sizes: Mapping[str, int], images: Sequence[str]):
+        self.storage = storage
+        captions = sorted((name for name in sizes if _extension(name) in CAPTION_EXTENSIONS), key=PurePosixPath)
         # of two captions the .txt
-        self.captions = {_stem(name): name for name in sorted(captions, key=_extension)}
-        self.names = images + [name for name in captions if _stem(name) not in captioned]
+        by_stem = {_stem(name): name for name in sorted(captions, key=_extension)}
+        stems = {image: next((stem for stem in (_stem(image), image) if stem in by_stem), "") for image in images}
+        self.captions = {image: by_stem[stem] for image, stem in stems.items() if stem}
+        self.images, used = set(images), {_stem(name) for name in self.captions.values()}
+        self.names = [*images, *(name for name in captions if _stem(name) not in used)]
+        self.notes = self._notes(sizes, captions)
+
+    def _notes(self, names: Iterable[str], captions: Sequence[str]) -> list[str]:
+        others = sorted(set(names).difference(self.images, captions))
+        counts = Counter(self.captions.values())
+        shared = [name for name, count in counts.items() if count > 1]
+        notes = [f"files that were not read: {len(others):,} ({_some(others)})"] if others else []
+        return notes + ([f"captions that go with several images: {len(shared):,} ({_some(shared)})"] if shared else [])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -200,16 +292,16 @@ class FolderSource:
     def items(self, start: int = 0) -> Iterator[SourceItem]:
         for at in range(start, len(self), PREFETCH):
             names = self.names[at : at + PREFETCH]
-            captions = [self.captions[stem] for stem in map(_stem, names) if stem in self.captions]
+            captions = [self.captions[name] for name in names if name in self.captions]
             self.storage.prefetch(list(dict.fromkeys([*names, *captions])))
             for name in names:
-                if _extension(name) in CAPTION_EXTENSIONS:
+                if name not in self.images:
                     yield SourceItem(name, _no_image_for(name), lambda: "")
                 else:
                     yield SourceItem(name, partial(self.storage.read, name), partial(self._caption, name))
 
     def _caption(self, image: str) -> str:
-        name = self.captions.get(_stem(image))
+        name = self.captions.get(image)
         if name is None:
             stem, image = (PurePosixPath(one).name for one in (_stem(image), image))
             raise BadSample("missing caption", f"no {stem}.txt or {stem}.caption beside {image}")
@@ -220,21 +312,35 @@ class FolderSource:
             raise BadSample(reason, str(error)) from None
 
     def fingerprint(self) -> str:
-        return fingerprint_text("\n".join(f"{name} {self.sizes[name]}" for name in self.names))
+        used = [*self.names, *self.captions.values()]
+        return fingerprint_text("\n".join(f"{name} {self.storage.states.get(name, '')}" for name in used))
 
 
 class TableSource:
     """A table with a column for the image (a path beside the table, or bytes) and one for the caption; others are kept.
 
+    captions: whether the second is needed. images: those in the table's folder, where it is the folder's own.
     Raises BadInput for a table without these columns.
     """
 
-    def __init__(self, storage: Storage, table: Table):
-        self.storage, self.table = storage, table
+    def __init__(self, storage: Storage, table: Table, captions: bool = True, images: Sequence[str] = ()):
+        self.storage, self.table, self.images = storage, table, images
         if not any(name in IMAGE_COLUMNS for name in table.columns) and URL_COLUMNS & set(table.columns):
             raise BadInput(f"{table.address}: holds addresses of images, not images; fetch them with img2dataset")
         self.image_column = self._column(IMAGE_COLUMNS, "the image (bytes or a path)")
-        self.caption_column = self._column(CAPTION_COLUMNS, "the caption")
+        self.caption_column = self._column(CAPTION_COLUMNS, "the caption") if captions else None
+        self.notes: list[str] = []
+
+    def unlisted(self) -> dict[str, BadSample]:
+        """Return the images of the folder that no row names, each with its cause; note rows that name one again."""
+        listed = Counter(_plain_name(row.get(self.image_column)) for _, row in self.table.rows()) if self.images else {}
+        again = [name for name in self.images if listed.get(name, 0) > 1]
+        if again:
+            self.notes.append(f"images that several rows name: {len(again):,} ({_some(again)})")
+        missing = [name for name in self.images if name not in listed]
+        return {
+            name: BadSample("not in the table", f"{name}: {self.table.address} has no row for it") for name in missing
+        }
 
     def __len__(self) -> int:
         return len(self.table)
@@ -251,11 +357,12 @@ class TableSource:
                     if key not in (self.image_column, self.caption_column) and self.table.keeps(value)
                 }
                 name = image if isinstance(image, str) and image else where
-                caption = partial(_cell_text, row.get(self.caption_column), where)
+                caption = partial(_cell_text, row.get(self.caption_column or ""), where)
                 yield SourceItem(name, partial(image_bytes, image, self.storage, where), caption, extra)
 
     def fingerprint(self) -> str:
-        return self.table.fingerprint()
+        states = [f"{name} {self.storage.states.get(name, '')}" for name in self.images]
+        return fingerprint_text("\n".join([self.table.fingerprint(), *states])) if states else self.table.fingerprint()
 
     def _column(self, names: Iterable[str], what: str) -> str:
         by_name = {column.lower(): column for column in self.table.columns}
@@ -271,8 +378,7 @@ class TarSource:
 
     def __init__(self, tars: str | os.PathLike[str] | list[Path]):
         self.shards = ShardSet(tars)
-        if not len(self.shards):
-            raise BadInput(f"{tars}: the tars hold no samples")
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -324,6 +430,16 @@ def _caption_text(data: bytes, name: str) -> str:
         return decode_text(data, name)
     except NotText as error:
         raise BadSample(NOT_TEXT, str(error)) from None
+
+
+def _plain_name(image: Any) -> str:
+    """Return the name of a file in a cell of a table as the folder's listing has it."""
+    image = image.get("path") if isinstance(image, Mapping) else image
+    return posixpath.normpath(image.replace("\\", "/")) if isinstance(image, str) else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def _cell_text(value: Any, where: str, absent: str = "there is no caption") -> str:

@@ -5,7 +5,7 @@
 import os
 import posixpath
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -15,11 +15,13 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import IMAGE, TABLE, NotRegular, SizeLimit, TooLarge, open_regular, read_regular
 
 from .errors import BadSample
+from .tar_index import JUNK
 
 PREFETCH = 64  # remote files that are requested together
 OUTSIDE = "outside the source folder"  # the reason by which refusals are counted
 MAX_LINKED_FOLDERS = 100_000  # links that cross each other can make 2**n names of n folders
 PATTERN = frozenset("*?[")  # what fsspec takes for a pattern in a list of names
+CHANGE_KEYS = ("ETag", "etag", "md5", "mtime", "LastModified", "last_modified", "updated", "created")  # of fsspec
 TRIES = 4  # of one request; the waits between them double from half a second
 
 
@@ -47,10 +49,22 @@ class Storage:
     def __init__(self, address: str, access: Access):
         self.address, self.access = address, access
         self.refused: list[str] = []
+        self.states: dict[str, str] = {}
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of every file at any depth, without hidden ones and what macOS adds to archives."""
+        """Return the bytes of every file at any depth, without hidden ones and what systems leave beside files.
+
+        `states` has what tells a changed file of each: its size, and its time of change or what a server says.
+        """
         raise NotImplementedError
+
+    def state(self, name: str) -> str:
+        """Return what tells whether a file has changed, as `states` has it."""
+        raise NotImplementedError
+
+    def head(self, name: str, size: int) -> bytes:
+        """Return the first bytes of a file, where that costs no request; nothing if it may not be read."""
+        return b""
 
     def exists(self, name: str) -> bool:
         raise NotImplementedError
@@ -91,7 +105,7 @@ class LocalStorage(Storage):
                 if not _is_folder(entry):
                     found[name] = 0  # of a link to nothing
                     with suppress(OSError):
-                        found[name] = entry.stat().st_size
+                        found[name], self.states[name] = entry.stat().st_size, _local_state(entry.stat())
                 elif not entry.is_symlink():
                     waiting.append((f"{name}/", os.path.join(real, entry.name), chain))
                 else:
@@ -105,6 +119,14 @@ class LocalStorage(Storage):
                 raise BadInput(f"{self.address}: more than {MAX_LINKED_FOLDERS:,} links to folders; remove some")
         self.refused.sort()
         return found
+
+    def state(self, name: str) -> str:
+        return _local_state(os.stat(self.folder / name))
+
+    def head(self, name: str, size: int) -> bytes:
+        with suppress(BadInput, OSError), open_regular(self.resolve(name)) as file:
+            return file.read(size)
+        return b""
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -156,7 +178,12 @@ class RemoteStorage(Storage):
             found = with_retries(lambda: system.find(root, detail=True))
         below = {path.removeprefix(root).lstrip("/"): info.get("size") or 0 for path, info in found.items()}
         self.listed = {n: size for n, size in below.items() if not any(map(is_hidden, PurePosixPath(n).parts))}
+        states = {path.removeprefix(root).lstrip("/"): _remote_state(info) for path, info in found.items()}
+        self.states = {name: states[name] for name in self.listed}
         return self.listed
+
+    def state(self, name: str) -> str:
+        return _remote_state(self.request(name, lambda system, path: system.info(path)) or {})
 
     def exists(self, name: str) -> bool:
         return self.request(name, lambda system, path: system.info(path)) is not None
@@ -250,7 +277,17 @@ def is_within(path: str, folder: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in JUNK
+
+
+def _local_state(status: os.stat_result) -> str:
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _remote_state(info: Mapping[str, Any]) -> str:
+    """Return a file's size and the first of what servers say of its content or time of change."""
+    said = (str(info[key]) for key in CHANGE_KEYS if info.get(key))
+    return f"{info.get('size')} {next(said, '')}"
 
 
 def without_dots(path: str) -> str:

@@ -3,18 +3,17 @@
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, count, islice
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_stream
 from latentsmith.files.regular import TABLE_LINE
-from latentsmith.files.text import encoding_of
+from latentsmith.files.text import LFS_ADVICE, LFS_POINTER, encoding_of
 
 from .errors import BadSample
 from .sample_io import IMAGE_EXTENSIONS
@@ -68,9 +67,7 @@ class TextTable:
     def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
         parse = _jsonl_rows if self.name.lower().endswith(".jsonl") else _csv_rows
         with errors_reported(self.address), self.storage.open(self.name) as file:
-            encoding = encoding_of(file.read(4))
-            file.seek(0)
-            text = io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
+            text = io.TextIOWrapper(file, encoding_of(_head(file, self.address)), "surrogateescape", newline="")
             for line, row in islice(parse(_lines(text, self.address), self.address), start, None):
                 yield f"line {line:,} of {self.name}", row
 
@@ -95,38 +92,52 @@ class ParquetTable:
             import pyarrow.parquet as parquet
         except ModuleNotFoundError:
             raise BadInput(f"{self.address}: parquet needs pyarrow; pip install 'latentsmith[parquet]'") from None
-        with self._errors_reported():
-            opened = [storage.open(name) for name in names]
-            self.sizes = [file.seek(0, os.SEEK_END) for file in opened]
-            self.files = [parquet.ParquetFile(file) for file in opened]
-        self.columns = list(self.files[0].schema_arrow.names)
+        self.storage, self.columns = storage, list[str]()
+        self.groups: list[list[int]] = []  # rows of each row group of each file
+        for name in names:
+            with self._errors_reported(), storage.open(name) as file:
+                _head(file, f"{storage.address}/{name}")
+                opened = parquet.ParquetFile(file)
+                self.columns = self.columns or list(opened.schema_arrow.names)
+                rows = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
+                self.groups.append(rows)
         if not len(self):
             raise BadInput(f"{self.address}: the table has no rows")
 
     def __len__(self) -> int:
-        return sum(file.metadata.num_rows for file in self.files)
+        return sum(map(sum, self.groups))
 
     def rows(self, start: int = 0) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield (where, row) from row number `start` on; row groups before it are not read."""
-        for name, file in zip(self.names, self.files, strict=True):
-            number, groups = 0, list(range(file.num_row_groups))
-            while groups and number + (rows := file.metadata.row_group(groups[0]).num_rows) <= start:
-                number += rows
-                groups.pop(0)
-            batches = file.iter_batches(PARQUET_ROWS, row_groups=groups)
+        """Yield (where, row) from row number `start` on; files and row groups before it are not read."""
+        for name, sizes in zip(self.names, self.groups, strict=True):
+            if start < sum(sizes):
+                yield from self._rows_of(name, sizes, start)
+            start = max(0, start - sum(sizes))
+
+    def _rows_of(self, name: str, sizes: list[int], start: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        import pyarrow.parquet as parquet
+
+        number, groups = 0, list(range(len(sizes)))
+        while number + sizes[groups[0]] <= start:
+            number += sizes[groups.pop(0)]
+        with self._errors_reported():
+            file = self.storage.open(name)  # one at a time: thousands of open files are over a process's limit
+        with file:
+            with self._errors_reported():
+                batches = parquet.ParquetFile(file).iter_batches(PARQUET_ROWS, row_groups=groups)
             while (batch := self._next(batches)) is not None:
                 skipped = min(max(0, start - number), batch.num_rows)
                 for offset, row in enumerate(batch.slice(skipped).to_pylist(), skipped):
                     yield f"row {number + offset:,} of {PurePosixPath(name).name}", row
                 number += batch.num_rows
-            start = max(0, start - file.metadata.num_rows)
 
     def keeps(self, value: Any) -> bool:
         return isinstance(value, str | int | float | bool)
 
     def fingerprint(self) -> str:
-        names = (PurePosixPath(name).name for name in self.names)
-        return fingerprint_text("\n".join(f"{name} {size}" for name, size in zip(names, self.sizes, strict=True)))
+        return fingerprint_text(
+            "\n".join(f"{PurePosixPath(name).name} {self.storage.state(name)}" for name in self.names)
+        )
 
     def _next(self, batches: Iterator[Any]) -> Any:
         with self._errors_reported():
@@ -161,6 +172,15 @@ def image_bytes(value: Any, storage: Storage, where: str) -> bytes:
         return storage.read(value)
     except BadSample as error:
         raise BadSample(error.reason, f"{where}: {error}") from None
+
+
+def _head(file: BinaryIO, table: str) -> bytes:
+    """Return the first bytes of a table, and go back. Raises BadInput for a Git LFS pointer."""
+    head = file.read(len(LFS_POINTER))
+    file.seek(0)
+    if head == LFS_POINTER:
+        raise BadInput(f"{table}: {LFS_ADVICE}")
+    return head
 
 
 def _lines(file: io.TextIOWrapper, table: str) -> Iterator[str]:

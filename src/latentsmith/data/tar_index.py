@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +17,24 @@ import numpy as np
 
 from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
+from latentsmith.files.text import LFS_ADVICE, LFS_POINTER
 
 Row = tuple[str, dict[str, tuple[int, int]]]  # key, then (offset, size) of each member by extension
 
 MAX_EXTENSIONS = 64
-COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"\x1f\x9d": "compress",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+PACKED_NAME = re.compile(r".*\.(tar\.(gz|bz2|xz|zst|lz4|z)|tgz|tbz2?|txz|tzst|zip|7z|rar)", re.IGNORECASE)
+JUNK = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+                  "Thumbs.db", "desktop.ini"})  # what systems leave beside files  # fmt: skip
 BLOCK = tarfile.BLOCKSIZE
 # WebDataset's rule: the extension starts at the first dot of the file's name.
 SAMPLE_NAME = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -40,7 +53,7 @@ def build_index(path: Path, opened: AbstractContextManager[IO[bytes]] | None = N
     rows: list[Row] = []
     for name, offset, size in _members(path, opened):
         match = SAMPLE_NAME.fullmatch(name)
-        if not match:
+        if not match or JUNK.intersection(name.split("/")):
             continue  # WebDataset passes over names without an extension as well
         key, extension = match[1], match[2].lower()
         if not rows or rows[-1][0] != key:
@@ -117,7 +130,10 @@ def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> li
     with opened or open(path, "rb") as file:
         total = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if compression := compression_of(file.read(BLOCK)):
+        head = file.read(BLOCK)
+        if head.startswith(LFS_POINTER):
+            raise BadInput(f"{path}: {LFS_ADVICE}")
+        if compression := compression_of(head):
             raise BadInput(f"{path}: a tar compressed with {compression}, of which no sample can be read; unpack it")
         while start is not None:
             file.seek(start)
@@ -156,6 +172,13 @@ def _members(path: Path, opened: AbstractContextManager[IO[bytes]] | None) -> li
         spans[posixpath.normpath(name)] = spans[target]
         members[number] = (name, *spans[target])
     return members
+
+
+def refuse_packed(folder: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Raise BadInput if one of a folder's files is a compressed tar or another archive, by its name."""
+    if packed := sorted(name for name in names if PACKED_NAME.fullmatch(name)):
+        where = f"{packed[0]} is compressed, and no sample of it can be read"
+        raise BadInput(f"{folder}: {where}; unpack it (a .tar may stay a tar)")
 
 
 def compression_of(head: bytes) -> str | None:

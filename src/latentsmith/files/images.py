@@ -13,6 +13,7 @@ from PIL import Image
 
 from .errors import BadInput
 from .regular import IMAGE, NotRegular, TooLarge, read_regular
+from .text import LFS_ADVICE, LFS_POINTER
 
 # Decoded inside this process by Pillow's own C code or the libraries it is built with; none starts a program or opens
 # another file. The JPEG decoder reads MPO too. AVIF needs a Pillow that has it, HEIF a plugin that the caller has
@@ -43,7 +44,19 @@ OTHER_FORMATS = {  # first bytes of files that people do rename to .jpg, or that
     b"\x76\x2f\x31\x01": "OpenEXR",
     b"#?RADIANCE": "Radiance HDR",
     b"SIMPLE  =": "FITS",
+    b"<!DOCTYPE html": "HTML, a page in place of a download",
+    b"<!doctype html": "HTML, a page in place of a download",
+    b"<html": "HTML, a page in place of a download",
 }
+SIGNATURES = (  # first bytes of the formats taken, where they are long enough to be no accident
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF8",
+    b"II*\0",
+    b"MM\0*",
+    b"\x00\x00\x00\x0cjP  \r\n\x87\n",
+    b"\xff\x4f\xff\x51",
+)
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 HEAD = 64  # bytes; holds the signatures above, EMF's at byte 40 and the brands of AVIF
 
@@ -52,7 +65,7 @@ class BadImage(BadInput):
     """An image that cannot be opened. reason: a few words to count by; the message has the details.
 
     Reasons: "zero bytes", "not an image", "unsupported format", "truncated", "corrupt", "too many pixels",
-    "too many bytes", "unreadable file".
+    "too many bytes", "unreadable file", "Git LFS pointer".
     """
 
     def __init__(self, reason: str, detail: str):
@@ -111,6 +124,14 @@ def other_format(data: bytes | bytearray | memoryview) -> str | None:
     return next((name for magic, name in OTHER_FORMATS.items() if head.startswith(magic)), None)
 
 
+def is_image(data: bytes | bytearray | memoryview) -> bool:
+    """Return whether a file is an image by its first HEAD bytes, in a format that is taken or another."""
+    head = bytes(data[:HEAD])
+    is_webp, is_heif = head[:4] == b"RIFF" and head[8:12] == b"WEBP", head[4:8] == b"ftyp" and b"avif" in head
+    is_bitmap = head[:2] == b"BM" and head[6:10] == b"\0" * 4
+    return head.startswith(SIGNATURES) or is_webp or is_heif or is_bitmap or other_format(head) is not None
+
+
 def is_cut_short(data: bytes | bytearray | memoryview) -> bool:
     """Return whether a WebP file announces more bytes than there are; its decoder gives no reason."""
     head = bytes(data[:12])
@@ -123,6 +144,8 @@ def _open_bytes(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.
         raise BadImage("zero bytes", "the image file is empty (0 bytes)")
     if size > IMAGE.size:
         raise BadImage("too many bytes", f"{size:,} bytes, more than the {IMAGE.size:,} allowed for {IMAGE.use}")
+    if bytes(data[: len(LFS_POINTER)]) == LFS_POINTER:
+        raise BadImage("Git LFS pointer", LFS_ADVICE)
     if found := other_format(data):
         taken = ", ".join(formats_taken())
         raise BadImage("unsupported format", f"the format is {found}; convert it to one of {taken}")
