@@ -16,7 +16,7 @@ from latentsmith.evaluation import (
     r_precision,
 )
 from latentsmith.evaluation.frechet import FrechetToReference, Moments, frechet_distance, moments_of
-from latentsmith.evaluation.intervals import bootstrap_weights, interval, mean_estimate
+from latentsmith.evaluation.intervals import bootstrap_weights, interval, mean_of
 from latentsmith.evaluation.mmd import KernelResampler, cubic_kernel
 from latentsmith.evaluation.neighbours import nearest_neighbours, self_distances
 from latentsmith.files.errors import BadInput
@@ -229,7 +229,7 @@ def test_clip_scores_and_r_precision():
 
 def test_the_interval_of_a_mean_is_the_closed_form():
     values = normal(2000, 1, 3)[:, 0]
-    estimate = mean_estimate(values, 2000, 0)
+    estimate = mean_of(values, 2000, 0).estimate()
     half = 1.96 * values.std() / 2000**0.5
     assert estimate.value == values.mean()
     assert estimate.high - estimate.value == pytest.approx(half, rel=0.1)

@@ -14,14 +14,34 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and the interval that holds it in `LEVEL` of all repetitions, as the bootstrap estimates it."""
+    """A number and the interval that holds it in `LEVEL` of all repetitions, as the bootstrap estimates it.
+
+    low, high: None where there was no bootstrap.
+    """
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+        around = "" if self.low is None else f" ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.value:.4g}{around}"
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """A number and its values for resampled images, in the order of the resamples."""
+
+    value: float
+    spread: Array | None = None
+
+    def __sub__(self, other: Sampled) -> Sampled:
+        """Return the difference of two numbers whose resamples draw the same images: a paired comparison."""
+        both = self.spread is not None and other.spread is not None
+        return Sampled(self.value - other.value, self.spread - other.spread if both else None)  # type: ignore[operator]
+
+    def estimate(self) -> Estimate:
+        return Estimate(self.value) if self.spread is None else interval(self.value, self.spread)
 
 
 def bootstrap_weights(count: int, resamples: int, seed: int) -> Array:
@@ -41,10 +61,10 @@ def interval(value: float, resampled: Array) -> Estimate:
     return Estimate(value, value + float(low), value + float(high))
 
 
-def mean_estimate(values: Array, resamples: int, seed: int) -> Estimate:
-    """Return the mean of one number per image and its interval."""
+def mean_of(values: Array, resamples: int, seed: int) -> Sampled:
+    """Return the mean of one number per image."""
     weights = bootstrap_weights(len(values), resamples, seed)
-    return interval(float(values.mean()), values @ weights / len(values))
+    return Sampled(float(values.mean()), values @ weights / len(values))
 
 
 def resampled(statistic: Callable[[Array], float], count: int, resamples: int, seed: int) -> Array:

@@ -2,122 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from latentsmith.files.errors import BadInput
 
+from .collect import Features
 from .features import Array
-from .frechet import FrechetToReference, Moments, fid_infinity, frechet_distance
-from .intervals import Estimate, bootstrap_weights, interval, mean_estimate, resampled
-from .mmd import (
-    CMMD_SCALE,
-    KernelResampler,
-    cmmd,
-    cubic_kernel,
-    gaussian_kernel,
-    kid,
-    unit_rows,
-)
+from .frechet import FrechetToReference, Moments, fid_infinity, frechet_distance, moments_of
+from .intervals import Sampled, bootstrap_weights, mean_of, resampled
+from .mmd import CMMD_SCALE, KernelResampler, cmmd, cubic_kernel, gaussian_kernel, kid, unit_rows
 from .neighbours import manifolds
 from .scores import clip_scores, inception_score, r_precision, score_of, softmax
 
-PAIRS_MOST = 20_000  # images from which on a kernel's bootstrap is not made: its products grow with the square
+LARGEST_RESAMPLED = 20_000  # images; above, features are streamed and distances have no interval
+EXTRAPOLATIONS = 5  # of FID-infinity, each with other subsets
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What metrics compute from, of one extractor.
 
-    generated, reference: features (n, d). moments: of the reference, which may be all that is known of it.
-    logits: of the generated images. texts: embeddings of their prompts. resamples: of the bootstrap.
+    generated, reference: features of images. statistics: of a reference of which nothing else is known.
+    texts: embeddings of the generated images' prompts. resamples, seed: of the bootstrap.
     """
 
-    generated: Array
-    moments: Moments | None = None
-    reference: Array | None = None
-    logits: Array | None = None
+    generated: Features
+    reference: Features | None = None
+    statistics: Moments | None = None
     texts: Array | None = None
     resamples: int = 100
     seed: int = 0
     notes: list[str] = field(default_factory=list)
 
+    @cached_property
+    def features(self) -> Array:
+        return self.generated.all()
+
+    @cached_property
     def reference_features(self) -> Array:
         if self.reference is None:
-            raise BadInput("this metric compares with each reference image; name the images, not their statistics")
-        return self.reference
+            raise BadInput("it compares single images: name the reference's images, not their statistics")
+        return self.reference.all()
 
+    @cached_property
+    def moments(self) -> Moments:
+        if self.statistics is not None:
+            return self.statistics
+        assert self.reference is not None
+        return moments_of(self.reference.chunks())
+
+    @property
     def prompts(self) -> Array:
         if self.texts is None:
-            raise BadInput("this metric needs prompts: --prompts FILE, or a caption beside each image")
+            raise BadInput("it needs prompts: give --prompts, or put a .txt beside each image")
         return self.texts
 
+    def resampling(self, name: str) -> bool:
+        """Return whether there are few enough images for an interval, and note it where there are not."""
+        counts = [self.generated.count, *([self.reference.count] if self.reference else [])]
+        if few := max(counts) <= LARGEST_RESAMPLED:
+            return few
+        self.notes.append(f"{name}: no interval for more than {LARGEST_RESAMPLED:,} images")
+        return few
 
-Found = dict[str, Estimate]
+
+Found = dict[str, Sampled]
 
 
 def _fid(given: Measured) -> Found:
-    assert given.moments is not None
-    value = frechet_distance(Moments.of(given.generated), given.moments)
-    distance = FrechetToReference(given.generated, given.moments)
-    spread = resampled(distance, len(given.generated), given.resamples, given.seed)
-    return {"fid": interval(value, spread)}
+    value = frechet_distance(moments_of(given.generated.chunks()), given.moments)
+    if not given.resampling("fid"):
+        return {"fid": Sampled(value)}
+    distance = FrechetToReference(given.features, given.moments)
+    return {"fid": Sampled(value, resampled(distance, given.generated.count, given.resamples, given.seed))}
 
 
 def _fid_infinity(given: Measured) -> Found:
-    assert given.moments is not None
-    seeds = range(given.seed, given.seed + 5)
-    values = np.array([fid_infinity(given.generated, given.moments, seed) for seed in seeds])
-    return {"fid_infinity": Estimate(float(values.mean()), float(values.min()), float(values.max()))}
+    seeds = range(given.seed, given.seed + EXTRAPOLATIONS)
+    values = np.array([fid_infinity(given.features, given.moments, seed) for seed in seeds])
+    return {"fid_infinity": Sampled(float(values.mean()), values)}
 
 
-def _mmd(given: Measured, name: str) -> Found:
-    left, right = given.generated, given.reference_features()
-    if name == "cmmd":
-        left, right = unit_rows(left), unit_rows(right)
-    value = kid(left, right) if name == "kid" else cmmd(left, right)
-    if max(len(left), len(right)) > PAIRS_MOST:
-        given.notes.append(f"{name}: no interval for over {PAIRS_MOST:,} images")
-        return {name: Estimate(value, float("nan"), float("nan"))}
-    kernel, scale = (cubic_kernel, 1.0) if name == "kid" else (gaussian_kernel, CMMD_SCALE)
-    sample = KernelResampler(left, right, kernel, unbiased=name == "kid")
-    weights = [bootstrap_weights(len(each), given.resamples, given.seed + side) for side, each in
-               enumerate((left, right))]  # fmt: skip
-    return {name: interval(value, scale * sample(*weights))}
+def _kid(given: Measured) -> Found:
+    left, right = given.features, given.reference_features
+    value = kid(left, right)
+    if not given.resampling("kid"):
+        return {"kid": Sampled(value)}
+    return {"kid": Sampled(value, _resampled_mmd(given, KernelResampler(left, right, cubic_kernel, unbiased=True)))}
 
 
-def _neighbours(given: Measured, k: int, names: tuple[str, str]) -> Found:
-    found = manifolds(given.generated, given.reference_features(), k)
-    values = {"precision": found.precise, "recall": found.recalled, "density": found.dense, "coverage": found.covered}
-    return {name: mean_estimate(values[name], given.resamples, given.seed) for name in names}
+def _cmmd(given: Measured) -> Found:
+    left, right = unit_rows(given.features), unit_rows(given.reference_features)
+    value = cmmd(left, right)
+    if not given.resampling("cmmd"):
+        return {"cmmd": Sampled(value)}
+    sample = KernelResampler(left, right, gaussian_kernel, unbiased=False)
+    return {"cmmd": Sampled(value, CMMD_SCALE * _resampled_mmd(given, sample))}
+
+
+def _resampled_mmd(given: Measured, sample: KernelResampler) -> Array:
+    assert given.reference is not None
+    sides = enumerate((given.generated.count, given.reference.count))
+    left, right = (bootstrap_weights(count, given.resamples, given.seed + side) for side, count in sides)
+    return sample(left, right)
+
+
+def _precision_recall(given: Measured) -> Found:
+    found = manifolds(given.features, given.reference_features, 3)
+    return _means(given, {"precision": found.precise, "recall": found.recalled})
+
+
+def _density_coverage(given: Measured) -> Found:
+    found = manifolds(given.features, given.reference_features, 5)
+    return _means(given, {"density": found.dense, "coverage": found.covered})
+
+
+def _means(given: Measured, values: Mapping[str, Array]) -> Found:
+    return {name: mean_of(each, given.resamples, given.seed) for name, each in values.items()}
 
 
 def _inception_score(given: Measured) -> Found:
-    if given.logits is None:
-        raise BadInput("inception_score: the extractor gives no class probabilities; take inception")
-    shares = softmax(given.logits)
-    value, _ = inception_score(given.logits, splits=1)
+    if not given.generated.has("logits"):
+        raise BadInput("the extractor gives no class probabilities; take inception")
+    logits = given.generated.all("logits")
+    shares, (value, _) = softmax(logits), inception_score(logits, splits=1)
     spread = resampled(lambda weights: score_of(shares, weights), len(shares), given.resamples, given.seed)
-    return {"inception_score": interval(value, spread)}
+    return {"inception_score": Sampled(value, spread)}
+
+
+def _fd_dinov2(given: Measured) -> Found:
+    return {"fd_dinov2": _fid(given)["fid"]}
 
 
 def _clip_score(given: Measured) -> Found:
-    scores = clip_scores(given.generated, given.prompts())
-    return {"clip_score": mean_estimate(scores, given.resamples, given.seed)}
+    return _means(given, {"clip_score": clip_scores(given.features, given.prompts)})
 
 
 def _r_precision(given: Measured) -> Found:
-    hits = r_precision(given.generated, given.prompts(), seed=given.seed)
-    return {"r_precision": mean_estimate(hits, given.resamples, given.seed)}
+    return _means(given, {"r_precision": r_precision(given.features, given.prompts, seed=given.seed)})
 
 
 @dataclass(frozen=True)
 class Metric:
     """One name of --metrics.
 
-    role: which extractor it takes. compares: with a reference. lower: whether a lower value is better.
+    role: which extractor it takes: "features" (Inception unless another is named), "clip" or "dinov2".
+    compares: with a reference. lower: whether a lower value is better.
     """
 
     role: str
@@ -129,21 +163,39 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "fid": Metric("features", _fid),
     "fid_infinity": Metric("features", _fid_infinity),
-    "kid": Metric("features", lambda given: _mmd(given, "kid")),
-    "precision_recall": Metric("features", lambda given: _neighbours(given, 3, ("precision", "recall")), lower=False),
-    "density_coverage": Metric("features", lambda given: _neighbours(given, 5, ("density", "coverage")), lower=False),
+    "kid": Metric("features", _kid),
+    "precision_recall": Metric("features", _precision_recall, lower=False),
+    "density_coverage": Metric("features", _density_coverage, lower=False),
     "inception_score": Metric("features", _inception_score, compares=False, lower=False),
-    "fd_dinov2": Metric("dinov2", lambda given: {"fd_dinov2": _fid(given)["fid"]}),
-    "cmmd": Metric("clip", lambda given: _mmd(given, "cmmd")),
+    "fd_dinov2": Metric("dinov2", _fd_dinov2),
+    "cmmd": Metric("clip", _cmmd),
     "clip_score": Metric("clip", _clip_score, compares=False, lower=False),
     "r_precision": Metric("clip", _r_precision, compares=False, lower=False),
 }
-INCEPTIONS_OWN = ("fid", "fid_infinity", "kid")  # names that stand for Inception's features
+OTHER_NAMES = {  # of values that are only called so for Inception's features
+    "fid": "frechet_distance",
+    "fid_infinity": "frechet_distance_infinity",
+    "kid": "kernel_distance",
+    "inception_score": "class_score",
+}
 
 
-def result_name(name: str, extractor: str) -> str:
-    """Return the name of a value: FID and KID of other features than Inception's are called otherwise."""
-    if name not in INCEPTIONS_OWN or extractor == "inception":
-        return name
-    other = {"fid": "frechet_distance", "fid_infinity": "frechet_distance_infinity", "kid": "kernel_distance"}[name]
-    return f"{other} ({extractor})"
+def check_metrics(names: Sequence[str], has_reference: bool) -> None:
+    """Raise BadInput for an unknown metric, and one that needs a reference where there is none."""
+    for name in names:
+        if name not in METRICS:
+            raise BadInput(f"metrics {name}: is not one of {', '.join(METRICS)}")
+        if METRICS[name].compares and not has_reference:
+            raise BadInput(f"metrics {name}: compares with real images; name them with --reference")
+    if not names:
+        raise BadInput(f"no metric was asked for; choose from {', '.join(METRICS)}")
+
+
+def measure(name: str, given: Measured, extractor: str) -> Found:
+    """Return a metric's values by name. Raises BadInput, which names the metric."""
+    try:
+        found = METRICS[name].measure(given)
+    except BadInput as error:
+        raise BadInput(f"metrics {name}: {error}") from None
+    other = {} if extractor == "inception" else OTHER_NAMES
+    return {f"{other[each]} ({extractor})" if each in other else each: value for each, value in found.items()}
