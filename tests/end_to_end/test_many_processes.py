@@ -91,6 +91,13 @@ def test_processes_stopped_go_on(world, strategy, processes):
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
 
 
+def test_more_processes_go_on_with_a_run(world):
+    name, batch = "one-then-two", ("model.global_batch_size=4", "model.micro_batch_size=4")
+    world.train("cached", name, *batch, "trainer.max_steps=2")
+    run = trained(world, name, 2)
+    assert world.losses(run) == pytest.approx(world.losses(world.train("cached", "one-only", *batch)), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_sharded_run_goes_on_in_one_process(world):
     """Its checkpoint is one set of whole files: the same as without shards, to load and to draw from."""

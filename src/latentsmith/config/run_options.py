@@ -154,6 +154,7 @@ class ExpManagerConfig:
         aliases=("resume",),
         path=True,
     )
+    allow_data_change: bool = option(False, "resume on another data set; asked for at each start, never kept")
     nonfinite_limit: int = option(
         10,
         "steps in a row without a finite gradient that end the run; each is skipped and described in nonfinite/",

@@ -15,7 +15,7 @@ from torch import nn
 from latentsmith.checkpoints.from_config import is_encoded
 from latentsmith.config import Config
 from latentsmith.files.errors import BadInput
-from latentsmith.files.hashing import fingerprint_tensors
+from latentsmith.files.hashing import fingerprint_tensors, fingerprint_text
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 from latentsmith.units import BYTES, scaled
@@ -58,6 +58,13 @@ class TrainingSet:
     def index(self, position: int, seed: int) -> int:
         """Return the index of the sample at a position of a run."""
         return self.order(position) if self.order else shuffled_index(seed, position, len(self.shards))
+
+    def fingerprint(self) -> str | None:
+        """Name the samples and what is done to their images; None for noise."""
+        if isinstance(self.shards, SyntheticSet):
+            return None
+        transforms = self.transforms.describe() if self.transforms else None
+        return fingerprint_text(json.dumps([self.shards.fingerprint(), transforms]))
 
     @property
     def count(self) -> int:

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -184,12 +184,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(going)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left of checkpoints that were being written, replaced or deleted."""
+def restore_replaced(folder: Path) -> None:
+    """Put back checkpoints whose process was killed before another took their place."""
     for left in folder.glob(f"step-*{REPLACED}"):
         final = left.with_name(left.name.removesuffix(REPLACED))
         if not final.exists():
             left.rename(final)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of checkpoints that were being written, replaced or deleted."""
+    restore_replaced(folder)
     for left in folder.glob(f"step-*{INCOMPLETE}"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -215,18 +220,11 @@ def load_checkpoint(path: Path, counters: Mapping[str, Any], state: TrainingStat
 
     counters: its state.json, as `read_state` returned it.
     """
+    check_fits(path, counters, state.trained, state.optimizer_name, bool(state.ema))
     for name in state.trained:
         load_network(state.networks[name], path / f"{name}.safetensors")
     for name, average in state.ema.items():
-        if name not in counters["ema_updates"]:
-            raise BadInput(f"{path}: holds no averages of {name}; set exp_manager.ema.enable=false, or name a new run")
         average.load_state_dict(open_tensors(path / "ema" / f"{name}.safetensors"), counters["ema_updates"][name])
-    saved = counters.get("optimizer")
-    if saved not in (None, state.optimizer_name):
-        raise BadInput(
-            f"{path}: its optimizer is {saved}, and model.optim.name is {state.optimizer_name}; set that to {saved}, "
-            "or name a new run that starts from these weights with model.ckpt_path"
-        )
     _load_optimizer(state.optimizer, path / "optimizer.safetensors")
     for group, numbers in zip(state.optimizer.param_groups, counters.get("optimizer_groups", ()), strict=False):
         group.update(numbers)
@@ -234,6 +232,32 @@ def load_checkpoint(path: Path, counters: Mapping[str, Any], state: TrainingStat
     state.skipped_steps.fill_(counters.get("skipped_steps", 0))
     if state.scaler and counters.get("scaler"):
         state.scaler.load_state_dict(counters["scaler"])
+
+
+def check_fits(
+    path: Path, counters: Mapping[str, Any], trained: Sequence[str], optimizer: str, has_averages: bool
+) -> None:
+    """Raise BadInput unless a checkpoint holds what a training needs: the same networks, optimizer and averages.
+
+    counters: its state.json. trained, optimizer: of the training. has_averages: whether it keeps an EMA.
+    """
+    afresh = "or name a new run that starts from these weights with model.ckpt_path"
+    held = {Path(name).stem for name in counters["checksums"] if Path(name).parent == Path()} - {"optimizer"}
+    if held != set(trained):
+        fix = f"set model.cond_stage_trainable={str('text_encoder' in held).lower()}, " if "unet" in held else ""
+        raise BadInput(
+            f"{path}: trains {' and '.join(sorted(held))}, and this config trains {' and '.join(sorted(trained))}; "
+            f"{fix}{afresh}"
+        )
+    if missing := [name for name in trained if has_averages and name not in counters["ema_updates"]]:
+        raise BadInput(
+            f"{path}: holds no averages of {missing[0]}; set exp_manager.ema.enable=false, or name a new run"
+        )
+    saved = counters.get("optimizer")
+    if saved not in (None, optimizer):
+        raise BadInput(
+            f"{path}: its optimizer is {saved}, and model.optim.name is {optimizer}; set that to {saved}, {afresh}"
+        )
 
 
 def load_network(network: torch.nn.Module, path: Path) -> None:

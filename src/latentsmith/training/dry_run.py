@@ -28,7 +28,7 @@ from latentsmith.units import BYTES, OPERATIONS, scaled
 
 from . import setup
 from .optimizers import STATE_VALUES
-from .run_folder import find_resume, run_folder
+from .run_folder import checked_resume, run_folder
 
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -59,7 +59,7 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     steps = setup.training_plan(config, samples.count).max_steps
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
         dataset.open_dataset(config, frozen, tokenizer, "validation")
-    check_folder(config)
+    check_folder(config, trained)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
         sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [
@@ -69,10 +69,12 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     ]
 
 
-def check_folder(config: Config) -> None:
-    """Raise BadInput for a checkpoint to resume from that is none, and a run folder that cannot be made."""
+def check_folder(config: Config, trained: tuple[str, ...]) -> None:
+    """Raise BadInput for a checkpoint that is none or of another run, and for a folder that cannot be made."""
     folder = run_folder(config)
-    find_resume(config, read_only=True)
+    resume = checked_resume(config, trained)
+    for _, reason in resume.damaged if resume else ():
+        print(f"{reason}: passed over", flush=True)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise BadInput(f"{folder}: cannot be made in {existing}; give another exp_manager.exp_dir")

@@ -27,7 +27,7 @@ def replay(file: Path, config: Config) -> bool:
     sample and what comes out. config: of the run. Raises BadInput for a file that is none of these.
     """
     description = read_description(file)
-    resume = find_resume(config, read_only=True) if config.model.scale_factor == "measured" else None
+    resume = find_resume(config) if config.model.scale_factor == "measured" else None
     ready = prepared(config, resume=resume)
     objective, device = ready.objective, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{file}: step {description['step']:,}, with {load_weights(objective, file, description)}")

@@ -6,7 +6,8 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from latentsmith.config import Config, to_yaml
-from latentsmith.files.atomic import write_text
+from latentsmith.config import Config, replaced, to_yaml
+from latentsmith.files.atomic import remove_incomplete, write_text
 from latentsmith.files.errors import BadInput
+from latentsmith.files.lock import locked_folder
 from latentsmith.files.tensors import open_tensors, save_safetensors
 from latentsmith.text.tokenizer import Tokenizer
 
-from .checkpointing import STATE_FILE, checkpoints_in, read_state
+from .checkpointing import STATE_FILE, check_fits, checkpoints_in, read_state, restore_replaced
+from .identity import Content, Identity, branch_lines, check_identity, identity_of, read_identity
 from .sharding import on_first_process
 
 if TYPE_CHECKING:
@@ -34,33 +37,82 @@ def run_folder(config: Config) -> Path:
     return Path(config.exp_manager.exp_dir or "runs") / config.exp_manager.name
 
 
-def open_run_folder(config: Config, networks: Mapping[str, nn.Module], tokenizer: Tokenizer | None) -> None:
-    """Make the run folder and write into it what made the run.
+@contextmanager
+def locked_run_folder(config: Config, fabric: Fabric) -> Iterator[None]:
+    """Lock the run folder inside the context, in the first process; raises BadInput in all if another holds it."""
+    with ExitStack() as held:
+        on_first_process(fabric, lambda: held.enter_context(locked_folder(run_folder(config))))
+        yield
 
-    networks, tokenizer: what is not trained, kept once unless model.save_frozen is off, so that the folder is a whole
-    model.
+
+def open_run_folder(
+    config: Config,
+    resume: Resume | None,
+    trained: tuple[str, ...],
+    content: Content,
+    frozen: Mapping[str, nn.Module],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Write into the locked run folder what made the run, after a last look whether it is the same run.
+
+    content: what defines the run beside its options. frozen, tokenizer: what is not trained, kept once unless
+    model.save_frozen is off, so that the folder is a whole model.
+    Raises BadInput before anything changes where the folder holds another run.
     """
     folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", to_yaml(config))
+    identity, lines = compared(config, resume, trained, content)
+    print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+    for path, reason in resume.damaged if resume else ():
+        print(f"{reason}: set aside as {set_aside(path).name}, going on from an earlier checkpoint", flush=True)
+    for leftovers in (folder, folder / "samples", folder / "nonfinite", folder / "tokenizer"):
+        remove_incomplete(leftovers)
+    is_new = resume is None or not resume.is_of(folder)
+    for name, network in frozen.items() if config.model.save_frozen else ():
+        path = folder / f"{name}.safetensors"
+        if is_new or not path.exists():
+            save_safetensors(path, dict(network.state_dict()))
+    if config.model.save_frozen and tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    identity.write(folder)
+    write_text(folder / "config.yaml", to_yaml(replaced(config, "exp_manager.allow_data_change", False)))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "command": shlex.join(sys.argv)}
     write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
-    if not config.model.save_frozen:
-        return
-    for name, network in networks.items():
-        path = folder / f"{name}.safetensors"
-        if not path.exists():
-            save_safetensors(path, dict(network.state_dict()))
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer")
+
+
+def compared(
+    config: Config, resume: Resume | None, trained: tuple[str, ...], content: Content
+) -> tuple[Identity, list[str]]:
+    """Return what defines a run, and lines on how it differs from the run that it resumes.
+
+    content: functions that return fingerprints; empty to compare the options alone. Raises BadInput for what would
+    make it another run.
+    """
+    folder = run_folder(config)
+    is_own = resume is None or resume.is_of(folder)
+    source = folder if resume is None or is_own else resume.path.parent.parent
+    before = read_identity(source) if resume else None
+    now = identity_of(config, trained, content, before)
+    if before is None:
+        return now, []
+    if not is_own:
+        return now, branch_lines(source, before, now, trained)
+    return now, check_identity(folder, before, now, trained, config.exp_manager.allow_data_change)
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to resume from, whose files were found whole. counters: its state.json."""
+    """A checkpoint to resume from, whose files were found whole.
+
+    counters: its state.json. damaged: later checkpoints of the run that are not whole, each with the reason.
+    """
 
     path: Path
     counters: Mapping[str, Any]
+    damaged: Sequence[tuple[Path, BadInput]] = ()
+
+    def is_of(self, folder: Path) -> bool:
+        """Return whether it is a checkpoint of the run in a folder."""
+        return self.path.resolve().parent == (folder / CHECKPOINTS).resolve()
 
     def scale_factor(self) -> float | None:
         """Return the scale of the latents that the run began with, if its weights say."""
@@ -68,16 +120,16 @@ class Resume:
         return None if spec is None else float(json.loads(spec)["scale_factor"])
 
 
-def find_resume(config: Config, *, read_only: bool = False) -> Resume | None:
+def find_resume(config: Config) -> Resume | None:
     """Return the checkpoint that the config says to resume from, or None to start at step 0.
 
     One that exp_manager.resume_from_checkpoint names in another run's folder is where this run begins; once it has
-    later ones of its own it resumes from these. read_only: leave damaged checkpoints where they are.
+    later ones of its own it resumes from these.
     Raises BadInput where there is none and the config wants one, where all are damaged, and where the folder holds
     later ones than the run would start from: it could not know whether to keep them.
     """
     manager, folder = config.exp_manager, run_folder(config) / CHECKPOINTS
-    newest = newest_whole(folder, read_only)
+    newest = newest_whole(folder)
     start = Path(manager.resume_from_checkpoint) if manager.resume_from_checkpoint else None
     elsewhere = start is not None and start.resolve().parent != folder.resolve()
     if newest and manager.resume_if_exists and (start is None or (elsewhere and newest.path.name > start.name)):
@@ -98,23 +150,17 @@ def find_resume(config: Config, *, read_only: bool = False) -> Resume | None:
     return Resume(start, read_state(start))
 
 
-def newest_whole(folder: Path, read_only: bool) -> Resume | None:
-    """Return the newest checkpoint of a folder that is whole; damaged ones are reported and set aside."""
-    found, damaged = checkpoints_in(folder), []
-    newest = None
-    while found and newest is None:
+def newest_whole(folder: Path) -> Resume | None:
+    """Return the newest checkpoint of a folder that is whole, with the damaged ones that are later."""
+    damaged: list[tuple[Path, BadInput]] = []
+    for path in reversed(checkpoints_in(folder)):
         try:
-            newest = Resume(found[-1], read_state(found[-1]))
+            return Resume(path, read_state(path), damaged)
         except BadInput as error:
-            damaged.append((found.pop(), error))
-    if damaged and newest is None:
+            damaged.append((path, error))
+    if damaged:
         raise BadInput(f"{damaged[-1][1]}. None of the {len(damaged)} checkpoints in {folder} is whole; name a new run")
-    for path, reason in damaged:
-        if read_only:
-            print(f"{reason}: passed over", flush=True)
-        else:
-            print(f"{reason}: set aside as {set_aside(path).name}, going on from an earlier checkpoint", flush=True)
-    return newest
+    return None
 
 
 def set_aside(path: Path) -> Path:
@@ -126,9 +172,27 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
-def resume_together(config: Config, fabric: Fabric) -> Resume | None:
-    """Return what the first process resumes from, in all of them. Raises BadInput where one of them cannot see it."""
-    resume = on_first_process(fabric, lambda: find_resume(config))
+def checked_resume(config: Config, trained: tuple[str, ...]) -> Resume | None:
+    """Return what `find_resume` finds, if the options and what is trained are those of its run; changes no file."""
+    resume = find_resume(config)
+    if resume is not None:
+        has_averages = config.exp_manager.ema.enable
+        check_fits(resume.path, resume.counters, trained, config.model.optim.name, has_averages)
+        compared(config, resume, trained, {})
+    return resume
+
+
+def resume_together(config: Config, fabric: Fabric, trained: tuple[str, ...]) -> Resume | None:
+    """Return what the first process resumes from, in all of them, in a locked run folder.
+
+    Raises BadInput where one of them cannot see it, and as `checked_resume`.
+    """
+
+    def find() -> Resume | None:
+        restore_replaced(run_folder(config) / CHECKPOINTS)
+        return checked_resume(config, trained)
+
+    resume = on_first_process(fabric, find)
     if resume is None:
         return None
     if not (resume.path / STATE_FILE).is_file():

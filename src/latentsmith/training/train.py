@@ -39,10 +39,11 @@ from .hooks import Hook
 from .hooks.metrics import Metrics
 from .hooks.samples import SampleImages
 from .hooks.validation import VALIDATION_SEED, HeldOut, Validation, ValidationDraws
+from .identity import content_of
 from .loop import Plan
 from .objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt, vae_latents
 from .random_draws import DiffusionDraws, PosteriorDraws
-from .run_folder import Resume, open_run_folder, resume_together, run_folder
+from .run_folder import Resume, locked_run_folder, open_run_folder, resume_together, run_folder
 from .sharding import on_first_process
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
@@ -61,21 +62,28 @@ def train(config: Config, *, dry_run: bool = False) -> Path:
         return folder
     config = with_padding(config)
     fabric = setup.launch(config)
-    resume = resume_together(config, fabric)
-    ready = prepared(config, fabric, resume)
-    if fabric.is_global_zero:
-        print(*ready.head, sep="\n", flush=True)
-    log = setup.metrics_of(config, folder)
-    hooks = [log, *validation(config, ready, folder, log), *sample_images(config, ready, folder, log)]
-    if fabric.is_global_zero:
-        frozen = {name: ready.networks[name] for name in ready.networks if name not in ready.objective.trained}
-        open_run_folder(config, frozen, ready.tokenizer)
-    metadata = {"latentsmith.spec": ready.spec.to_json()}
-    setup.run(
-        config, fabric, ready.objective, ready.samples, ready.plan, folder, resume, hooks,
-        metadata=metadata, head=ready.head,
-    )  # fmt: skip
+    with locked_run_folder(config, fabric):
+        resume = resume_together(config, fabric, trained_networks(config))
+        ready = prepared(config, fabric, resume)
+        if fabric.is_global_zero:
+            print(*ready.head, sep="\n", flush=True)
+        log = setup.metrics_of(config, folder)
+        hooks = [log, *validation(config, ready, folder, log), *sample_images(config, ready, folder, log)]
+        on_first_process(fabric, lambda: open_folder_of(config, ready, resume))
+        metadata = {"latentsmith.spec": ready.spec.to_json()}
+        setup.run(
+            config, fabric, ready.objective, ready.samples, ready.plan, folder, resume, hooks,
+            metadata=metadata, head=ready.head,
+        )  # fmt: skip
     return folder
+
+
+def open_folder_of(config: Config, ready: "Ready", resume: Resume | None) -> None:
+    """Write what defines the run into its folder. Raises BadInput, before that, if the folder holds another run."""
+    networks, trained = ready.networks, ready.objective.trained
+    content = content_of(networks, trained, ready.tokenizer, ready.set, ready.plan.global_batch)
+    frozen = {name: network for name, network in networks.items() if name not in trained}
+    open_run_folder(config, resume, trained, content, frozen, ready.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     opened = dataset.open_dataset(config, networks, tokenizer, global_batch=batch)
     if opened.pad_to:
         config = replaced(config, "model.cond_stage_config.pad_to", opened.pad_to)
+    check_whole_steps(opened, batch, resume)
     model, plan = config.model, setup.training_plan(config, opened.count)
     for_captions = None if is_encoded(model.cond_stage_key) else tokenizer
     read = dataset.reader(opened, model.seed, for_captions)
@@ -137,6 +146,15 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     head += [memory(config, networks, trained), *setup.rounded_steps(config, networks, trained)]
     spec = spec_of_run(model, scale, opened.latent_shape[-1])
     return Ready(networks, tokenizer, opened, held_out, samples, objective, spec, plan, head)
+
+
+def check_whole_steps(opened: dataset.TrainingSet, batch: int, resume: Resume | None) -> None:
+    """Raise BadInput for a resume in the middle of a step, whose images have one size where there are several."""
+    if opened.sizes and resume and (done := resume.counters["consumed_samples"]) % batch:
+        raise BadInput(
+            f"{resume.path}: {done:,} samples are no whole number of steps of {batch}, and the images of a step have "
+            "one size; set model.global_batch_size to what it was"
+        )
 
 
 def draws(model: ModelConfig, opened: dataset.TrainingSet) -> DiffusionDraws:
