@@ -2,7 +2,7 @@
 
 import pytest
 
-from latentsmith.config import load_config
+from latentsmith.config import load_config, to_yaml
 from latentsmith.files.errors import BadInput
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -65,3 +65,25 @@ def test_other_code_still_has_its_resolver(monkeypatch):
     monkeypatch.setenv("SECRET", "token-123")
     load_config("demo")
     assert OmegaConf.create({"a": "${oc.env:SECRET}"}).a == "token-123"
+
+
+def test_text_that_looks_like_a_number_keeps_its_spelling(tmp_path):
+    """YAML reads 1.10 as 1.1, so that a run would resume another one's folder."""
+    (tmp_path / "my.yaml").write_text(
+        "name: 1.10\n"
+        "trainer: {max_time: 10:12:00:00, precision: 16, max_steps: 1_000}\n"
+        "exp_manager: {exp_dir: 0x10}\n"
+        "model: {scale_factor: 1e-1, data: {train: {dataset_path: [2024.50, a]}},\n"
+        "  first_stage_config: {target: ldm.models.autoencoder.AutoencoderKL, params: {from_pretrained: 007}}}"
+    )
+    config = load_config(tmp_path / "my.yaml")
+    assert (config.exp_manager.name, config.exp_manager.exp_dir) == ("1.10", "0x10")
+    assert (config.trainer.max_time, config.trainer.precision, config.trainer.max_steps) == (
+        "10:12:00:00",
+        "16-mixed",
+        1000,
+    )
+    assert config.model.data.train.dataset_path == ("2024.50", "a") and config.model.scale_factor == 0.1
+    assert config.model.first_stage_config.from_pretrained == "007"
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config

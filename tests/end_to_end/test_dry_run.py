@@ -167,3 +167,9 @@ def test_a_sweep_makes_runs_of_their_own(world):
     command = world.command("cached", "sweep", "trainer.max_steps=1", "model.optim.lr=1e-3,1e-4", "--multirun")
     assert world.call(*command) == 0
     assert sorted(path.name for path in root.glob("sweep*")) == ["sweep-lr0.0001", "sweep-lr0.001"]
+
+
+@pytest.mark.parametrize("kind", ["cached", "vae"])
+def test_a_step_of_more_samples_than_there_are_is_said(world, capsys, kind):
+    assert world.call(*world.command(kind, "large-step", "model.micro_batch_size=220"), "--dry-run") == 0
+    assert "a step of 220 has each of the 22 samples 10.0 times: lower the batch size" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.regular import CONFIG, read_regular
 
 from . import schema
-from .foreign_keys import canonical_tree
+from .foreign_keys import canonical_key, canonical_tree
 
 # NeMo's largest config has 250 nodes, 7 levels and no alias.
 MAX_NODES = 20_000  # keys and values, those of aliases counted each time
@@ -33,6 +33,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = read_regular(path, CONFIG).decode("utf-8-sig")
         check_limits(text)
         plain: Any = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+        _keep_text(plain, yaml.compose(text, Loader=yaml.SafeLoader))
     except BadInput as error:
         message = str(error)
         raise error if message.startswith(str(path)) else BadInput(f"{path.name}: {message}") from None
@@ -70,6 +71,24 @@ def check_limits(text: str) -> None:
             raise BadInput(f"more than {MAX_NODES:,} keys and values, those of aliases counted each time")
         if len(open_anchors) > MAX_DEPTH:
             raise BadInput(f"more than {MAX_DEPTH} levels of nesting")
+
+
+def _keep_text(tree: Any, node: yaml.Node | None, key: str = "") -> Any:
+    """Return `tree` with numbers as they are spelled where an option is text: a run named 1.10 is not 1.1.
+
+    tree: what the YAML of `node` was read as; changed in place. key: of the option, as the file spells it.
+    """
+    if isinstance(tree, dict) and isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if name.value in tree:
+                tree[name.value] = _keep_text(tree[name.value], value, f"{key}.{name.value}" if key else name.value)
+    elif isinstance(tree, list) and isinstance(node, yaml.SequenceNode):
+        tree[:] = [_keep_text(entry, value, key) for entry, value in zip(tree, node.value, strict=False)]
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool) and isinstance(node, yaml.ScalarNode):
+        option = schema.find(canonical_key(key))
+        if option and "text" in option.value_type.description:
+            return node.value
+    return tree
 
 
 def _keys(tree: Any, prefix: str = "") -> Iterator[str]:

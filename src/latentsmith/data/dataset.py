@@ -423,11 +423,19 @@ class SyntheticSet:
 def preflight(samples: TrainingSet, tokenizer: Tokenizer | None, steps: int, batch: int) -> list[str]:
     """Return lines that describe a set before its training. tokenizer: None where captions are not read as text."""
     lines = [f"{summary(samples)}; {steps:,} steps of {batch}: {steps * batch / samples.count:.1f} epochs"]
+    lines += repeated_in_a_step(samples.count, batch)
     if samples.sizes and isinstance(samples.order, BucketOrder):
         lines += listing(samples.sizes, samples.order.counts, batch)
     if tokenizer is not None and isinstance(samples.shards, ShardSet):
         lines += long_captions(samples.shards, tokenizer)
     return lines
+
+
+def repeated_in_a_step(count: int, batch: int) -> list[str]:
+    """Return a line on a step of more samples than the set has; none for others."""
+    if batch <= count:
+        return []
+    return [f"a step of {batch:,} has each of the {count:,} samples {batch / count:.1f} times: lower the batch size"]
 
 
 def summary(samples: TrainingSet) -> str:

@@ -13,7 +13,7 @@ from latentsmith.checkpoints.load import build, meta_weights
 from latentsmith.config import Config
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.cpu import optimize_for_cpu
-from latentsmith.data.dataset import TrainingSet, open_images, reader
+from latentsmith.data.dataset import TrainingSet, open_images, reader, repeated_in_a_step
 from latentsmith.data.loader import RunSamples
 from latentsmith.files.errors import BadInput
 
@@ -49,6 +49,7 @@ def train_vae(config: Config, *, dry_run: bool = False) -> Path:
     epochs = plan.max_steps * plan.global_batch / opened.count
     head = header({"vae": vae}, ("vae",))
     head.append(f"{opened.count:,} images; {plan.max_steps:,} steps of {plan.global_batch}: {epochs:.1f} epochs")
+    head += repeated_in_a_step(opened.count, plan.global_batch)
     if dry_run:
         print(*head, sep="\n", flush=True)
         check_folder(config, TRAINED)
