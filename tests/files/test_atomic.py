@@ -1,10 +1,12 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from latentsmith.cli.main import exit_code
 from latentsmith.files.atomic import INCOMPLETE, atomic_open, remove_incomplete, write_bytes, write_text
 
 
@@ -25,6 +27,17 @@ def test_error_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError("half way")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_names_the_file(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        code = exit_code(lambda: write_bytes(tmp_path / "a.bin", bytes(2000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1 and os.listdir(tmp_path) == []
+    assert capsys.readouterr().err == f"latentsmith: {tmp_path}/a.bin: File too large\n"
 
 
 def test_two_writers_of_one_name_do_not_mix(tmp_path):

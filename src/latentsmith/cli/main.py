@@ -120,6 +120,8 @@ def _describe(error: Exception) -> tuple[str, int]:
         return _one_line(str(error)), BAD_INPUT
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
         return _one_line(error.format_message()), BAD_INPUT
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return _one_line(f"{error.filename}: {error.strerror}"), FAILED
     return f"{type(error).__name__}: {_one_line(str(error))} (--debug shows where)", FAILED
 
 

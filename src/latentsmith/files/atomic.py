@@ -1,5 +1,6 @@
 """Write files and folders so that a name is only ever seen with all of its content."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 INCOMPLETE = ".INCOMPLETE"
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @contextmanager
@@ -29,8 +31,10 @@ def atomic_open(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            error.filename = str(path)  # a write does not say which file had no room
         raise
     sync_folder(path.parent)
 
