@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from latentsmith.data.errors import BadSample
 from latentsmith.data.images import decode_image, load_image
+from latentsmith.data.shuffle import integer_below
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.colour import is_plain, to_srgb
 from latentsmith.files.errors import BadInput
@@ -263,6 +264,33 @@ def test_resize_and_crop_are_the_antialiased_bicubic_of_torch():
     expected = resized[:, :, 3:43] / 127.5 - 1  # (46 - 40) / 2
     assert result.shape == (3, 32, 40) and result.dtype == np.float32 and result.flags.c_contiguous
     assert abs(result - expected).max() < 2.5 / 127.5
+
+
+@pytest.mark.parametrize("size", [(4000, 3), (3, 4000), (20, 900), (2000, 100)])
+@pytest.mark.parametrize("crop", ["center_crop_h_w", "random_crop_h_w"])
+def test_of_a_strip_only_the_crop_is_resized(size, crop):
+    """Pillow's resize of the whole strip, cropped; of pixels that no pass clips, so the two differ by rounding."""
+    image = Image.fromarray(np.random.default_rng(0).integers(90, 166, (*size, 3), dtype=np.uint8))
+    transforms = Transforms(resize_smallest_side=32, **{crop: "32, 24"})
+    scale = 32 / min(size)
+    whole = image.resize(tuple(32 if n == min(size) else int(n * scale) for n in image.size), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole).astype(int)
+    for seed in range(3):
+        found = ((transforms(image, seed).transpose(1, 2, 0) + 1) * 127.5).round()
+        spare = [n - m for n, m in zip(expected.shape, (32, 24), strict=False)]
+        top, left = (round(n / 2) for n in spare)
+        if crop == "random_crop_h_w":
+            place = integer_below((spare[0] + 1) * (spare[1] + 1), seed, stream=1)
+            top, left = divmod(place, spare[1] + 1)
+        assert abs(found - expected[top : top + 32, left : left + 24]).max() <= 1
+
+
+def test_a_strip_takes_no_more_memory_than_its_crop(limited):
+    """All of a 1 x 4000 image at 512 pixels would be 3 GiB."""
+    strip = Image.fromarray(np.arange(4000, dtype=np.uint8)[:, None].repeat(3, 1)[:, None])
+    for shape in (strip, strip.transpose(Image.Transpose.ROTATE_90)):
+        assert Transforms(resize_smallest_side=512, random_crop_h_w="512, 512")(shape, 1).shape == (3, 512, 512)
+        assert max(Transforms(aspect_buckets={"resolution": 512})(shape).shape) == 640
 
 
 def test_range_is_exact():

@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from .buckets import Buckets
 from .errors import BadSample
 from .images import decode_image
 from .shuffle import integer_below
+
+STRIP = 8  # sides that differ by more: of the resized image, which may be huge, only the crop is made
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (height, width, 3)
 
 
 class Transforms:
@@ -64,9 +68,10 @@ class Transforms:
 
         rng_seed: 64 bits, of this sample at this position of the run; everything random is a function of it.
         """
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        scaled = Scaled.whole(np.array(image if image.mode == "RGB" else image.convert("RGB")))
         for number, (key, value) in enumerate(self._steps):
-            pixels = APPLY[key](pixels, value, partial(integer_below, seed=rng_seed, stream=number))
+            scaled = APPLY[key](scaled, value, partial(integer_below, seed=rng_seed, stream=number))
+        pixels = scaled.pixels()
         made = np.empty((3, *pixels.shape[:2]), np.float32)
         np.divide(np.ascontiguousarray(pixels.transpose(2, 0, 1)), np.float32(127.5), out=made)
         made -= np.float32(1)
@@ -97,37 +102,78 @@ WANTED = {
 Draw = Callable[[int], int]  # bound -> an integer in 0..bound-1
 
 
-def _resize_smallest_side(pixels: np.ndarray, side: int, draw: Draw) -> np.ndarray:
-    shorter = min(pixels.shape[:2])
-    height, width = (side if length == shorter else int(side * length / shorter) for length in pixels.shape[:2])
-    return _resized(pixels, height, width)
+@dataclass(frozen=True)
+class Scaled:
+    """An image and the size it is to have, resized only when its pixels are wanted: a crop then resizes no more.
+
+    source: (height, width, 3) uint8. size: (height, width) that all of it would have.
+    """
+
+    source: Pixels
+    size: tuple[int, int]
+
+    @classmethod
+    def whole(cls, pixels: Pixels) -> "Scaled":
+        return cls(pixels, (pixels.shape[0], pixels.shape[1]))
+
+    def resized(self, height: int, width: int) -> "Scaled":
+        """Return the same at another size."""
+        return Scaled(self.pixels() if self.size != self.source.shape[:2] else self.source, (height, width))
+
+    def pixels(self) -> Pixels:
+        return _resized(self.source, *self.size)
+
+    def crop(self, top: int, left: int, size: tuple[int, int]) -> "Scaled":
+        """Return a part of `size` of it. Of a strip only that part, and what its edges depend on, is resized."""
+        if max(self.size) <= STRIP * min(self.size):
+            return Scaled.whole(self.pixels()[top : top + size[0], left : left + size[1]])
+        spans = [
+            _span(start, length, wanted, had)
+            for start, length, wanted, had in zip((top, left), size, self.size, self.source.shape[:2], strict=True)
+        ]
+        (low, high), (first, last) = spans
+        scale_h, scale_w = (had / wanted for had, wanted in zip(self.source.shape[:2], self.size, strict=True))
+        box = (first * scale_w, low * scale_h, last * scale_w, high * scale_h)
+        part = Image.fromarray(self.source).resize((last - first, high - low), Image.Resampling.BICUBIC, box)
+        return Scaled.whole(np.asarray(part)[top - low :, left - first :][: size[0], : size[1]])
 
 
-def _center_crop(pixels: np.ndarray, size: tuple[int, int], draw: Draw) -> np.ndarray:
-    spare_h, spare_w = _spare(pixels, size)
-    return _crop(pixels, round(spare_h / 2), round(spare_w / 2), size)
+def _span(start: int, length: int, wanted: int, had: int) -> tuple[int, int]:
+    """Return the first and last pixel of a resized side on whose surroundings `length` of them from `start` depend."""
+    margin = ceil(2 * max(1.0, wanted / had)) + 1  # a bicubic kernel reaches over two pixels of the coarser grid
+    return max(0, start - margin), min(wanted, start + length + margin)
 
 
-def _random_crop(pixels: np.ndarray, size: tuple[int, int], draw: Draw) -> np.ndarray:
-    spare_h, spare_w = _spare(pixels, size)
+def _resize_smallest_side(image: Scaled, side: int, draw: Draw) -> Scaled:
+    shorter = min(image.size)
+    return image.resized(*(side if length == shorter else int(side * length / shorter) for length in image.size))
+
+
+def _center_crop(image: Scaled, size: tuple[int, int], draw: Draw) -> Scaled:
+    spare_h, spare_w = _spare(image, size)
+    return image.crop(round(spare_h / 2), round(spare_w / 2), size)
+
+
+def _random_crop(image: Scaled, size: tuple[int, int], draw: Draw) -> Scaled:
+    spare_h, spare_w = _spare(image, size)
     top, left = divmod(draw((spare_h + 1) * (spare_w + 1)), spare_w + 1)
-    return _crop(pixels, top, left, size)
+    return image.crop(top, left, size)
 
 
-def _flip(pixels: np.ndarray, enabled: bool, draw: Draw) -> np.ndarray:
-    return pixels[:, ::-1] if enabled and draw(2) else pixels
+def _flip(image: Scaled, enabled: bool, draw: Draw) -> Scaled:
+    return Scaled(image.source[:, ::-1], image.size) if enabled and draw(2) else image
 
 
-def _to_bucket(pixels: np.ndarray, buckets: Buckets, draw: Draw) -> np.ndarray:
-    """Resize to just fill the bucket, then crop the middle."""
-    had = pixels.shape[:2]
+def _to_bucket(image: Scaled, buckets: Buckets, draw: Draw) -> Scaled:
+    """Return an image just large enough for the bucket, then its middle."""
+    had = image.size
     size = buckets.sizes[buckets.number_of(*had)]
     scale = max(wanted / length for wanted, length in zip(size, had, strict=True))
     height, width = (max(wanted, round(scale * length)) for wanted, length in zip(size, had, strict=True))
-    return _center_crop(_resized(pixels, height, width), size, draw)
+    return _center_crop(image.resized(height, width), size, draw)
 
 
-APPLY: dict[str, Callable[[np.ndarray, Any, Draw], np.ndarray]] = {  # (height, width, 3) uint8 to the same
+APPLY: dict[str, Callable[[Scaled, Any, Draw], Scaled]] = {
     "resize_smallest_side": _resize_smallest_side,
     "center_crop_h_w": _center_crop,
     "random_crop_h_w": _random_crop,
@@ -136,28 +182,26 @@ APPLY: dict[str, Callable[[np.ndarray, Any, Draw], np.ndarray]] = {  # (height, 
 }
 
 
-def _resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize, bicubic with antialias. PyTorch gives Pillow's values, to 2 of 255, in a quarter of its time."""
+def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Return pixels resized, bicubic with antialias. PyTorch's for bytes gives Pillow's values, to 2 of 255, in a
+    quarter of its time."""
     if pixels.shape[:2] == (height, width):
         return pixels
     import torch
 
     batch = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(batch, (height, width), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    made: Pixels = resized[0].permute(1, 2, 0).numpy()
+    return made
 
 
-def _spare(pixels: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    height, width = pixels.shape[:2]
+def _spare(image: Scaled, size: tuple[int, int]) -> tuple[int, int]:
+    height, width = image.size
     spare_h, spare_w = height - size[0], width - size[1]
     if spare_h < 0 or spare_w < 0:
         detail = f"an image of {height}x{width} (height x width) is too small for a crop of {size[0]}x{size[1]}"
         raise BadSample("too small", f"{detail}; put resize_smallest_side before the crop")
     return spare_h, spare_w
-
-
-def _crop(pixels: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
-    return pixels[top : top + size[0], left : left + size[1]]
 
 
 def _checked(key: str, value: Any) -> Any:
