@@ -36,6 +36,17 @@ def test_a_name_is_its_cached_snapshot(cache):
     assert local_or_hub("owner/old") == pickled
 
 
+def test_a_cached_branch_that_stands_in_for_main_is_named(cache):
+    inside = snapshot(cache, "owner/sd", ["unet/diffusion_pytorch_model.safetensors"])
+    refs = inside.parent.parent / "refs"
+    (refs / "main").rename(refs / "fp16")
+    with pytest.warns(UserWarning, match="owner/sd: its main revision is not cached; using revision fp16"):
+        assert local_or_hub("owner/sd") == inside
+    (refs / "fp16").unlink()
+    with pytest.warns(UserWarning, match="using revision 0123456789abcdef"):
+        local_or_hub("owner/sd")
+
+
 def test_halves_where_there_is_nothing_else(cache):
     inside = snapshot(cache, "owner/half", ["unet/diffusion_pytorch_model.fp16.safetensors"])
     assert local_or_hub("owner/half") == inside
@@ -63,7 +74,7 @@ def test_what_is_not_there_is_one_line(cache):
     with pytest.raises(BadInput, match="nobody/nothing: no such file, and not on the hub or in"):
         local_or_hub("nobody/nothing")
     snapshot(cache, "owner/empty", ["config.json"])
-    with pytest.raises(BadInput, match="owner/empty: the hub has no weights of a known name"):
+    with pytest.raises(BadInput, match=r"owner/empty: its snapshot in .* has no weights of a known name"):
         local_or_hub("owner/empty")
 
 

@@ -18,7 +18,7 @@ from latentsmith.training.checkpointing import checkpoints_in, read_state
 from latentsmith.training.hooks import Hook
 from latentsmith.training.hooks.metrics import Metrics, smoothed
 from latentsmith.training.hooks.samples import SampleImages
-from latentsmith.training.hooks.signals import StopOnSignal
+from latentsmith.training.hooks.signals import EXIT_CODES, StopOnSignal
 from latentsmith.training.metrics_log import append_row, drop_rows_after, read_rows
 
 
@@ -31,7 +31,7 @@ def checkpoint(run, step):
 
 
 def stuck():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     threading.Event().wait()
 
@@ -272,10 +272,30 @@ def test_hooks_act_alike_in_any_order(toy):
     assert states[0] == states[1] and len(states[0]) == 3
 
 
+@pytest.fixture
+def hang_up():
+    """Undo, for one test, a nohup that the tests may run under."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_does_not_end_a_training_under_nohup(toy, hang_up):
+    class Raise(Hook):
+        def after_step(self, training, step):
+            signal.raise_signal(signal.SIGHUP)
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = toy()
+    run.train(steps=3, hooks=[Raise()])
+    assert len(run.losses()) == 3 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (None, 75)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (None, 75)],
 )
-def test_a_signal_or_the_time_ends_a_training_after_its_step(toy, number, code):
+def test_a_signal_or_the_time_ends_a_training_after_its_step(toy, hang_up, number, code):
     clock = [0.0]
 
     class Raise(Hook):
@@ -284,14 +304,14 @@ def test_a_signal_or_the_time_ends_a_training_after_its_step(toy, number, code):
             if number and training.state.global_step == 2:
                 signal.raise_signal(number)
 
-    run, handlers = toy(), [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    run, handlers = toy(), [signal.getsignal(each) for each in EXIT_CODES]
     hooks = [Raise()] if number else [Raise(), StopOnSignal(20.0, clock=lambda: clock[0])]
     name = signal.Signals(number).name if number else "trainer.max_time"
     with pytest.raises(Stopped, match=f"stopped at step 2 of 9 by {name}, saved") as stopped:
         run.train(steps=9, hooks=hooks)
     assert stopped.value.code == code and len(run.losses()) == 2
     assert [path.name for path in checkpoints_in(run.folder / "checkpoints")] == ["step-00000002"]
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert handlers == [signal.getsignal(each) for each in EXIT_CODES]
 
 
 def test_a_second_interrupt_ends_it_at_once(toy):

@@ -132,7 +132,7 @@ def ignore_signals(worker: int = 0) -> None:
 
     The process that trains ends its workers itself, after its checkpoint.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -1,6 +1,7 @@
 """Resolve Hugging Face hub names: downloaded where there is a network, found in the local cache where there is none."""
 
 import re
+import warnings
 from pathlib import Path
 
 from .errors import BadInput
@@ -34,7 +35,10 @@ def local_or_hub(path: str | Path, weights: str = "ema") -> Path:
             files = (file for pattern in patterns for file in folder.glob(pattern))
             if any(halves or ".fp16." not in file.name for file in files):
                 return folder
-    raise BadInput(f"{path}: the hub has no weights of a known name under it; download its file and name that")
+    from huggingface_hub import constants
+
+    where = f"its snapshot in {hub_cache()}" if constants.HF_HUB_OFFLINE else "the hub"
+    raise BadInput(f"{path}: {where} has no weights of a known name; download its file and name that")
 
 
 def published(version: str | None) -> str | None:
@@ -60,6 +64,14 @@ def cached_snapshots(name: str) -> list[Path]:
     return sorted(folders, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
+def revision(snapshot: Path) -> str:
+    """Return what a snapshot of the local cache is called: a branch or tag that points to it, else its commit."""
+    refs = snapshot.parent.parent / "refs"
+    files = (path for path in sorted(refs.rglob("*")) if path.is_file())
+    named = [path.relative_to(refs).as_posix() for path in files if path.read_text("utf-8").strip() == snapshot.name]
+    return named[0] if named else snapshot.name
+
+
 def _snapshot(name: str, patterns: list[str], ignored: list[str]) -> Path:
     """Return the newest snapshot, brought up to date if the hub can be reached."""
     from huggingface_hub import snapshot_download
@@ -69,6 +81,9 @@ def _snapshot(name: str, patterns: list[str], ignored: list[str]) -> Path:
         return Path(snapshot_download(name, cache_dir=hub_cache(), allow_patterns=patterns, ignore_patterns=ignored))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         if cached := cached_snapshots(name):
+            warnings.warn(
+                f"{name}: its main revision is not cached; using revision {revision(cached[0])}", stacklevel=3
+            )
             return cached[0]
         reason = str(error).split("\n")[0][:100]
         raise BadInput(f"{name}: no such file, and not on the hub or in {hub_cache()} ({reason})") from None

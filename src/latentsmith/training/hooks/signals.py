@@ -12,17 +12,18 @@ from ..loop import Step, Training
 from ..sharding import largest
 from . import Hook
 
-EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+EXIT_CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 TIME_IS_UP = 1000  # beside the numbers of signals
 START_AGAIN = 75  # exit code of a temporary failure
 STEPS_BETWEEN_CHECKS = 4  # of several processes on GPUs, which have to wait for one another to agree
 
 
 class StopOnSignal(Hook):
-    """Ends a training after the step in which SIGINT, SIGTERM or SIGUSR1 came, to whichever process.
+    """Ends a training after the step in which SIGINT, SIGTERM, SIGUSR1 or SIGHUP came, to whichever process.
 
-    A second SIGINT ends it at once. max_seconds: ends it so long after its start. Listens from the start of a training,
-    before it has workers, until after its last checkpoint.
+    A second SIGINT ends it at once. SIGHUP, of a terminal that closes, stays ignored under nohup. max_seconds: ends it
+    so long after its start. Listens from the start of a training, before it has workers, until after its last
+    checkpoint.
     """
 
     def __init__(self, max_seconds: float | None = None, clock: Callable[[], float] = time.monotonic):
@@ -33,7 +34,8 @@ class StopOnSignal(Hook):
     def on_start(self, training: Training) -> None:
         self.started = self.clock()
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+            kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+            self.previous = {number: signal.signal(number, self._note) for number in EXIT_CODES if number not in kept}
 
     def _note(self, number: int, frame: object) -> None:
         if self.received and number == signal.SIGINT:
