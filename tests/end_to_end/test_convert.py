@@ -1,6 +1,7 @@
 """A tiny model of diffusers' own classes goes through `convert` in every direction; diffusers and safetensors judge."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -206,8 +207,11 @@ def test_verify_finds_a_changed_tensor(tmp_path, source, monkeypatch, capsys):
     assert "is not what was written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("to", ["diffusers", "ldm", "nemo"])
-def test_killed_before_every_write_a_conversion_leaves_nothing(tmp_path, source, killed_at_write, to):
+@pytest.mark.parametrize(
+    ("to", "apart"),
+    [("ldm", 1), ("nemo", 1), ("diffusers", 9), pytest.param("diffusers", 1, marks=pytest.mark.slow)],
+)
+def test_killed_before_its_writes_a_conversion_leaves_nothing(tmp_path, source, killed_at_write, to, apart):
     """Each start clears what the one before left, and only the last of them leaves a file: the whole one."""
     out = tmp_path / "out" / ENDING[to]
     number = 1
@@ -215,7 +219,7 @@ def test_killed_before_every_write_a_conversion_leaves_nothing(tmp_path, source,
         left = [path for path in out.parent.glob("*") if not path.name.endswith(".lock")]
         assert len(left) <= 1
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)  # killed after the rename: it is whole
-        number += 1
+        number += apart
     assert number > 5 and [path.name for path in out.parent.iterdir()] == [out.name]
     assert same(weights(out), weights(source))
 
@@ -224,3 +228,13 @@ def test_another_conversion_to_the_same_name_is_refused(tmp_path, source):
     with locked_folder(tmp_path, name=".m.safetensors.lock"), pytest.raises(BadInput, match=r"m.safetensors: process"):
         convert(source, tmp_path / "m.safetensors", "ldm")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["diffusers", "ldm", "nemo"])
+def test_every_file_is_synced_before_it_has_its_name(tmp_path, source, monkeypatch, to):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino) or fsync(descriptor))
+    out = convert(source, tmp_path / ENDING[to], to)
+    written = [out, *out.rglob("*")]
+    assert [path.name for path in written if path.stat().st_ino not in synced] == []
+    assert tmp_path.stat().st_ino in synced

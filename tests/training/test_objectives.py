@@ -1,6 +1,7 @@
 """The diffusion loss against the same arithmetic in float64, and what is trained and what is not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import torch
 from latentsmith.diffusion import NoiseSchedule
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.objectives import DiffusionLoss, in_bands
+from latentsmith.training.random_draws import PosteriorDraws
+from latentsmith.training.train import measured_scale
 
 POSITIONS = range(6)
 
@@ -176,3 +179,22 @@ def test_offset_noise_and_input_perturbation(toy):
     noisy = scale * objective.latents(batch) + noise_scale * perturbed["input_noise"]
     output = objective.networks["unet"](noisy, batch["timesteps"], objective.context(batch))
     torch.testing.assert_close(objective(perturbed)[0], (output - batch["noise"]).square().mean())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_measured_scale_is_that_of_an_encoder_without_dropout(toy, batch):
+    """In batches, once, whatever mode the VAE is in: 1 / the deviation of the latents, in float64."""
+    networks, calls = toy(cached=False).objective().train().networks, []
+    images = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    opened = SimpleNamespace(count=10, sizes=[], latent_shape=(4, 4, 4), index=lambda position, seed: position)
+
+    def read(indices, positions):
+        calls.append(len(indices))
+        return {"images": images[list(indices)]}
+
+    found = measured_scale(read, opened, networks, SimpleNamespace(seed=3, micro_batch_size=batch), None)
+    with torch.no_grad():
+        mean, logvar = np.split(as64(networks["vae"].eval().encode(images)), 2, axis=1)
+    noise = as64(PosteriorDraws(3, (4, 4, 4))(range(10))["posterior_noise"])
+    assert found == pytest.approx(1 / (mean + np.exp(0.5 * logvar) * noise).std(ddof=1), rel=1e-4)
+    assert calls == ([1] * 10 if batch == 1 else [4, 4, 2])

@@ -1,6 +1,5 @@
 """`latentsmith demo`: from captioned images of synthetic scenes to images generated from captions."""
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from latentsmith.data.sample_io import image_member
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms
 from latentsmith.files.atomic import atomic_open, write_text
+from latentsmith.files.memory import peak_bytes
 from latentsmith.inference import Pipeline
 from latentsmith.inference.sheets import labelled_sheet
 from latentsmith.progress import progress
@@ -50,8 +50,7 @@ class Stages:
         print(f"\n== {name}", flush=True)
         started = time.monotonic()
         yield
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        self.rows.append((name, time.monotonic() - started, peak))
+        self.rows.append((name, time.monotonic() - started, peak_bytes() / 2**30))
 
 
 def demo(out: Path, *, from_scratch: bool = False) -> Path:

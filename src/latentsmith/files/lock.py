@@ -87,7 +87,7 @@ def remove_stale_locks(folder: Path, pattern: str) -> None:
 def _acquire(path: Path, shared: bool) -> int | None:
     """Return the descriptor of a locked file, None if another process holds the lock."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _flock(descriptor, shared):
                 os.close(descriptor)
@@ -134,7 +134,7 @@ def _write_holder(descriptor: int) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     record = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "command": shlex.join(sys.argv)}
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(record).encode(), 0)
+    os.write(descriptor, json.dumps(record).encode())
 
 
 def _holder(path: Path) -> str:

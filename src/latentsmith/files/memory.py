@@ -1,6 +1,7 @@
-"""Find out how much memory is left to this process."""
+"""Find out how much memory this process has taken, and how much is left to it."""
 
 import os
+import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -10,6 +11,16 @@ def available_bytes() -> int:
     """Return the bytes that can be taken without swapping, on the machine and in its container; 0 if unknown."""
     found = [value for value in (_of_machine(), _of_container()) if value is not None]
     return max(0, min(found, default=0))
+
+
+def peak_bytes() -> float:
+    """Return the largest memory of this process so far; NaN where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024.0 * peak  # bytes on macOS, KiB elsewhere
 
 
 def _of_machine() -> int | None:

@@ -1,7 +1,5 @@
 """Scalars of a training, by optimizer step: a CSV, TensorBoard, Weights & Biases and the progress bar."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.memory import peak_bytes
 from latentsmith.progress import Rate, progress
 
 from ..loop import Step, Training
@@ -142,8 +141,7 @@ def peak_memory(device: torch.device) -> float:
     """Return the largest memory so far, GiB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    return peak_bytes() / 2**30
 
 
 def wandb_logger(folder: Path, options: Mapping[str, Any]) -> Any:
