@@ -28,10 +28,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from latentsmith.data.dataset import TrainingSet, reader
+from latentsmith.data.cache_writer import Encoders, write_cache
+from latentsmith.data.dataset import TrainingSet
 from latentsmith.data.latent_cache import LatentCache
 from latentsmith.data.loader import RunPositions, RunSamples, run_loader
-from latentsmith.data.precache import Encoders, write_cache
+from latentsmith.data.reader import reader
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.data.shuffle import shuffled_index
 from latentsmith.data.transforms import Transforms

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from latentsmith.data.dataset import TrainingSet, reader
+from latentsmith.data.cache_writer import CacheOptions, Encoders, write_cache
+from latentsmith.data.dataset import TrainingSet
 from latentsmith.data.ingest import import_dataset
 from latentsmith.data.latent_cache import LatentCache
-from latentsmith.data.precache import CacheOptions, Encoders, write_cache
+from latentsmith.data.reader import reader
 from latentsmith.data.resumable_output import ResumableOutput
 from latentsmith.data.sample_io import caption_of, npy_array, npy_bytes
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file

@@ -4,8 +4,8 @@ from itertools import count
 
 import pytest
 
+from latentsmith.data.cache_writer import write_cache
 from latentsmith.data.ingest import import_dataset
-from latentsmith.data.precache import write_cache
 from latentsmith.data.shards import ShardSet, ShardWriter, write_set_file
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lock import locked_folder

@@ -11,7 +11,8 @@ import pytest
 
 from latentsmith.cli import main
 from latentsmith.data.errors import BadSample
-from latentsmith.data.sources import FolderSource, TableSource, open_source
+from latentsmith.data.source_kinds import FolderSource, TableSource
+from latentsmith.data.sources import open_source
 from latentsmith.data.storage import OUTSIDE, PREFETCH, Access, LocalStorage, RemoteStorage
 from latentsmith.data.tables import ParquetTable
 from latentsmith.files.errors import BadInput

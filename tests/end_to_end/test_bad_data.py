@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from latentsmith.data import precache
+from latentsmith.data import cache_writer
 from latentsmith.data.latent_cache import LatentCache
 
 from .conftest import TEXT, VAE
@@ -54,7 +54,7 @@ def test_a_picture_that_has_gone_bad_is_named(world, copy, capsys, workers):
 
 def test_a_full_disk_while_precaching_keeps_what_is_done(world, copy, tmp_path, capsys, monkeypatch):
     _, data = copy("shards")
-    out, write, written = tmp_path / "cache", precache.ShardWriter.write, []
+    out, write, written = tmp_path / "cache", cache_writer.ShardWriter.write, []
 
     def full(self, key, members):
         written.append(key)
@@ -64,7 +64,7 @@ def test_a_full_disk_while_precaching_keeps_what_is_done(world, copy, tmp_path, 
 
     words = ("precache", "--config", "ROOT/tiny.yaml", "--out", out, data, VAE, TEXT)
     with monkeypatch.context() as patched:
-        patched.setattr(precache.ShardWriter, "write", full)
+        patched.setattr(cache_writer.ShardWriter, "write", full)
         assert world.call(*words) == 2
     said = capsys.readouterr().err
     assert "the disk is full; free some space and run the command again" in said and said.strip().count("\n") == 0

@@ -8,8 +8,8 @@ import torch
 
 from latentsmith.checkpoints import ModelSpec, export_ldm
 from latentsmith.cli import main
+from latentsmith.data.cache_writer import Encoders, write_cache
 from latentsmith.data.ingest import import_data
-from latentsmith.data.precache import Encoders, write_cache
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.transforms import Transforms
 from latentsmith.demo.scenes import write_scenes

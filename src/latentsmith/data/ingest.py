@@ -27,7 +27,8 @@ from .images import load_image, rgb_of
 from .resumable_output import ResumableOutput, full_disk_reported, locked_output
 from .sample_io import caption_of
 from .shards import ShardRecord, ShardSet, ShardWriter, read_set_file
-from .sources import Source, SourceItem, open_source
+from .source_kinds import Source, SourceItem
+from .sources import open_source
 from .storage import Access
 
 REPORT_FILE = "import-report.json"

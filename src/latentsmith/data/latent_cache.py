@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from latentsmith.files.errors import BadInput
+from latentsmith.files.hashing import fingerprint_bytes
 
 from .resumable_output import first_difference
 from .sample_io import array_of
@@ -89,6 +90,10 @@ class LatentCache:
             numbers = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         except (OSError, ValueError, EOFError) as error:
             raise BadInput(f"{path}: the samples' buckets cannot be read ({error}); precache again") from None
+        recorded = self.info.get("buckets_checksum")
+        checksum = buckets_checksum(numbers, [record.checksum for record in self.shards.records if record])
+        if recorded not in (None, checksum):  # caches made before there was one have none
+            raise BadInput(f"{path}: not of the tars beside it, as {CACHE_FILE} says; precache again")
         if numbers.shape != (len(self),) or numbers.dtype != np.uint8:
             raise BadInput(f"{path}: not the buckets of {len(self):,} samples; precache again")
         return numbers, [(height, width) for height, width in self.info["buckets"]]
@@ -141,6 +146,11 @@ class JoinedCaches(LatentCache):
     def buckets(self) -> tuple[np.ndarray, list[tuple[int, int]]] | None:
         found = [each for cache in self.caches if (each := cache.buckets())]
         return (np.concatenate([numbers for numbers, _ in found]), found[0][1]) if found else None
+
+
+def buckets_checksum(numbers: np.ndarray, shards: Sequence[str]) -> str:
+    """Return what binds the buckets of samples to their tars. shards: the checksums of the tars."""
+    return fingerprint_bytes(numbers.tobytes() + "\n".join(shards).encode())
 
 
 def variant_name(number: int) -> str:

@@ -20,6 +20,7 @@ from latentsmith.checkpoints.load import meta_weights
 from latentsmith.config import Config, replaced
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.data import dataset
+from latentsmith.data.preflight import preflight
 from latentsmith.files.errors import BadInput
 from latentsmith.inference import SamplingOptions, sampler_name
 from latentsmith.models import UNetModel
@@ -64,7 +65,7 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
         sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [
         *header(networks, trained),
-        *dataset.preflight(samples, tokenizer, steps, batch),
+        *preflight(samples, tokenizer, steps, batch),
         *cost(config, networks, trained, samples.latent_shape, batch),
     ]
 

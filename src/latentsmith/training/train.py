@@ -25,6 +25,9 @@ from latentsmith.config.network_arguments import network_arguments
 from latentsmith.cpu import optimize_for_cpu
 from latentsmith.data import dataset
 from latentsmith.data.loader import Reader, RunSamples
+from latentsmith.data.preflight import preflight
+from latentsmith.data.reader import reader
+from latentsmith.data.synthetic import SyntheticSet
 from latentsmith.diffusion import canonical_prediction_type
 from latentsmith.files.cache_folder import user_cache
 from latentsmith.files.errors import BadInput
@@ -127,7 +130,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     check_whole_steps(opened, batch, resume)
     model, plan = config.model, setup.training_plan(config, opened.count)
     for_captions = None if is_encoded(model.cond_stage_key) else tokenizer
-    read = dataset.reader(opened, model.seed, for_captions)
+    read = reader(opened, model.seed, for_captions)
     scale = model.scale_factor if model.scale_factor != "measured" else resume.scale_factor() if resume else None
     if scale is None:
         scale = measured_scale(read, opened, networks, model, fabric)
@@ -140,7 +143,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     objective = DiffusionObjective(networks, trained, loss, empty_prompt(opened, for_captions))
     samples = RunSamples(read, draws(model, opened), opened.count, model.seed, opened.order)
     held_out = held_out_samples(config, networks, tokenizer, opened)
-    head = [*header(networks, trained), *dataset.preflight(opened, for_captions, plan.max_steps, batch)]
+    head = [*header(networks, trained), *preflight(opened, for_captions, plan.max_steps, batch)]
     if held_out is not None:
         head.append(f"{held_out.draw.count:,} samples held out for validation")
     head += [memory(config, networks, trained), *setup.rounded_steps(config, networks, trained)]
@@ -173,7 +176,7 @@ def empty_prompt(opened: dataset.TrainingSet, tokenizer: Tokenizer | None) -> Em
     """Return the empty prompt as this run's batches hold it. tokenizer: None where captions are cached."""
     if tokenizer is not None:
         return EmptyPrompt(token_ids=tokenizer([""]))
-    if isinstance(opened.shards, dataset.SyntheticSet):
+    if isinstance(opened.shards, SyntheticSet):
         return EmptyPrompt(embedding=torch.zeros(opened.shards.text_shape))
     assert opened.cache is not None
     if opened.cache.empty_prompt is None:  # of NeMo's, where nothing asks for it
@@ -246,7 +249,7 @@ def held_out_samples(
     processes = setup.process_count(config)
     wanted = limit * length if isinstance(limit, float) else limit * model.micro_batch_size * processes
     count = max(1, min(length, int(wanted)))
-    read = dataset.reader(opened, VALIDATION_SEED, None if is_encoded(model.cond_stage_key) else tokenizer)
+    read = reader(opened, VALIDATION_SEED, None if is_encoded(model.cond_stage_key) else tokenizer)
     draw = ValidationDraws(opened.latent_shape, setup.noise_schedule(model), count)
     return HeldOut(read, draw, length, 1 if opened.sizes else model.micro_batch_size)
 

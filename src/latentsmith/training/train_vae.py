@@ -13,8 +13,10 @@ from latentsmith.checkpoints.load import build, meta_weights
 from latentsmith.config import Config
 from latentsmith.config.network_arguments import network_arguments
 from latentsmith.cpu import optimize_for_cpu
-from latentsmith.data.dataset import TrainingSet, open_images, reader, repeated_in_a_step
+from latentsmith.data.dataset import TrainingSet, open_images
 from latentsmith.data.loader import RunSamples
+from latentsmith.data.preflight import repeated_in_a_step
+from latentsmith.data.reader import reader
 from latentsmith.files.errors import BadInput
 
 from . import setup
