@@ -107,7 +107,7 @@ def generate(
         unread = {"prompt": prompt or texts or None, "prompts_file": prompts_file, "config": config, "size": size}
         return _again(again, given | {name: value for name, value in unread.items() if value is not None})
     if size is not None:
-        given = _width_and_height(size) | given
+        given = width_and_height(size) | given
     if grid:
         given["grid"] = [*grid, *(text for text in texts if _is_axis(text))]
         texts = [text for text in texts if not _is_axis(text)]
@@ -169,7 +169,7 @@ def _is_axis(text: str) -> bool:
     return bool(equals) and name in AXES
 
 
-def _width_and_height(size: str) -> dict[str, int]:
+def width_and_height(size: str) -> dict[str, int]:
     if (match := re.fullmatch(r"(\d+)[xX](\d+)", size)) is None:
         raise BadInput(f"--size {size}: give WIDTHxHEIGHT, such as 768x512")
     return {"width": int(match[1]), "height": int(match[2])}

@@ -14,7 +14,7 @@ import typer
 from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
 
-from . import configs, convert, data, demo, generate, inspect, precache, train
+from . import configs, convert, data, demo, evaluate, generate, inspect, precache, train
 from .streams import protect_streams
 
 TRAINING = ("train", "train-vae", "demo")  # steps of one size, again and again
@@ -35,6 +35,7 @@ app.command("train")(train.train)
 app.command("train-vae")(train.train_vae)
 app.command()(precache.precache)
 app.command()(generate.generate)
+app.command()(evaluate.evaluate)
 app.command()(convert.convert)
 app.command()(inspect.inspect)
 app.add_typer(data.app, name="data")
