@@ -423,3 +423,17 @@ def test_another_process_file_under_way_is_left_alone(tmp_path):
     assert (folder / ".unfinished.json.1234.INCOMPLETE").exists()
     ResumableOutput(folder, {"a": 1})
     assert not (folder / ".unfinished.json.1234.INCOMPLETE").exists()
+
+
+def test_buckets_belong_to_the_tars_beside_them(tmp_path, source):
+    """A buckets.npy of another cache of as many samples would train on batches of mixed sizes."""
+
+    def encode(images):
+        return np.zeros((len(images), 4, images.shape[2] // 4, images.shape[3] // 4), np.float32)
+
+    several = Transforms(aspect_buckets={"resolution": 16, "step": 4})
+    cache = write_cache(source, tmp_path / "cache", several, encoders(images=encode))
+    numbers, _ = cache.buckets()
+    np.save(tmp_path / "cache" / "buckets.npy", numbers + 1)
+    with pytest.raises(BadInput, match=r"buckets\.npy: not of the tars beside it, as cache\.json says; precache again"):
+        cache.buckets()

@@ -10,11 +10,14 @@ import pytest
 from PIL import Image
 
 from latentsmith.cli import main
-from latentsmith.data.dataset import tars_of
+from latentsmith.data.dataset import TrainingSet, tars_of
 from latentsmith.data.ingest import import_dataset
+from latentsmith.data.preflight import preflight
+from latentsmith.data.reader import reader
 from latentsmith.data.sample_io import image_member
 from latentsmith.data.shards import ShardSet
 from latentsmith.data.sources import open_source
+from latentsmith.data.transforms import Transforms
 from latentsmith.files.errors import BadInput
 
 JPEG = io.BytesIO()
@@ -261,7 +264,11 @@ def test_images_alone(tmp_path, png, capsys):
     """For an autoencoder; of a table the column of captions is not needed either."""
     write(tmp_path / "in", {"a.png": png(), "b.png": png(seed=1), "b.txt": "b"})
     assert main(["data", "import", str(tmp_path / "in"), str(tmp_path / "out"), "--no-captions"]) == 0
-    assert [sorted(sample.members) for sample in ShardSet(tmp_path / "out")] == [["json", "png"]] * 2
+    shards = ShardSet(tmp_path / "out")
+    assert [sorted(sample.members) for sample in shards] == [["json", "png"]] * 2
+    samples = TrainingSet(shards, None, Transforms(center_crop_h_w="8, 8"), (4, 1, 1))
+    assert reader(samples, 0, None)([0, 1], [0, 1])["images"].shape == (2, 3, 8, 8)
+    assert preflight(samples, None, 1, 2)[0].startswith("2 samples in 1 shards")
     write(tmp_path / "in", {"t.csv": "file_name,label\na.png,1\n"})
     assert import_dataset(tmp_path / "in" / "t.csv", tmp_path / "table", captions=False).good == 1
 
