@@ -31,6 +31,7 @@ def check(config: Config) -> None:
     if trainer.devices in (0, ()):
         raise BadInput(f"trainer.devices={trainer.devices or 0}: give at least one, or -1 for all")
     _check_unconditional(model)
+    _check_adapters(model, trainer)
     _check_batches(model, trainer)
     _check_schedules(model, trainer)
     _check_optimizer(model.optim)
@@ -140,6 +141,29 @@ def _check_unconditional(model: ModelConfig) -> None:
             f"model.cond_stage_trainable=True needs captions, not model.cond_stage_key={model.cond_stage_key}: "
             "embeddings in a cache do not follow a text encoder that learns"
         )
+
+
+def _check_adapters(model: ModelConfig, trainer: TrainerConfig) -> None:
+    peft, scheme = model.peft, f"model.peft.peft_scheme={model.peft.peft_scheme}"
+    if peft.peft_scheme is None:
+        return
+    if model.cond_stage_trainable:
+        raise BadInput(
+            f"{scheme} with model.cond_stage_trainable=True: adapters of the text encoder are "
+            "model.peft.networks=[unet,text_encoder]; leave the other out"
+        )
+    if "text_encoder" in peft.networks and model.cond_stage_key.endswith("encoded"):
+        raise BadInput(
+            f"model.peft.networks holds text_encoder, and model.cond_stage_key={model.cond_stage_key}: embeddings in a "
+            "cache do not follow it; set model.cond_stage_key=captions"
+        )
+    if peft.lora_plus_ratio != 1 and peft.peft_scheme not in ("lora", "dora"):
+        raise BadInput(f"model.peft.lora_plus_ratio={peft.lora_plus_ratio} is of lora and dora, not of {scheme}")
+    if trainer.strategy == "model_parallel":
+        raise BadInput(f"{scheme}: adapters are too small to shard; set trainer.strategy=ddp")
+    mixed = {"bf16": "bf16-mixed", "fp16": "16-mixed"}.get(peft.base_precision)
+    if mixed and trainer.precision != mixed:
+        raise BadInput(f"model.peft.base_precision={peft.base_precision} needs trainer.precision={mixed}")
 
 
 def _check_batches(model: ModelConfig, trainer: TrainerConfig) -> None:

@@ -206,6 +206,8 @@ def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
 def _refuse_training(given: dict[str, Any], source: str) -> None:
     """Raise BadInput for an option of training in an inference file."""
     for key, value in given.items():
+        if key == "model.peft.restore_from_path" and value is not None:
+            raise BadInput(f"{source}: {key}={value} is refused: give it to generate as --lora {value}")
         if value is None or key == "name" or key.startswith(INFERENCE_KEYS):
             continue
         if key == "model.unet_config.from_pretrained":
@@ -303,7 +305,9 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         unet["num_heads"] = 8
     if text["arch"] is None and text["width"] is None:
         text["arch"] = CLIP_BY_WIDTH.get(unet["context_dim"])
-    if model["cond_stage_trainable"]:
+    model["peft"] |= _nemo_lora(model["peft"].get("lora_tuning"), given)
+    adapted = model["peft"]["peft_scheme"] and "text_encoder" in model["peft"]["networks"]
+    if model["cond_stage_trainable"] or adapted:
         text["freeze"] = False
     if model.get("base_learning_rate") is not None and given.get("model.optim.lr") is None:
         model["optim"]["lr"] = model["base_learning_rate"]
@@ -338,6 +342,16 @@ def _ldm_warmup(node: dict[str, Any] | None) -> dict[str, Any]:
             "(name=linear, warmup_steps, max_steps, min_lr)"
         )
     return {"name": "WarmupPolicy", "warmup_steps": steps[0]}
+
+
+def _nemo_lora(tuning: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return NeMo's `lora_tuning` in our words, for what is not given in these; its alpha of 0 or null is the rank."""
+    if tuning is None:
+        return {}
+    stated = {"adapter_dim": tuning.get("adapter_dim", 32), "adapter_dropout": tuning.get("adapter_dropout") or 0.0,
+              "alpha": tuning.get("network_alpha") or None, "targets": "nemo"}  # fmt: skip
+    found = {name: value for name, value in stated.items() if given.get(f"model.peft.{name}") is None}
+    return {name: schema.table()[f"model.peft.{name}"].read(v, "model.peft.lora_tuning") for name, v in found.items()}
 
 
 def _notes(given: dict[str, Any], config: Config | InferenceConfig) -> list[str]:

@@ -9,7 +9,7 @@ from latentsmith.files.errors import BadInput
 
 from .value_types import ValueType, flag, mapping, nullable, number, text
 
-NO_ADAPTERS = "adapters are not trained here; fine-tune the U-Net itself with model.unet_config.from_pretrained"
+AT_MODEL = "adapters are options of the model: model.peft"
 NO_MEGATRON = "there is no Megatron parallelism here; trainer.strategy=model_parallel shards the model"
 NO_RANKING = "a diffusion loss does not rank checkpoints"
 NO_CLASSES = "Stable Diffusion is conditioned on text"
@@ -40,8 +40,7 @@ IGNORED = {  # accepted, since shipped YAML files carry it; changes nothing
     "exp_manager.checkpoint_callback_params.save_best_model": NO_RANKING,
     "exp_manager.checkpoint_callback_params.postfix": FOLDER,
     "exp_manager.ema.validate_original_weights": "validation takes both",
-    "peft.lora_tuning": NO_ADAPTERS,
-    "model.peft.lora_tuning": NO_ADAPTERS,
+    "peft.lora_tuning": AT_MODEL,
     "model._target_": "there is one class of the whole model",
     "model.precision": PRECISION,
     "model.channels": "first_stage_config.embed_dim decides",
@@ -74,7 +73,7 @@ IGNORED = {  # accepted, since shipped YAML files carry it; changes nothing
     "model.unet_config.use_fp16": PRECISION,
     "model.unet_config.use_bf16": PRECISION,
     "model.unet_config.timesteps": "timesteps are embedded as they come",
-    "model.unet_config.lora_network_alpha": "adapters are not trained here",
+    "model.unet_config.lora_network_alpha": "model.peft.alpha decides",
     "model.unet_config.offload_to_cpu": "NeMo does not read it either",
     "model.unet_config.num_heads_upsample": "the heads are the same both ways",
     "model.first_stage_config.monitor": "train-vae keeps the newest",
@@ -101,10 +100,8 @@ IGNORED = {  # accepted, since shipped YAML files carry it; changes nothing
 
 REFUSED: dict[str, tuple[Any, str]] = {  # accepted at this value only, since anything else would change what is trained
     "exp_manager.explicit_log_dir": (None, "exp_dir and name say where the run folder is"),
-    "peft.peft_scheme": (None, NO_ADAPTERS),
-    "peft.restore_from_path": (None, NO_ADAPTERS),
-    "model.peft.peft_scheme": (None, NO_ADAPTERS),
-    "model.peft.restore_from_path": (None, NO_ADAPTERS),
+    "peft.peft_scheme": (None, AT_MODEL),
+    "peft.restore_from_path": (None, AT_MODEL),
     "model.load_only_unet": (False, "unet_config.from_pretrained loads a U-Net alone"),
     "model.load_vae": (True, OWN_SOURCE),
     "model.load_unet": (True, OWN_SOURCE),
@@ -140,7 +137,7 @@ REFUSED: dict[str, tuple[Any, str]] = {  # accepted at this value only, since an
     "model.unet_config.transformer_depth_middle": (None, "it is that of the last level"),
     "model.first_stage_config.ddconfig.double_z": (True, "a KL autoencoder needs mean and log-variance"),
     "model.cond_stage_config.always_return_pooled": (False, "Stable Diffusion v1 and v2 use no pooled vector"),
-    "model.cond_stage_config.enable_lora_finetune": (False, "adapters are not trained here"),
+    "model.cond_stage_config.enable_lora_finetune": (False, "model.peft.networks=[text_encoder] adapts it"),
     "model.cond_stage_config.layer_idx": (None, "only last and penultimate are in use"),
     "model.data.validation.filterings": ({}, "a validation takes its whole set"),
 }
@@ -149,6 +146,10 @@ MOVED: dict[str, tuple[ValueType, str]] = {  # read as an option of ours
     "model.base_learning_rate": (nullable(number(0)), "LDM: model.optim.lr, where that is not given"),
     "model.scale_by_std": (flag(), "LDM: true is model.scale_factor=measured"),
     "model.scheduler_config": (mapping(), "LDM: its warm_up_steps, where model.optim.sched has none"),
+    "model.peft.lora_tuning": (
+        mapping(),
+        "NeMo: its adapter_dim, network_alpha and adapter_dropout, where model.peft has none; targets are then nemo",
+    ),
     "model.resume_from_checkpoint": (nullable(text(path=True)), "NeMo: exp_manager.resume_from_checkpoint"),
 }
 

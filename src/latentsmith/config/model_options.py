@@ -10,6 +10,7 @@ from latentsmith.architectures import COMPONENTS
 
 from .data_options import DataConfig
 from .option import option
+from .peft_options import PeftConfig
 from .value_types import choice, class_path, either
 
 Weights = ("ckpt_path", "weights", "pretrained")  # what people call from_pretrained
@@ -204,6 +205,9 @@ class OptimConfig:
         at_least=0,
         aliases=("learning_rate", "base_lr", "rate"),
     )
+    text_encoder_lr: float | None = option(
+        None, "learning rate of a text encoder that is trained; null: lr", at_least=0
+    )
     weight_decay: float = option(
         0.0, "decoupled: weights shrink by lr * weight_decay a step", at_least=0, aliases=("decay",)
     )
@@ -315,4 +319,5 @@ class ModelConfig:
     first_stage_config: FirstStageConfig = FirstStageConfig()
     cond_stage_config: CondStageConfig = CondStageConfig()
     optim: OptimConfig = OptimConfig()
+    peft: PeftConfig = PeftConfig()  # noqa: RUF009, it is frozen
     data: DataConfig = DataConfig()  # noqa: RUF009, it is frozen

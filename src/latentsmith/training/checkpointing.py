@@ -35,12 +35,13 @@ from .clipping import parameters_of
 from .hooks import Hook
 from .optimizers import STATE_VALUES, group_numbers
 from .sharding import copy_whole, is_sharded, on_first_process, split_like, whole
-from .state import TrainingState, trained_parameters
+from .state import TrainingState, file_name, trained_parameters, trained_state
 
 if TYPE_CHECKING:  # `latentsmith inspect` reads checkpoints too, and needs no Fabric
     from .loop import Step, Training
 
 STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
 REPLACED = f".REPLACED{INCOMPLETE}"  # suffix of a checkpoint while another is put in its place
 MARGIN = 1.25  # of a snapshot's size, that memory has to have free for a save in the background
 TRAINED = "trained"  # in the optimizer's file: a weight that a schedule-free optimizer trains
@@ -101,15 +102,16 @@ def _tensors(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     Weights are those to evaluate with; the optimizer's file has the trained ones, where they are others.
     """
     with state.for_evaluation() as trained:
-        files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+        files = {file_name(name, state.networks[name]): trained_state(state.networks[name]) for name in state.trained}
         if trained is not None:
             files = {file: {name: t.detach().clone() for name, t in tensors.items()} for file, tensors in files.items()}
-    files |= {f"ema/{name}": average.state_dict() for name, average in state.ema.items()}
+    for name, average in state.ema.items():
+        files[f"ema/{file_name(name, state.networks[name])}"] = average.state_dict()
     rows = [state.optimizer.state.get(parameter, {}) for parameter in parameters_of(state.optimizer)]
-    files["optimizer"] = {
+    files[OPTIMIZER_FILE] = {
         f"{i}.{key}": torch.as_tensor(value) for i, row in enumerate(rows) for key, value in row.items()
     }
-    files["optimizer"] |= {f"{i}.{TRAINED}": weight for i, weight in enumerate(trained or [])}
+    files[OPTIMIZER_FILE] |= {f"{i}.{TRAINED}": weight for i, weight in enumerate(trained or [])}
     return files
 
 
@@ -126,7 +128,7 @@ def _gathered(files: dict[str, dict[str, Tensor]], keep: bool) -> dict[str, dict
 
 def checkpoint_bytes(state: TrainingState) -> int:
     """Return the size of a checkpoint before the optimizer has a state."""
-    files = {name: dict(state.networks[name].state_dict()) for name in state.trained}
+    files = {name: trained_state(state.networks[name]) for name in state.trained}
     averages = sum(average.nbytes for ema in state.ema.values() for average in ema.averages)
     moved = sum(p.numel() for p in trained_parameters(state.networks, state.trained))
     return Snapshot(files, {}).bytes + averages + int(4 * STATE_VALUES.get(state.optimizer_name, 2) * moved)
@@ -152,7 +154,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, keep: int, metadata: Mapp
     try:
         aside.mkdir(parents=True)
         for name, tensors in snapshot.files.items():
-            save_safetensors(aside / f"{name}.safetensors", tensors, metadata)
+            save_safetensors(aside / name, tensors, metadata)
         checksums = {str(p.relative_to(aside)): hash_file(p) for p in sorted(aside.rglob("*")) if p.is_file()}
         write_text(aside / STATE_FILE, json.dumps({**snapshot.state, "checksums": checksums}, indent=1) + "\n")
         sync_folder(aside)
@@ -222,10 +224,12 @@ def load_checkpoint(path: Path, counters: Mapping[str, Any], state: TrainingStat
     """
     check_fits(path, counters, state.trained, state.optimizer_name, bool(state.ema))
     for name in state.trained:
-        load_network(state.networks[name], path / f"{name}.safetensors")
+        load_network(state.networks[name], path / file_name(name, state.networks[name]))
     for name, average in state.ema.items():
-        average.load_state_dict(open_tensors(path / "ema" / f"{name}.safetensors"), counters["ema_updates"][name])
-    _load_optimizer(state.optimizer, path / "optimizer.safetensors")
+        average.load_state_dict(
+            open_tensors(path / "ema" / file_name(name, state.networks[name])), counters["ema_updates"][name]
+        )
+    _load_optimizer(state.optimizer, path / OPTIMIZER_FILE)
     for group, numbers in zip(state.optimizer.param_groups, counters.get("optimizer_groups", ()), strict=False):
         group.update(numbers)
     state.global_step, state.consumed_samples = counters["global_step"], counters["consumed_samples"]
@@ -242,7 +246,7 @@ def check_fits(
     counters: its state.json. trained, optimizer: of the training. has_averages: whether it keeps an EMA.
     """
     afresh = "or name a new run that starts from these weights with model.ckpt_path"
-    held = {Path(name).stem for name in counters["checksums"] if Path(name).parent == Path()} - {"optimizer"}
+    held = {name.partition(".")[0] for name in counters["checksums"] if Path(name).parent == Path()} - {"optimizer"}
     if held != set(trained):
         fix = f"set model.cond_stage_trainable={str('text_encoder' in held).lower()}, " if "unet" in held else ""
         raise BadInput(
@@ -262,9 +266,11 @@ def check_fits(
 
 def load_network(network: torch.nn.Module, path: Path) -> None:
     """Load one file of a checkpoint, strictly. BadInput names the file and the first name that does not fit."""
-    state = network.state_dict()
+    state, kept = network.state_dict(), trained_state(network)
+    frozen = {name: tensor for name, tensor in state.items() if name not in kept}
+    saved = {name: split_like(tensor, state.get(name, tensor)) for name, tensor in open_tensors(path).items()}
     try:
-        network.load_state_dict({name: split_like(t, state.get(name, t)) for name, t in open_tensors(path).items()})
+        network.load_state_dict(frozen | saved)
     except RuntimeError as error:
         raise BadInput(f"{path}: does not fit this config ({str(error).splitlines()[1].strip()})") from None
 

@@ -28,6 +28,7 @@ from latentsmith.precision import half_precision
 from latentsmith.units import BYTES, OPERATIONS, scaled
 
 from . import setup
+from .adapters import add_adapters
 from .optimizers import STATE_VALUES
 from .run_folder import checked_resume, run_folder
 
@@ -60,11 +61,13 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     steps = setup.training_plan(config, samples.count).max_steps
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
         dataset.open_dataset(config, frozen, tokenizer, "validation")
+    adapters = add_adapters(config, networks)
     check_folder(config, trained)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
         sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))
     return [
         *header(networks, trained),
+        *adapters,
         *preflight(samples, tokenizer, steps, batch),
         *cost(config, networks, trained, samples.latent_shape, batch),
     ]
@@ -83,8 +86,18 @@ def check_folder(config: Config, trained: tuple[str, ...]) -> None:
 
 def header(networks: dict[str, nn.Module], trained: tuple[str, ...]) -> list[str]:
     """Return a line for each network."""
-    counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
-    return [f"{name}: {n:,} parameters, {'trained' if name in trained else 'frozen'}" for name, n in counts.items()]
+    lines = []
+    for name, network in networks.items():
+        total = sum(parameter.numel() for parameter in network.parameters())
+        moving = moving_parameters(network) if name in trained else 0
+        what = "trained" if moving == total else f"{moving:,} of them trained" if moving else "frozen"
+        lines.append(f"{name}: {total:,} parameters, {what}")
+    return lines
+
+
+def moving_parameters(network: nn.Module) -> int:
+    """Return how many parameters of a network have gradients."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
 
 
 def cost(
@@ -110,7 +123,7 @@ def memory(
 ) -> str:
     """Return a line on what one process holds of weights and all that follows from them, and `more` bytes by name."""
     counts = {name: sum(parameter.numel() for parameter in network.parameters()) for name, network in networks.items()}
-    moving = sum(count for name, count in counts.items() if name in trained)
+    moving = sum(moving_parameters(networks[name]) for name in trained)
     sizes = {
         "weights": 4 * sum(counts.values()),
         "gradients": 4 * moving,

@@ -127,6 +127,7 @@ def content_of(
     return {
         **{name: partial(_fingerprint, {name: network}) for name, network in frozen.items()},
         "init": partial(_fingerprint, {name: networks[name] for name in trained}),
+        "base": partial(_fingerprint_base, networks, trained),
         "tokenizer": lambda: tokenizer.fingerprint() if tokenizer else None,
         "data": samples.fingerprint,
         "global_batch": lambda: global_batch,
@@ -136,6 +137,17 @@ def content_of(
 
 def _fingerprint(networks: Mapping[str, nn.Module]) -> str:
     return fingerprint_tensors(nn.ModuleDict(networks).state_dict())
+
+
+def _fingerprint_base(networks: Mapping[str, nn.Module], trained: tuple[str, ...]) -> str | None:
+    """Return what adapters are trained beside: the frozen weights of trained networks; None where all are trained."""
+    frozen = {
+        f"{part}.{name}": parameter
+        for part in trained
+        for name, parameter in networks[part].named_parameters()
+        if not parameter.requires_grad
+    }
+    return fingerprint_tensors(frozen) if frozen else None
 
 
 def identity_of(config: Config, trained: tuple[str, ...], content: Content, before: Identity | None) -> Identity:
@@ -161,7 +173,8 @@ def keys_of(trained: tuple[str, ...]) -> dict[str, list[str]]:
     if "text_encoder" in keys:
         keys["text_encoder"].append("model.cond_stage_config.version")
     return keys | {
-        "init": ["model.ckpt_path", *(weights[part] for part in trained)],
+        "init": ["model.ckpt_path", *(weights[part] for part in trained), "model.peft.restore_from_path"],
+        "base": ["model.ckpt_path", *(weights[part] for part in trained)],
         "tokenizer": ["model.cond_stage_config.tokenizer"],
         "data": ["model.data.train.dataset_path", "model.data.webdataset.local_root_path"],
     }

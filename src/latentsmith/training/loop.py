@@ -11,7 +11,7 @@ What a training step does, networks and libraries apart, is in these files, whic
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,8 @@ class Plan:
     """Length of a training, samples of a step, and what moves the weights.
 
     global_batch: samples of one optimizer step over all processes. micro_batch: samples of one forward pass.
-    optimizer, options: as model.optim. schedule: steps done -> factor of the learning rate.
+    optimizer, options: as model.optim. schedule: steps done -> factor of the learning rate. rate_factor: a parameter's
+    name, its network's first -> another factor.
     """
 
     max_steps: int
@@ -44,6 +45,7 @@ class Plan:
     optimizer: str
     options: Mapping[str, Any]
     schedule: Schedule
+    rate_factor: Callable[[str], float] = field(default=lambda name: 1.0)
     gradient_clip_val: float | None = None
 
 

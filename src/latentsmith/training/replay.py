@@ -17,6 +17,7 @@ from .checkpointing import checkpoints_in, load_network
 from .hooks.nonfinite import first_bad
 from .objectives import Objective
 from .run_folder import CHECKPOINTS, find_resume
+from .state import file_name
 from .train import prepared
 
 
@@ -71,5 +72,5 @@ def load_weights(objective: Objective, file: Path, description: dict[str, Any]) 
             return "the weights that the run started from"
         beside = before[-1]
     for name in objective.trained:
-        load_network(objective.networks[name], beside / f"{name}.safetensors")
+        load_network(objective.networks[name], beside / file_name(name, objective.networks[name]))
     return f"the weights in {beside}"

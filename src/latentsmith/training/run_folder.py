@@ -22,7 +22,7 @@ from latentsmith.files.lock import locked_folder
 from latentsmith.files.tensors import open_tensors, save_safetensors
 from latentsmith.text.tokenizer import Tokenizer
 
-from .checkpointing import STATE_FILE, check_fits, checkpoints_in, read_state, restore_replaced
+from .checkpointing import OPTIMIZER_FILE, STATE_FILE, check_fits, checkpoints_in, read_state, restore_replaced
 from .identity import Content, Identity, branch_lines, check_identity, identity_of, read_identity
 from .sharding import on_first_process
 
@@ -116,7 +116,7 @@ class Resume:
 
     def scale_factor(self) -> float | None:
         """Return the scale of the latents that the run began with, if its weights say."""
-        spec = open_tensors(self.path / "unet.safetensors").metadata.get("latentsmith.spec")
+        spec = open_tensors(self.path / OPTIMIZER_FILE).metadata.get("latentsmith.spec")
         return None if spec is None else float(json.loads(spec)["scale_factor"])
 
 

@@ -22,6 +22,7 @@ from latentsmith.diffusion import NoiseSchedule, ldm_beta_schedule
 from latentsmith.files.errors import BadInput
 from latentsmith.precision import autocast_dtype, half_precision, weights_dtype
 
+from .adapters import rate_factor
 from .checkpointing import CheckpointPlan, SaveCheckpoints, load_checkpoint
 from .ema import Ema
 from .hooks import Hook
@@ -34,7 +35,7 @@ from .optimizers import build_optimizer, is_schedule_free, lr_schedule, optimize
 from .report import RunReport
 from .run_folder import CHECKPOINTS, Resume
 from .sharding import leave_group, strategy
-from .state import TrainingState, trained_parameters
+from .state import TrainingState, parameter_groups, trained_parameters
 
 ROUNDED_SHARE = 0.1  # of the weights, from which on it is reported that steps are lost to rounding
 
@@ -61,7 +62,9 @@ def training_plan(config: Config, samples: int) -> Plan:
     )
     clip = config.trainer.gradient_clip_val
     limit = clip if clip is not None and clip > 0 else None
-    return Plan(max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, limit)
+    return Plan(
+        max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, rate_factor(config), limit
+    )
 
 
 def options_of(optim: OptimConfig) -> dict[str, Any]:
@@ -257,7 +260,10 @@ def start(fabric: Fabric, objective: Objective, plan: Plan, ema: EmaConfig | Non
         networks,
         objective.trained,
         build_optimizer(
-            plan.optimizer, [{"params": parameters, "lr_factor": 1.0}], fused=scaler is None, **plan.options
+            plan.optimizer,
+            parameter_groups(networks, objective.trained, plan.rate_factor),
+            fused=scaler is None,
+            **plan.options,
         ),
         plan.optimizer,
         scaler=scaler,

@@ -1,6 +1,6 @@
 """The state of a training: all that a checkpoint keeps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,3 +67,27 @@ class TrainingState:
 def trained_parameters(networks: Mapping[str, nn.Module], trained: tuple[str, ...]) -> list[nn.Parameter]:
     """Return the parameters that the optimizer moves, in the order in which checkpoints number them."""
     return [parameter for name in trained for parameter in networks[name].parameters() if parameter.requires_grad]
+
+
+def parameter_groups(
+    networks: Mapping[str, nn.Module], trained: tuple[str, ...], factor: Callable[[str], float]
+) -> list[dict[str, Any]]:
+    """Return the trained parameters in groups of one learning rate. factor: full name -> rate over that of the run."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name in trained:
+        for key, parameter in networks[name].named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(factor(f"{name}.{key}"), []).append(parameter)
+    return [{"params": parameters, "lr_factor": value} for value, parameters in groups.items()]
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a network that a checkpoint keeps: all but frozen parameters."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def file_name(name: str, network: nn.Module) -> str:
+    """Return the name of a trained network's file in a checkpoint: another one where it holds a part of it alone."""
+    whole = all(parameter.requires_grad for parameter in network.parameters())
+    return f"{name}.safetensors" if whole else f"{name}.adapter.safetensors"

@@ -36,6 +36,7 @@ from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 
 from . import setup
+from .adapters import add_adapters
 from .dry_run import dry_run as describe
 from .dry_run import header, memory
 from .hooks import Hook
@@ -85,7 +86,8 @@ def open_folder_of(config: Config, ready: "Ready", resume: Resume | None) -> Non
     """Write what defines the run into its folder. Raises BadInput, before that, if the folder holds another run."""
     networks, trained = ready.networks, ready.objective.trained
     content = content_of(networks, trained, ready.tokenizer, ready.set, ready.plan.global_batch)
-    frozen = {name: network for name, network in networks.items() if name not in trained}
+    adapted = config.model.peft.peft_scheme is not None  # then its base stays where it is
+    frozen = {name: network for name, network in networks.items() if not adapted and name not in trained}
     open_run_folder(config, resume, trained, content, frozen, ready.tokenizer)
 
 
@@ -108,6 +110,9 @@ class Ready:
 
 
 def trained_networks(config: Config) -> tuple[str, ...]:
+    """Return the names of the networks that are trained, whole or by adapters."""
+    if config.model.peft.peft_scheme is not None:
+        return tuple(name for name in COMPONENTS if name in config.model.peft.networks)
     return ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
 
 
@@ -136,6 +141,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
         scale = measured_scale(read, opened, networks, model, fabric)
     if "vae" in networks:
         networks["vae"].scale_factor = scale  # type: ignore[assignment]
+    adapters = add_adapters(config, networks)
     lay_out(networks, model)
     loss = DiffusionLoss(
         canonical_prediction_type(model.parameterization), model.loss_type, model.min_snr_gamma, scale, model.timesteps
@@ -143,7 +149,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
     objective = DiffusionObjective(networks, trained, loss, empty_prompt(opened, for_captions))
     samples = RunSamples(read, draws(model, opened), opened.count, model.seed, opened.order)
     held_out = held_out_samples(config, networks, tokenizer, opened)
-    head = [*header(networks, trained), *preflight(opened, for_captions, plan.max_steps, batch)]
+    head = [*header(networks, trained), *adapters, *preflight(opened, for_captions, plan.max_steps, batch)]
     if held_out is not None:
         head.append(f"{held_out.draw.count:,} samples held out for validation")
     head += [memory(config, networks, trained), *setup.rounded_steps(config, networks, trained)]

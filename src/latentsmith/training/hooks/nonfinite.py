@@ -17,7 +17,7 @@ from latentsmith.files.tensors import save_safetensors
 from ..loop import Step, Training
 from ..objectives import Objective
 from ..sharding import largest
-from ..state import trained_parameters
+from ..state import file_name, trained_parameters, trained_state
 from . import Hook
 
 FOLDER = "nonfinite"
@@ -89,7 +89,8 @@ class DescribeNonFinite(Hook):
             beside = path.with_suffix("")
             if not path.parent.exists():
                 for name in training.state.trained:
-                    save_safetensors(beside / f"{name}.safetensors", dict(training.state.networks[name].state_dict()))
+                    network = training.state.networks[name]
+                    save_safetensors(beside / file_name(name, network), trained_state(network))
             first = found["first_bad"] or "its gradient"
             description |= {
                 "keys": found["keys"], "timesteps": found["timesteps"], "losses": [repr(loss) for loss in losses],
