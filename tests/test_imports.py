@@ -61,6 +61,7 @@ MAY_IMPORT = {
         "image_request",
     },
     "training": {
+        "adapters",
         "files",
         "models",
         "diffusion",

@@ -10,7 +10,8 @@ BASE = "model.unet_config.from_pretrained=ROOT/runs/cached"
 LORA = (BASE, "model.peft.peft_scheme=lora", "model.peft.adapter_dim=4", "model.optim.lr=1e-2",
         "model.optim.sched.warmup_steps=0")  # fmt: skip
 TEXT = ("model.cond_stage_key=captions", "model.cond_stage_config.from_pretrained=ROOT/runs/text",
-        "model.first_stage_config.from_pretrained=ROOT/runs/vae", "model.peft.networks=[unet,text_encoder]")  # fmt: skip
+        "model.first_stage_config.from_pretrained=ROOT/runs/vae",
+        "model.peft.networks=[unet,text_encoder]")  # fmt: skip
 CASES = {
     "lora": ("cached", ("model.peft.adapter_dropout=0.2", "model.peft.lora_plus_ratio=4")),
     "dora": ("cached", ("model.peft.peft_scheme=dora", "model.peft.targets=conv")),
