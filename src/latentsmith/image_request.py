@@ -151,8 +151,10 @@ class SamplingOptions:
         calls of the U-Net: slower, half the memory.
     eta: share of random noise, of samplers that can do without (ddim, euler, dpmsolver++).
     strength: of an image to start from: how much of it is repainted; 1 is all.
-    prompt_syntax: "plain", or "webui" for (word:1.2), (word), [word] as web UIs read them.
+    prompt_syntax: "plain", or "webui" for (word:1.2), (word), [word] and <lora:name:0.8> as web UIs read them.
     long_prompts: what does not fit the text encoder is encoded in "chunks" of its length, or "cut", with a warning.
+    clip_skip: the text encoder's last layer that is used, counted from the end of those that the model has: 1 is its
+        usual output. As kohya and web UIs count; diffusers' clip_skip is 1 less.
     vae_tiling: decode and encode in overlapping tiles: bounded memory at any size, seams blended, not quite the same.
     parallelism, tolerance: of para_ddim.
     Raises BadInput, in one line, for values that cannot be.
@@ -203,11 +205,19 @@ class SamplingOptions:
         flags=("--strength",), aliases=("denoising_strength",),
     )  # fmt: skip
     prompt_syntax: str = option(
-        str, "plain", "webui reads (word:1.2) as a weight.", choices=("plain", "webui"), flags=("--prompt-syntax",)
+        str,
+        "plain",
+        "webui reads (word:1.2) as a weight, <lora:name:0.8> as an adapter.",
+        choices=("plain", "webui"),
+        flags=("--prompt-syntax",),
     )
     long_prompts: str = option(
         str, "chunks", "Over 77 tokens: in chunks, or cut.", choices=("chunks", "cut"), flags=("--long-prompts",)
     )
+    clip_skip: int = option(
+        int, 1, "Last layer of the text encoder that is used, from its end, as web UIs count: 1, 2.", low=1,
+        flags=("--clip-skip",), axis=True,
+    )  # fmt: skip
     vae_tiling: bool = option(bool, False, "Decode in tiles: any size in bounded memory.", flags=("--vae-tiling",))
     parallelism: int = option(
         int, 8, "Steps at a time in para_ddim.", low=1, flags=("--parallelism",), nemo="sampler_parallelism"

@@ -73,6 +73,15 @@ def generate(
     weights: Annotated[Weights | None, option("The average or the trained weights. [ema]")] = None,
     prediction_type: Annotated[str | None, option("Where the checkpoint does not say it.")] = None,
     tokenizer: Annotated[str | None, option("Where the checkpoint has none.")] = None,
+    lora: Annotated[
+        list[str] | None, option("FILE[:WEIGHT] of an adapter (LoRA, LoHa, LoKr, DoRA, OFT); repeatable.", "--lora")
+    ] = None,
+    lora_folder: Annotated[
+        Path | None, option("Adapters that prompts name: <lora:name:0.8>, with --prompt-syntax webui.")
+    ] = None,
+    embedding: Annotated[
+        list[Path] | None, option("File of a textual inversion; repeatable.", "--embedding", "--textual-inversion")
+    ] = None,
     preview: Annotated[Path | None, option("A PNG that shows the batch at hand.", "--preview")] = None,
     sheet: Annotated[bool | None, option("Also one sheet of all images.", "--sheet")] = None,
     grid: Annotated[list[str] | None, option("A sheet with axes: --grid guidance=1,3,7 steps=10,25")] = None,
@@ -88,6 +97,7 @@ def generate(
       latentsmith generate --from sd2.nemo --prompts-file prompts.txt --negative "blurry" --size 768x768
       latentsmith generate --from runs/sd1 --image cat.png --strength 0.6 "a tiger"
       latentsmith generate --from runs/sd1 --grid guidance=1,3,7 steps=10,25 "a red circle"
+      latentsmith generate v1-5.safetensors "sks dog" --lora dog.safetensors:0.8 --embedding toy.pt
       latentsmith generate --again images/a-red-circle-seed0.png
       torchrun --nproc-per-node 8 -m latentsmith generate --from sd2 --prompts-file prompts.txt
     """
@@ -101,6 +111,8 @@ def generate(
     }
     command |= {"image": image, "mask": mask, "device": device, "dtype": dtype, "weights": weights}
     command |= {"prediction_type": prediction_type, "tokenizer": tokenizer, "out": out, "source": source}
+    command |= {"lora_folder": lora_folder, "embeddings": embedding}
+    command["loras"] = [_lora(text) for text in lora] if lora else None
     given = {name: value for name, value in (command | sampling).items() if value is not None}
     given = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
     if again is not None:
@@ -136,7 +148,7 @@ def generate(
 
 
 def _again(image: Path, given: dict[str, Any]) -> int:
-    allowed = ("out", "source", "device", "image", "mask", "tokenizer")
+    allowed = ("out", "source", "device", "image", "mask", "tokenizer", "loras", "embeddings")
     if other := [name for name in given if name not in allowed]:
         flag = OPTIONS[other[0]].flags[0] if other[0] in OPTIONS else f"--{other[0].replace('_', '-')}"
         raise BadInput(f"--again takes all from the image; {flag} cannot be given with it")
@@ -167,6 +179,19 @@ def _with_nemo(config: Path, texts: list[str], given: dict[str, Any]) -> tuple[l
 def _is_axis(text: str) -> bool:
     name, equals, _ = text.partition("=")
     return bool(equals) and name in AXES
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """Parse FILE[:WEIGHT]."""
+    file, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(file), float(weight)
+    except ValueError:
+        raise BadInput(
+            f"--lora {text}: no such file; give FILE or FILE:WEIGHT, such as style.safetensors:0.8"
+        ) from None
 
 
 def width_and_height(size: str) -> dict[str, int]:

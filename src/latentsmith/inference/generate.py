@@ -22,6 +22,7 @@ from latentsmith.files.images import read_image
 from latentsmith.image_request import AXES, OPTIONS, ImageRequest, SamplingOptions
 from latentsmith.processes import own_device, process_of
 from latentsmith.progress import progress
+from latentsmith.text.prompts import lora_tags
 
 from .pipeline import Pipeline
 from .png import free_path, read_metadata, save_image
@@ -29,6 +30,8 @@ from .requests import SamplingStep, sampler_name
 from .sheets import axis_sheet, labelled_sheet
 
 PREVIEWS = 5  # of a batch
+ADAPTERS = ("loras", "embeddings")  # of an image's metadata
+LORA_ENDINGS = (".safetensors", ".pt", ".ckpt")
 Axis = tuple[str, list[Any]]  # an option and its values
 
 
@@ -45,7 +48,15 @@ class GenerationModel:
     """A pipeline and what an image's metadata records of it. Its files are hashed in a thread until it is left."""
 
     def __init__(
-        self, source: str, device: str, dtype: str, weights: str, prediction_type: str | None, tokenizer: str | None
+        self,
+        source: str,
+        device: str,
+        dtype: str,
+        weights: str,
+        prediction_type: str | None,
+        tokenizer: str | None,
+        loras: Sequence[tuple[Path, float]] = (),
+        embeddings: Sequence[Path] = (),
     ):
         checkpoint = open_checkpoint(source, weights)
         self.pipeline = Pipeline.from_pretrained(
@@ -55,6 +66,7 @@ class GenerationModel:
             prediction_type=prediction_type,
             tokenizer=tokenizer,
         )
+        self.adapters = loaded_adapters(self.pipeline, loras, embeddings)
         self.facts = {
             "from": str(Path(source).resolve()) if Path(source).exists() else source,
             "weights": weights,
@@ -86,10 +98,36 @@ class GenerationModel:
             **files,
             "options": asdict(options),
             "tokenizer": self.tokenizer,
+            **self.adapters,
             "model": {**self.facts, "hash": self.hash.result()},
             "versions": {"latentsmith": latentsmith.__version__, "torch": torch.__version__,
                          "python": platform.python_version()},
         }  # fmt: skip
+
+
+def loaded_adapters(
+    pipeline: Pipeline, loras: Sequence[tuple[Path, float]], embeddings: Sequence[Path]
+) -> dict[str, list[dict[str, Any]]]:
+    """Load adapters with their weights, and trained words; return what metadata records of them, {} of none."""
+    words = [{"token": pipeline.load_embedding(path), **(described(path) or {})} for path in embeddings]
+    named = [(pipeline.load_lora(path, weight), path, weight) for path, weight in loras]
+    used = [{"name": name, "weight": weight, **(described(path) or {})} for name, path, weight in named]
+    return {**({"loras": used} if used else {}), **({"embeddings": words} if words else {})}
+
+
+def with_tagged(
+    loras: Sequence[tuple[Path, float]], folder: Path | None, prompts: Sequence[str]
+) -> list[tuple[Path, float]]:
+    """Return the adapters, and off those of a folder that prompts name in tags <lora:name:weight>. Raises BadInput."""
+    found = list(loras)
+    for name in dict.fromkeys(tag.name for prompt in prompts for tag in lora_tags(prompt)[1]) if folder else ():
+        files = [folder / f"{name}{ending}" for ending in LORA_ENDINGS if folder]
+        there = [path for path in files if path.is_file() and path.parent == folder]
+        if there:
+            found.append((there[0], 0.0))
+        elif name not in [path.stem for path, _ in loras]:
+            raise BadInput(f"<lora:{name}>: no {name}.safetensors in {folder}")
+    return found
 
 
 def averaged(checkpoint: Checkpoint, weights: str) -> bool:
@@ -104,8 +142,11 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def described(path: Path | None) -> dict[str, str] | None:
-    """Return what metadata records of a file."""
-    return None if path is None else {"file": str(path.resolve()), "hash": sha256_files([path])}
+    """Return what metadata records of a file, or of a folder with files."""
+    if path is None:
+        return None
+    files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+    return {"file": str(path.resolve()), "hash": sha256_files(files)}
 
 
 def generate(
@@ -122,6 +163,9 @@ def generate(
     weights: str = "ema",
     prediction_type: str | None = None,
     tokenizer: str | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    lora_folder: Path | None = None,
+    embeddings: Sequence[Path] = (),
     preview: Path | None = None,
     sheet: bool = False,
     grid: Sequence[str] = (),
@@ -132,7 +176,9 @@ def generate(
 
     image, mask: files. preview: a PNG that shows the batch at hand, renewed as it is sampled. sheet: also one of all
     images. grid: axes such as "guidance=1,3,7", one or two, for a sheet for each prompt.
-    names: of each prompt's one image, NAME.png, made with seed + its index; those that exist already are kept.
+    loras: files of adapters and their weights. lora_folder: of those that prompts name in tags. embeddings: files of
+    trained words. names: of each prompt's one image, NAME.png, made with seed + its index; those that exist already
+    are kept.
     options: fields of ImageRequest and SamplingOptions. Under torchrun or srun each process makes its share.
     """
     axes = parse_axes(grid, image)
@@ -151,7 +197,10 @@ def generate(
     jobs = jobs_of(prompts, count, axes, names, options | images)
     if processes > 1:
         print(f"share {rank + 1} of {processes}: the environment says that this is process {rank} of {processes}")
-    with GenerationModel(source, device, dtype, weights, prediction_type, tokenizer) as model:
+    if lora_folder is not None and options.get("prompt_syntax") != "webui":
+        raise BadInput(f"--lora-folder {lora_folder} is for tags <lora:name:0.8>, which --prompt-syntax webui reads")
+    loras = with_tagged(loras, lora_folder, prompts)
+    with GenerationModel(source, device, dtype, weights, prediction_type, tokenizer, loras, embeddings) as model:
         files, mine = {"image": described(image), "mask": described(mask)}, jobs[rank::processes]
         paths = already_there(mine, out, model, files)
         left = [job for job in mine if job not in paths]
@@ -219,7 +268,11 @@ def already_there(jobs: Sequence[Job], out: Path, model: GenerationModel, files:
 def comparable(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides an image's pixels, by name."""
     own = {name: metadata.get(name) for name in OPTIONS}
-    return {**own, **metadata["options"], "model": metadata["model"]["hash"]}
+    adapters = {
+        key: [{name: value for name, value in each.items() if name != "file"} for each in metadata.get(key, [])]
+        for key in ADAPTERS
+    }
+    return {**own, **metadata["options"], **adapters, "model": metadata["model"]["hash"]}
 
 
 Streams = list[tuple[dict[ImageRequest, Job], Iterator[SamplingStep]]]

@@ -33,6 +33,7 @@ from latentsmith.processes import pick_device
 from latentsmith.text.prompts import EncodedPrompt, embed_prompt, encode_prompt
 from latentsmith.text.tokenizer import Tokenizer
 
+from .adapters import HasAdapters, each_inside
 from .images import InitImage, decode, encode, prepare_init_images, to_image, to_unit_range
 from .requests import (
     CALL_KEYWORDS,
@@ -61,7 +62,7 @@ EARLIEST_START = (
 )
 
 
-class Pipeline:
+class Pipeline(HasAdapters):
     """A whole model, ready to make images: `pipeline("a red circle").images`.
 
     Parts can be replaced: unet, vae, text_encoder, tokenizer, schedule; spec says what else the model is.
@@ -70,6 +71,7 @@ class Pipeline:
     def __init__(
         self, unet: UNetModel, vae: AutoencoderKL, text_encoder: ClipTextEncoder, tokenizer: Tokenizer, spec: ModelSpec
     ):
+        super().__init__()
         self.unet, self.vae, self.text_encoder, self.tokenizer, self.spec = unet, vae, text_encoder, tokenizer, spec
         if unet.in_channels != vae.embed_dim:
             purpose = f"{UNET_INPUTS[unet.in_channels]}: " if unet.in_channels in UNET_INPUTS else ""
@@ -215,15 +217,20 @@ class Pipeline:
             if request.latents is not None and request.latents.shape != shape:
                 found, size = tuple(request.latents.shape), f"{options.height}x{options.width}"
                 raise BadInput(f"latents of an image are {found}; images of {size} start from {shape}")
-        encode = partial(
-            encode_prompt, tokenizer=self.tokenizer, syntax=options.prompt_syntax, long_prompts=options.long_prompts
-        )
         texts = [text or "" for request in requests for text in (request.prompt, request.negative_prompt)]
-        encoded = {text: encode(text) for text in dict.fromkeys(texts)}
-        return options, [
-            PreparedRequest(request, encoded[request.prompt], encoded[request.negative_prompt or ""], init_image)
-            for request, init_image in zip(requests, init_images, strict=True)
-        ]
+        encoded = {text: self._encode(text, options) for text in dict.fromkeys(texts)}
+        prepared = []
+        for request, init_image in zip(requests, init_images, strict=True):
+            prompt, negative = encoded[request.prompt], encoded[request.negative_prompt or ""]
+            negative = replace(negative, loras=prompt.loras)  # one pass of the networks: the prompt decides
+            prepared.append(PreparedRequest(request, prompt, negative, init_image))
+        return options, prepared
+
+    def _encode(self, text: str, options: SamplingOptions) -> EncodedPrompt:
+        encoded = encode_prompt(text, self.tokenizer, syntax=options.prompt_syntax, long_prompts=options.long_prompts)
+        for tag in encoded.loras:
+            self.lora_of(tag)
+        return replace(encoded, skip=options.clip_skip - 1)
 
     def completed(self, options: SamplingOptions, init_image: InitImage | None = None) -> SamplingOptions:
         """Return the options with height and width. Raises BadInput, in one line, for what cannot be sampled."""
@@ -246,6 +253,8 @@ class Pipeline:
             warnings.warn(f"{options.sampler}: {schedule.steps} steps {note}; {hint}", stacklevel=2)
         if options.eta > 0 and "eta" not in sampler_keywords(options):
             raise BadInput(f"eta {options.eta}: {options.sampler} has no share of noise to choose; ddim has")
+        if options.clip_skip > (layers := len(self.text_encoder.text_model.encoder.layers)):
+            raise BadInput(f"clip_skip is {options.clip_skip}; this text encoder has {layers} layers")
         if init_image and options.steps_from_image < 1:
             raise BadInput(
                 f"strength {options.strength} of {options.num_inference_steps} steps leaves none; give more of either"
@@ -274,7 +283,10 @@ class Pipeline:
     ) -> Iterator[SamplingStep]:
         prompt_cache: PromptCache = {}
         for batch in batches(prepared, batch_size):
-            yield from self._sample_batch(batch, options, *self._embed(batch, batch[0].chunks, prompt_cache))
+            inside = partial(self.lora_tags, batch[0].prompt.loras)
+            with inside():
+                embedded = self._embed(batch, batch[0].chunks, prompt_cache)
+            yield from each_inside(self._sample_batch(batch, options, *embedded), inside)
 
     @torch.no_grad()
     def _embed(
@@ -342,6 +354,10 @@ class Pipeline:
         """
         options = SamplingOptions(prompt_syntax=prompt_syntax, long_prompts=long_prompts)
         _, prepared = self.prepare(image_requests(prompt, negative_prompt), options)
+        if any(each.prompt.loras for each in prepared):
+            raise BadInput(
+                "<lora:...> weighs a whole image; with encode_prompt and sample call set_lora_weight instead"
+            )
         text, null = self._embed(prepared, max(each.chunks for each in prepared), {})
         assert null is not None
         return text, null

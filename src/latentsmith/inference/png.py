@@ -15,7 +15,7 @@ from latentsmith.files.atomic import atomic_open
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
 from latentsmith.image_request import ImageRequest, descriptions
-from latentsmith.text.prompts import web_ui_tags
+from latentsmith.text.prompts import lora_tags, web_ui_tags
 
 OWN_KEY = "latentsmith"
 LONGEST_STEM = 60
@@ -64,10 +64,14 @@ def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str |
     options, varied = metadata["options"], metadata["variation_strength"]
     plain = options["prompt_syntax"] == "plain"
     prompt, negative = (web_ui_prompt(metadata[name] or "", plain) for name in ("prompt", "negative_prompt"))
-    found = [*MARKS.findall(f"{prompt} {negative}"), *web_ui_tags(prompt), *web_ui_tags(negative)]
+    untagged = prompt if plain else lora_tags(prompt)[0]
+    found = [*MARKS.findall(f"{prompt} {negative}"), *web_ui_tags(untagged), *web_ui_tags(negative)]
     if found:
         warnings.warn(f"a prompt with {found[0]!r} is not written for web UIs, which would misread it", stacklevel=3)
         return None
+    tagged = {tag.name for tag in lora_tags(prompt)[1]}
+    for lora in metadata.get("loras", []):
+        prompt += f" <lora:{lora['name']}:{lora['weight']:g}>" if lora["name"] not in tagged else ""
     settings = {
         "Steps": options["num_inference_steps"],
         "Sampler": SAMPLERS[metadata["sampler"]].title,
@@ -80,6 +84,7 @@ def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str |
         "Denoising strength": options["strength"] if metadata["image"] else None,
         "Variation seed": metadata["variation_seed"] if varied else None,
         "Variation seed strength": varied or None,
+        "Clip skip": options["clip_skip"] if options.get("clip_skip", 1) > 1 else None,
         "Eta": options["eta"] or None,
         "Timestep spacing": options["timestep_spacing"],
         "Guidance rescale": options["guidance_rescale"] or None,

@@ -11,7 +11,7 @@ from latentsmith.files.errors import BadInput
 from latentsmith.files.images import read_image
 from latentsmith.image_request import ImageRequest, SamplingOptions, descriptions
 
-from .generate import generate
+from .generate import ADAPTERS, described, generate
 from .png import read_metadata
 
 ROUNDING = 1  # of 255: sums over another batch are rounded in another order
@@ -20,7 +20,7 @@ ROUNDING = 1  # of 255: sums over another batch are rounded in another order
 def reproduce(original: Path, out: Path, *, source: str | None = None, device: str = "auto", **moved: Any) -> bool:
     """Make an image again into `out` from its metadata; print what differs; return whether nothing does.
 
-    source, and image, mask and tokenizer among `moved`: where these lie now, if elsewhere.
+    source, and image, mask, tokenizer, loras and embeddings among `moved`: where these lie now, if elsewhere.
     A difference of 1 of 255 is reported and counts as none.
     """
     metadata = read_metadata(original)
@@ -30,6 +30,7 @@ def reproduce(original: Path, out: Path, *, source: str | None = None, device: s
     files: dict[str, Any] = {name: Path(metadata[name]["file"]) for name in ("image", "mask") if metadata.get(name)}
     if metadata.get("tokenizer"):
         files["tokenizer"] = metadata["tokenizer"]
+    files |= adapter_files(original, metadata, moved)
     own = {name: metadata[name] for name in descriptions(ImageRequest)}
     (path,) = generate(
         source or model["from"], [metadata["prompt"]], out, device=device, dtype=model["dtype"],
@@ -49,6 +50,26 @@ def reproduce(original: Path, out: Path, *, source: str | None = None, device: s
     else:
         print(f"{path}: the same, pixel for pixel")
     return apart.max() <= ROUNDING and not any(line.startswith(("model hash", "image", "mask")) for line in changed)
+
+
+def adapter_files(original: Path, metadata: Mapping[str, Any], moved: dict[str, Any]) -> dict[str, Any]:
+    """Return the adapters and trained words of an image: the files it records, or the same ones among `moved`.
+
+    Raises BadInput for a file that is missing or is another one.
+    """
+    given = [path for path, _ in moved.pop("loras", ())] + list(moved.pop("embeddings", ()))
+    by_hash = {(described(path) or {})["hash"]: path for path in given if path.exists()}
+    found: dict[str, list[Path]] = {key: [] for key in ADAPTERS}
+    for key in ADAPTERS:
+        for each in metadata.get(key, []):
+            path = by_hash.get(each["hash"], Path(each["file"]))
+            if not path.exists() or (described(path) or {})["hash"] != each["hash"]:
+                state = "is another file now" if path.exists() else "is not there"
+                option = "--lora" if key == "loras" else "--embedding"
+                raise BadInput(f"{original}: was made with {path}, which {state}; give {option} FILE, the same one")
+            found[key].append(path)
+    weights = [each["weight"] for each in metadata.get("loras", [])]
+    return {"loras": list(zip(found["loras"], weights, strict=True)), "embeddings": found["embeddings"]}
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

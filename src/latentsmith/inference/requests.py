@@ -13,7 +13,7 @@ from torch import Tensor
 from latentsmith.diffusion import SAMPLERS, canonical_sampler
 from latentsmith.files.errors import BadInput
 from latentsmith.image_request import DISTINCT_SEEDS, ImageRequest, SamplingOptions, unknown_keyword
-from latentsmith.text.prompts import EncodedPrompt
+from latentsmith.text.prompts import EncodedPrompt, LoraTag
 
 from .images import InitImage
 
@@ -167,11 +167,12 @@ def one_each(name: str, value: Any, count: int, things: str = "prompts") -> list
 
 
 def batches(requests: Sequence[PreparedRequest], size: int) -> Iterator[list[PreparedRequest]]:
-    """Yield at most `size` requests at a time, all of as many chunks of text: so no image depends on the others."""
-    by_length: dict[int, list[PreparedRequest]] = {}
+    """Yield at most `size` requests at a time, all of as many chunks of text and the same adapters: so no image depends
+    on the others."""
+    by_text: dict[tuple[int, tuple[LoraTag, ...]], list[PreparedRequest]] = {}
     for request in requests:
-        by_length.setdefault(request.chunks, []).append(request)
-    for alike in by_length.values():
+        by_text.setdefault((request.chunks, request.prompt.loras), []).append(request)
+    for alike in by_text.values():
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 

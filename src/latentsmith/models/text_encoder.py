@@ -82,9 +82,9 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.embeddings, self.encoder, self.final_layer_norm = embeddings, encoder, nn.LayerNorm(width)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
         tokens = self.embeddings(token_ids)
-        for layer in self.encoder.layers:
+        for layer in list(self.encoder.layers)[: len(self.encoder.layers) - skip]:
             tokens = layer(tokens)
         return self.final_layer_norm(tokens)
 
@@ -158,9 +158,12 @@ class ClipTextEncoder(nn.Module):
         """Set training mode, unless the encoder is frozen."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Return text embeddings (batch, length or pad_to, width) of `token_ids` (batch, length), integers."""
-        embedded = self.text_model(token_ids)
+    def forward(self, token_ids: Tensor, skip: int = 0) -> Tensor:
+        """Return text embeddings (batch, length or pad_to, width) of `token_ids` (batch, length), integers.
+
+        skip: layers left out at the end, before the final norm ("clip skip").
+        """
+        embedded = self.text_model(token_ids, skip)
         return F.pad(embedded, (0, 0, 0, self.pad_to - embedded.shape[1])) if self.pad_to else embedded
 
 

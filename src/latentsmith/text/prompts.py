@@ -22,17 +22,29 @@ MARKS = re.compile(  # possessive throughout, so that no input makes it try agai
     re.DOTALL,
 )
 EXPLICIT = re.compile(r":\s*+[+-]?[\d.]++\s*+\)")
+LORA = re.compile(r"<(?:lora|lyco):([^<>]{1,200})>")
 TAGS = re.compile(  # what web UIs obey and this package does not
     r"<(?:lora|lyco|hypernet):[^<>]{1,200}>|\b(?:BREAK|AND)\b|\[[^\[\]]{0,200}(?::[^\[\]:]{0,200}:\s*+[\d.]++\s*+|\|[^\[\]]{0,200})\]"
 )
 
 
 @dataclass(frozen=True)
+class LoraTag:
+    """A tag <lora:name:weight> of a prompt. weight, text_weight: on the U-Net and on the text encoder."""
+
+    name: str
+    weight: float
+    text_weight: float
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
     """A prompt as tokens. chunks: (token id, weight) of each token without start and end, at most max_length - 2 in a
-    chunk; at least one chunk."""
+    chunk; at least one chunk. loras: its tags. skip: layers of the text encoder that are left out."""
 
     chunks: tuple[tuple[tuple[int, float], ...], ...]
+    loras: tuple[LoraTag, ...] = ()
+    skip: int = 0
 
     @property
     def plain(self) -> bool:
@@ -50,13 +62,14 @@ def encode_prompt(
     """
     if len(prompt) > LONGEST_PROMPT:
         raise BadInput(f'"{shortened(prompt)}" has {len(prompt):,} characters; a prompt has {LONGEST_PROMPT:,} at most')
-    if tags := web_ui_tags(prompt):
+    text, loras = lora_tags(prompt) if syntax == "webui" else (prompt, ())
+    if tags := web_ui_tags(text):
         note = f"has {', '.join(tags[:3])}, which web UIs obey; here {'it is' if len(tags) == 1 else 'they are'} text"
         warnings.warn(f'"{shortened(prompt)}" {note}', stacklevel=2)
     if syntax == "plain" and "(" in prompt and EXPLICIT.search(prompt):
         note = "has weights, which are taken as text; prompt_syntax webui reads them as weights"
         warnings.warn(f'"{shortened(prompt)}" {note}', stacklevel=2)
-    parts = weighted_parts(prompt) if syntax == "webui" else [(prompt, 1.0)]
+    parts = weighted_parts(text) if syntax == "webui" else [(prompt, 1.0)]
     if heaviest := [weight for _, weight in parts if abs(weight) > LARGEST_WEIGHT]:
         raise BadInput(f'"{shortened(prompt)}" has weight {heaviest[0]:g}; weights lie within {LARGEST_WEIGHT:g}')
     tokens = [(token, weight) for text, weight in parts for token in tokenizer.encode(text)]
@@ -66,7 +79,25 @@ def encode_prompt(
         warnings.warn(f'"{shortened(prompt)}" has {len(tokens)} tokens, {room} fit; cut: "{rest}"', stacklevel=2)
         tokens = tokens[:room]
     starts = range(0, max(len(tokens), 1), room)
-    return EncodedPrompt(tuple(tuple(tokens[start : start + room]) for start in starts))
+    return EncodedPrompt(tuple(tuple(tokens[start : start + room]) for start in starts), loras)
+
+
+def lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
+    """Return a prompt without its tags <lora:name>, <lora:name:weight> and <lora:name:text encoder:U-Net>, and these.
+
+    Raises BadInput for a tag whose weight is no number.
+    """
+    tags = []
+    for match in LORA.finditer(prompt):
+        name, *weights = match[1].split(":")
+        try:
+            numbers = [float(weight) for weight in weights] or [1.0]
+        except ValueError:
+            numbers = []
+        if not name or not 1 <= len(numbers) <= 2 or max(abs(number) for number in numbers) > LARGEST_WEIGHT:
+            raise BadInput(f"{shortened(match[0])}: give <lora:name:weight>, or <lora:name:text encoder:U-Net>")
+        tags.append(LoraTag(name, numbers[-1], numbers[0]))
+    return LORA.sub("", prompt), tuple(tags)
 
 
 def web_ui_tags(prompt: str) -> list[str]:
@@ -133,7 +164,7 @@ def embed_prompt(prompt: EncodedPrompt, chunks: int, tokenizer: Tokenizer, text_
     filled = [*prompt.chunks, *[()] * (chunks - len(prompt.chunks))]
     device = next(text_encoder.parameters()).device
     rows = torch.tensor([tokenizer.frame([token for token, _ in chunk]) for chunk in filled], device=device)
-    embedded: Tensor = text_encoder(rows)
+    embedded: Tensor = text_encoder(rows, skip=prompt.skip) if prompt.skip else text_encoder(rows)
     if not prompt.plain:
         weights = torch.ones(embedded.shape[:2], dtype=embedded.dtype)
         for row, chunk in enumerate(filled):
