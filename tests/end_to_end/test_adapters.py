@@ -1,7 +1,12 @@
 """Adapters trained by the command line: frozen base, small checkpoints, exact resume."""
 
 import pytest
+import torch
 
+from latentsmith.adapters.names import layers_of
+from latentsmith.adapters.read import read_adapter
+from latentsmith.checkpoints.from_config import build_network
+from latentsmith.config import load_config
 from latentsmith.files.tensors import open_tensors
 from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
@@ -42,10 +47,30 @@ def test_a_checkpoint_holds_adapters_alone(world):
     run = world.train("cached", "alone", *LORA)
     files = {str(file.relative_to(world.newest(run))) for file in world.newest(run).rglob("*") if file.is_file()}
     kept = {"unet.adapter.safetensors", "ema/unet.adapter.safetensors", "optimizer.safetensors", "state.json"}
-    assert files == kept and not list(run.glob("*.safetensors"))
+    assert files == kept
+    assert {file.name for file in run.glob("*.safetensors")} == {
+        "alone.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
     tensors = open_tensors(world.newest(run) / "unet.adapter.safetensors")
     assert {name.rpartition(".adapters.default.")[2] for name in tensors} == {"lora_up", "lora_down"}
     assert all(tensor.shape[0] == 4 for name, tensor in tensors.items() if name.endswith("down"))
+
+
+def test_its_files_are_those_of_kohya_and_diffusers(world):
+    """Both read back as the averages of the last checkpoint, and generate takes them."""
+    run = world.train("cached", "exported", *LORA, "model.peft.alpha=2")
+    averages = open_tensors(world.newest(run) / "ema" / "unet.adapter.safetensors")
+    layers = layers_of({"unet": build_network(load_config(run / "config.yaml"), "unet")})
+    for name in ("exported.safetensors", "pytorch_lora_weights.safetensors"):
+        read = read_adapter(run / name, layers)
+        assert (read.scheme, set(read.ranks), set(read.alphas)) == ("lora", {4}, {2.0})
+        tensors = {key: tensor for key, tensor in read.parts["unet"].items() if not key.endswith(".alpha")}
+        assert len(tensors) == len(averages)
+        for key, tensor in averages.items():
+            assert torch.equal(tensors[key.replace(".adapters.default", "")].reshape(tensor.shape), tensor)
+        words = ("a red circle", "--steps", 2, "--lora", f"{run / name}:0.5", "--out", f"ROOT/images/{name}")
+        assert world.call("generate", "--from", "ROOT/runs/cached", *words) == 0
 
 
 def test_it_starts_at_the_base(world):

@@ -54,7 +54,7 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
                 tmp_path / "text.safetensors", ClipTextEncoder(**network_arguments(config.model.cond_stage_config))
             ),
         }
-        if "finetune" in name:
+        if not name.endswith(("sd1", "base", "v")):
             files["unet_config"] = hollow(
                 tmp_path / "unet.safetensors", UNetModel(**network_arguments(config.model.unet_config))
             )
@@ -63,8 +63,10 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("latentsmith.training.dry_run.build_tokenizer", lambda config: None)
     assert main(["train", "--config", name, "--dry-run", *given]) == 0
     lines = capsys.readouterr().out.splitlines()
-    size = {"sd1": "859,520,964"}.get(name.split("_")[0], "865,910,724")
-    assert f"unet: {size} parameters, trained" in lines
+    size = {"sd1": 859_520_964}.get(name.split("_")[0], 865_910_724)
+    adapters = {"sd1_lora": 16 * 423_936, "sd2_lora": 16 * 432_128}.get(name, 0)
+    trained = f"{adapters:,} of them trained" if adapters else "trained"
+    assert f"unet: {size + adapters:,} parameters, {trained}" in lines
     assert "vae: 83,653,863 parameters, frozen" in lines
     assert any(line.startswith("memory of a process, about: ") for line in lines)
     assert not (tmp_path / name).exists()

@@ -226,7 +226,9 @@ def grouped(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 def _fresh(layer: Layer, spec: AdapterSpec, rank: int, alpha: float) -> dict[str, Tensor]:
     scheme = SCHEMES["lora" if spec.scheme == "dora" else spec.scheme]
     assert scheme.fresh
-    weight = layer.weight.detach().to("cpu", torch.float32) if spec.scheme == "dora" else layer.weight
+    weight = layer.weight.detach()
+    if spec.scheme == "dora" and not weight.is_meta:
+        weight = weight.to("cpu", torch.float32)
     tensors = scheme.fresh(weight, Sizes(rank=rank, alpha=alpha, factor=spec.factor))
     if spec.scheme == "dora":
         axes = list(range(1, weight.dim()))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from latentsmith.adapters import AdapterSpec, inject, load_adapter_state
+from latentsmith.adapters.file import Header
 from latentsmith.adapters.names import layers_of
 from latentsmith.adapters.read import read_adapter
 from latentsmith.adapters.spec import adaptable
+from latentsmith.checkpoints import ModelSpec
 from latentsmith.config import Config
 from latentsmith.config.peft_options import PeftConfig
 from latentsmith.files.errors import BadInput
+
+from .hooks import Hook
+from .hooks.adapters import ExportAdapters
 
 BASE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,6 +83,33 @@ def scale_line(spec: AdapterSpec, peft: PeftConfig) -> str:
     alpha = spec.alpha_of(spec.rank, kernel=False)
     origin = "as model.peft.alpha says" if peft.alpha is not None else "the rank, as in diffusers; kohya's default is 1"
     return f"alpha {alpha:g} ({origin}), scale {alpha / spec.rank:g}"
+
+
+def export_hooks(config: Config, model: ModelSpec, folder: Path, samples: int) -> list[Hook]:
+    """Return the hook that writes a run's adapters for other programs; none where the run has none."""
+    if config.model.peft.peft_scheme is None:
+        return []
+    spec, optim = adapter_spec(config.model.peft), config.model.optim
+    height, width = (8 * model.image_size,) * 2
+    metadata = {
+        "ss_learning_rate": str(optim.lr),
+        "ss_text_encoder_lr": str(optim.text_encoder_lr),
+        "ss_optimizer": optim.name,
+        "ss_seed": str(config.model.seed),
+        "ss_resolution": f"({width}, {height})",
+        "ss_num_train_images": str(samples),
+        "ss_sd_model_name": Path(config.model.ckpt_path or config.model.unet_config.from_pretrained or "").name,
+    }
+    header = Header(
+        name=Path(config.exp_manager.name).name,
+        scheme=spec.scheme,
+        rank=spec.rank,
+        alpha=spec.alpha_of(spec.rank, kernel=False),
+        base="SD2" if model.open_clip else "SD1",
+        v_prediction=model.prediction_type == "v_prediction",
+        metadata=metadata,
+    )
+    return [ExportAdapters(folder, header)]
 
 
 def rate_factor(config: Config) -> Callable[[str], float]:

@@ -36,7 +36,7 @@ from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 
 from . import setup
-from .adapters import add_adapters
+from .adapters import add_adapters, export_hooks
 from .dry_run import dry_run as describe
 from .dry_run import header, memory
 from .hooks import Hook
@@ -73,6 +73,7 @@ def train(config: Config, *, dry_run: bool = False) -> Path:
             print(*ready.head, sep="\n", flush=True)
         log = setup.metrics_of(config, folder)
         hooks = [log, *validation(config, ready, folder, log), *sample_images(config, ready, folder, log)]
+        hooks += export_hooks(config, ready.spec, folder, ready.set.count)
         on_first_process(fabric, lambda: open_folder_of(config, ready, resume))
         metadata = {"latentsmith.spec": ready.spec.to_json()}
         setup.run(
