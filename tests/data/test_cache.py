@@ -320,7 +320,7 @@ def test_what_is_no_cache(tmp_path, source):
         LatentCache(source.paths[0].parent)
     write_cache(source, tmp_path / "c", TRANSFORMS, encoders())
     (tmp_path / "c" / "cache.json").write_text("[]")
-    with pytest.raises(BadInput, match="not the JSON that precache writes"):
+    with pytest.raises(BadInput, match="is not what precache writes"):
         LatentCache(tmp_path / "c")
 
 

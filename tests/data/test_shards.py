@@ -198,7 +198,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(BadInput, match=r"no \.tar shards here"):
         ShardSet(tmp_path)
     (tmp_path / "set.json").write_text('{"shards": [{"file": 1}]}')
-    with pytest.raises(BadInput, match=r"set\.json: not a listing"):
+    with pytest.raises(BadInput, match=r"set\.json: is not a listing"):
         ShardSet(tmp_path)
 
 

@@ -15,8 +15,8 @@ from latentsmith.files.json import read_json
 from latentsmith.files.lazy import LazyTensor
 
 from . import clip
-from .base import Checkpoint, ModelSpec, Part, Parts, known_prediction, some
-from .diffusers_keys import FIXED, OTHER, READ, SCHEDULERS, SOLVER
+from .base import Checkpoint, ModelSpec, Part, Parts, known_prediction, shown, some
+from .diffusers_keys import FIXED, OTHER, READ, SCHEDULERS, SOLVER, TYPES
 
 VERSION = {"_diffusers_version": "0.31.0"}  # the oldest we are checked against; newer ones read its configs
 BETA_SCHEDULES = {LDM_BETA_SCHEDULES[name]: name for name in ("linear", "sqrt_linear")}  # diffusers' names -> LDM's
@@ -39,7 +39,15 @@ def component_config(part: Part) -> dict[str, Any]:
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
-    return read_json(folder / name, "a config of diffusers") if (folder / name).is_file() else {}
+    if not (folder / name).is_file():
+        return {}
+    config = read_json(folder / name, "a config of diffusers")
+    for key, (words, types) in TYPES.items():
+        value = config.get(key)
+        for each in value if isinstance(value, list) and "list" in words else [value]:
+            if each is not None and not (type(each) in types and (isinstance(each, str | bool) or 0 < each < 2**20)):
+                raise BadInput(f"{folder / name}: {key} is {shown(value)}; it must be {words}")
+    return config
 
 
 def sizes(checkpoint: Checkpoint, part: Part) -> dict[str, Any] | None:
@@ -136,7 +144,7 @@ def _unsupported(name: str, config: Mapping[str, Any]) -> str | None:
 def _unknown(name: str, config: Mapping[str, Any]) -> list[str]:
     """Return a note on keys with a value that this version has not heard of."""
     known = FIXED[name].keys() | READ[name] | OTHER[name] | (SOLVER.keys() if name == "scheduler" else set())
-    unknown = [key for key, value in config.items() if key not in known and key[0] != "_" and value]
+    unknown = [key for key, value in config.items() if key not in known and not key.startswith("_") and value]
     return [f"{some(unknown)} not known here, and without effect"] if unknown else []
 
 

@@ -53,6 +53,15 @@ SOLVER: dict[str, tuple[Any, ...]] = {
     "sigma_max": (None,), "lambda_min_clipped": (float("-inf"), "-Infinity"), "use_exponential_sigmas": (False,),
     "use_beta_sigmas": (False,), "use_lu_lambdas": (False,),
 }  # fmt: skip
+# key of a config.json -> (what it must be, the types of it or of a list's entries); numbers lie above 0
+TYPES: dict[str, tuple[str, tuple[type, ...]]] = dict.fromkeys(
+    ("sample_size", "block_out_channels", "attention_head_dim", "num_attention_heads"),
+    ("a whole number above 0, or a list of them", (int,)),
+) | dict.fromkeys(("norm_num_groups", "num_hidden_layers"), ("a whole number above 0", (int,))) | {
+    "scaling_factor": ("a number above 0", (int, float)), "upcast_attention": ("true or false", (bool,)),
+    "hidden_act": ("a text", (str,)), "_class_name": ("a text", (str,)), "beta_schedule": ("a text", (str,)),
+    "prediction_type": ("a text", (str,)),
+}  # fmt: skip
 READ = {
     "unet": {"sample_size", "block_out_channels", "norm_num_groups", "attention_head_dim", "num_attention_heads",
              "upcast_attention"},

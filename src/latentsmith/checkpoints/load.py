@@ -15,11 +15,14 @@ from latentsmith.config.network_arguments import read_node
 from latentsmith.files.errors import BadInput
 from latentsmith.files.lazy import forget_maps
 
-from .base import Checkpoint, Shapes
+from .base import Checkpoint, Shapes, shown
 from .match import match
 from .open import open_checkpoint
 from .run import check_sums
 
+MOST_OF_ANY, MOST_LEVELS = 2**20, 16
+MOST = {"layers": 128, "num_res_blocks": 32, "transformer_depth": 64, "max_length": 4096, "channel_mult": 64,
+        "ch_mult": 64, "model_channels": 8192, "ch": 8192, "width": 16_384}  # fmt: skip
 PARTS = {component.class_path: part for part, component in COMPONENTS.items()}
 
 
@@ -85,7 +88,22 @@ def mapped_network(part: str, arguments: Mapping[str, Any], checkpoint: Checkpoi
 def new_network(part: str, arguments: Mapping[str, Any]) -> Any:
     """Return the network of a part of COMPONENTS with fresh weights; BadInput for sizes that do not fit together."""
     component = COMPONENTS[part]
+    check_sizes(arguments, component.config_key)
     return _construct(component.config_key, component.class_path, arguments)
+
+
+def check_sizes(arguments: Mapping[str, Any], key: str) -> None:
+    """Raise BadInput for keywords of a network, as foreign files state them, that no network can have."""
+    for name, value in arguments.items():
+        most, where = MOST.get(name, MOST_OF_ANY), f"{key}.{name}"
+        if isinstance(value, Mapping):
+            check_sizes(value, where)
+        elif isinstance(value, list | tuple) and len(value) > MOST_LEVELS:
+            raise BadInput(f"{where} has {len(value)} entries; {MOST_LEVELS} are the most supported")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            whole = isinstance(number, int) and (isinstance(number, bool) or number == -1 or 0 < number <= most)
+            if not whole and not isinstance(number, float | str | Mapping | None):
+                raise BadInput(f"{where} is {shown(value)}; whole numbers from 1 to {most:,} are supported")
 
 
 def network_shapes(part: str, arguments: Mapping[str, Any]) -> Shapes:
@@ -123,5 +141,5 @@ def _construct(key: str, class_path: str, arguments: Mapping[str, Any]) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)(**arguments)
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{key}: {error}") from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
+        raise BadInput(f"{key}: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}") from error

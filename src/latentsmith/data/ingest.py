@@ -17,6 +17,8 @@ from latentsmith.files.colour import is_plain
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes, fingerprint_text
 from latentsmith.files.images import MAX_PIXELS
+from latentsmith.files.json import check_types, read_json
+from latentsmith.files.regular import SizeLimit
 from latentsmith.files.text import is_visible, trimmed
 from latentsmith.progress import progress
 from latentsmith.text.tokenizer import train_vocabulary as learn_vocabulary
@@ -91,16 +93,17 @@ def import_dataset(
     return read_report(Path(out))
 
 
+REPORT = SizeLimit("a report of an import", 2**30)  # it lists what was set aside, in some 100 bytes each
+
+
 def read_report(folder: Path) -> ImportReport:
     """Return the report of a finished import; BadInput if there is none."""
-    path = folder / REPORT_FILE
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        notes = tuple(content.get("notes", ()))
-        shards = len(read_set_file(folder))
-        return ImportReport(content["good"], content["bad"], content["reasons"], shards, path, notes)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: no report of an import ({error})") from None
+    path, what = folder / REPORT_FILE, "a report of an import"
+    content = read_json(path, what, limit=REPORT)
+    check_types(content, {"good": int, "bad": int, "reasons": dict, "notes": list | None}, path, what)
+    check_types(content["reasons"], dict.fromkeys(content["reasons"], int), path, what)
+    notes, shards = tuple(map(str, content.get("notes") or ())), len(read_set_file(folder))
+    return ImportReport(content["good"], content["bad"], content["reasons"], shards, path, notes)
 
 
 class _Import:

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_bytes
+from latentsmith.files.json import check_types, read_json
 
 from .resumable_output import first_difference
 from .sample_io import array_of
@@ -83,7 +84,7 @@ class LatentCache:
         """Return the bucket of each sample, (samples,) uint8, and the buckets' sizes in pixels (height, width).
 
         None where all images have one size."""
-        if "buckets" not in self.info:
+        if not self.info.get("buckets"):
             return None
         path = self.folder / BUCKETS_FILE
         try:
@@ -163,19 +164,24 @@ def _member(name: str, variant: int) -> str:
     return f"{variant_name(variant) if variant and name == IMAGE_KEY else name}.npy"
 
 
+def _is_side(value: Any) -> bool:
+    """Return whether a value of cache.json is a side of a shape; None is one that differs between samples."""
+    return value is None or (type(value) is int and 0 < value < 2**31)
+
+
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / CACHE_FILE
-    try:
-        info: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        is_ours = {"members", "fingerprints", "samples"} <= info.keys()
-    except FileNotFoundError:
-        raise BadInput(
-            f"{folder}: no {CACHE_FILE} here, so this is not a latent cache; make one with precache"
-        ) from None
-    except (ValueError, AttributeError):
-        is_ours = False
-    if not is_ours:
-        raise BadInput(f"{path}: not the JSON that precache writes; delete the cache and make it again")
+    path, what = folder / CACHE_FILE, "what precache writes (delete the cache and make it again)"
+    if not path.is_file():
+        raise BadInput(f"{folder}: no {CACHE_FILE} here, so this is not a latent cache; make one with precache")
+    info = read_json(path, what)
+    known = {"members": dict, "fingerprints": dict, "samples": int, "versions": dict | None, "variants": int | None,
+             "latents": str | None, "buckets": list | None}  # fmt: skip
+    check_types(info, known, path, what)
+    for member in info["members"].values():
+        check_types(member, {"shape": list, "dtype": str}, path, what)
+    for shape in [member["shape"] for member in info["members"].values()] + (info.get("buckets") or []):
+        if not isinstance(shape, list) or len(shape) < 2 or not all(map(_is_side, shape)):
+            raise BadInput(f"{path}: is not {what}: {str(shape)[:40]} is no size")
     return info
 
 

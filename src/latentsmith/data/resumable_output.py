@@ -16,6 +16,7 @@ from typing import Any
 
 from latentsmith.files.atomic import remove_incomplete, write_text
 from latentsmith.files.errors import BadInput
+from latentsmith.files.json import read_json
 from latentsmith.files.lock import LOCK_FILE, locked, locked_folder, remove_stale_locks
 
 from .shards import SET_FILE, UNFINISHED_FILE, ShardRecord, shard_name, write_set_file
@@ -157,13 +158,10 @@ def full_disk_reported(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        if isinstance(content, dict):
-            return content
-    except ValueError:
-        pass
-    raise BadInput(f"{path}: not the JSON object that we write; delete the folder and make it again")
+    """Return a JSON object that we wrote. Raises FileNotFoundError where another process has finished the folder."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return read_json(path, "what we write (delete the folder and make it again)")
 
 
 def _short(value: Any) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from latentsmith.files.atomic import atomic_open, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import fingerprint_text, hash_file
+from latentsmith.files.json import check_types, read_json
 from latentsmith.files.text import decode_text
 
 from .mirrors import Mirror, MirrorCache, RemoteFile
@@ -55,6 +56,9 @@ class Sample:
     def text(self, extension: str) -> str:
         """Return a member as text. Raises BadInput, naming tar and key, if it is none."""
         return decode_text(bytes(self.members[extension]), f"{self}: .{extension}")
+
+
+RECORD = {"file": str, "samples": int, "bytes": int, "checksum": str}
 
 
 @dataclass(frozen=True)
@@ -295,12 +299,13 @@ def write_set_file(folder: Path, shards: Sequence[ShardRecord], **more: Any) -> 
 
 def read_set_file(folder: Path) -> list[ShardRecord]:
     """Return the shards of a finished folder; BadInput if its set.json is not what we write."""
-    path = folder / SET_FILE
-    try:
-        shards = [ShardRecord(**shard) for shard in json.loads(path.read_text("utf-8"))["shards"]]
-        outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or shard.file == ".."]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not a listing of shards ({error}); delete the folder and make it again") from None
+    path, what = folder / SET_FILE, "a listing of shards (delete the folder and make it again)"
+    listing = read_json(path, what)
+    check_types(listing, {"shards": list}, path, what)
+    for shard in listing["shards"]:
+        check_types(shard, RECORD, path, what)
+    shards = [ShardRecord(**{name: shard[name] for name in RECORD}) for shard in listing["shards"]]
+    outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or "\0" in shard.file]
     if outside:
         raise BadInput(f"{path}: names {outside[0]!r}, which is not a file beside it; make the set again")
     return shards

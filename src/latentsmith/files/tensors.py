@@ -5,6 +5,7 @@ one tensor at a time, so a 3.4 GB file needs little more memory than its largest
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .atomic import atomic_open
 from .errors import BadInput
-from .json import read_json
+from .json import parse_json, read_json
 from .lazy import LazyTensor
 from .regular import check_regular, open_regular
 from .torch_zip import read_torch_zip
@@ -30,6 +31,8 @@ SAFETENSORS_DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64, "C64": torch.complex64,
 }  # fmt: skip
+LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+MOST_DIMENSIONS = 16
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # keys under which programs put a state dict
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -167,7 +170,7 @@ def _what_it_looks_like(start: bytes) -> str:
 
 
 def _open_safetensors(path: Path) -> TensorFile:
-    check_regular(path)
+    check_header(path)
     try:
         file = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
@@ -177,13 +180,54 @@ def _open_safetensors(path: Path) -> TensorFile:
         }
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")[:80]
-        raise BadInput(
-            f"{path}: damaged or truncated safetensors file of {path.stat().st_size:,} bytes ({reason}); "
-            "fetch or copy it again"
-        ) from None
-    except KeyError as error:
-        raise BadInput(f"{path}: holds tensors of type {error}, which cannot be read") from None
+        raise _damaged(path, path.stat().st_size, reason) from None
     return TensorFile(path, entries, file.metadata() or {})
+
+
+def check_header(path: Path) -> None:
+    """Raise BadInput unless the header of a safetensors file describes the bytes after it, tensor after tensor."""
+    size = check_regular(path).st_size
+    with open_regular(path) as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > min(LONGEST_HEADER, size - 8):
+            raise _damaged(path, size, f"a header of {length:,} bytes")
+        text = file.read(length)
+    try:
+        header = parse_json(text, "its header", "a JSON object")
+    except BadInput as error:
+        raise _damaged(path, size, str(error)) from None
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict | None) or not all(isinstance(value, str) for value in (metadata or {}).values()):
+        raise _damaged(path, size, "its __metadata__ is no table of texts")
+    at = 0
+    for start, end, name in sorted((*_offsets(path, size, name, row), name) for name, row in header.items()):
+        if start != at:
+            raise _damaged(path, size, f"{name[:60]!r} starts at byte {start}, not at {at}")
+        at = end
+    if 8 + length + at != size:
+        raise _damaged(path, size, f"its header describes {8 + length + at:,}")
+
+
+def _offsets(path: Path, size: int, name: str, row: Any) -> tuple[int, int]:
+    """Return where a tensor of a header starts and ends. Raises BadInput for a row that describes none."""
+    row = row if isinstance(row, dict) else {}
+    dtype, shape, offsets = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+    known = SAFETENSORS_DTYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None or not (_are_counts(shape) and _are_counts(offsets)) or len(offsets) != 2:
+        raise _damaged(path, size, f"{name[:60]!r} has no known dtype, shape and data_offsets")
+    if len(shape) > MOST_DIMENSIONS or math.prod(shape) * known.itemsize != offsets[1] - offsets[0]:
+        raise _damaged(path, size, f"{name[:60]!r} does not fill its data_offsets")
+    return offsets[0], offsets[1]
+
+
+def _damaged(path: Path, size: int, reason: str) -> BadInput:
+    return BadInput(
+        f"{path}: damaged or truncated safetensors file of {size:,} bytes ({reason}); fetch or copy it again"
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
 def _read(file: Any, name: str) -> Tensor:

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor
 from latentsmith.files.atomic import INCOMPLETE, sync_folder, write_text
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import hash_file
+from latentsmith.files.json import check_types, read_json
 from latentsmith.files.memory import available_bytes
 from latentsmith.files.tensors import open_tensors, save_safetensors
 
@@ -201,13 +203,19 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+STATE_TYPES: dict[str, type | UnionType] = {
+    "global_step": int, "consumed_samples": int, "checksums": dict, "ema_updates": dict | None,
+    "optimizer": str | None,
+}  # fmt: skip
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises BadInput unless all its files are as they were written."""
-    try:
-        state: dict[str, Any] = json.loads((path / STATE_FILE).read_text("utf-8"))
-        checksums = dict(state["checksums"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{path}: not a checkpoint of a run ({type(error).__name__}: {error})") from None
+    file, what = path / STATE_FILE, "the state of a checkpoint"
+    state = read_json(file, what)
+    check_types(state, STATE_TYPES, file, what)
+    checksums = state["checksums"]
+    check_types(checksums, dict.fromkeys(checksums, str), file, what)
     for name, checksum in checksums.items():
         if not (path / name).is_file() or hash_file(path / name) != checksum:
             raise BadInput(f"{path / name}: damaged or missing; go on from another checkpoint of the run")

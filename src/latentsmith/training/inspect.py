@@ -9,10 +9,10 @@ from latentsmith.checkpoints.inspect import inspect_parts
 from latentsmith.config import load_config
 from latentsmith.files.errors import BadInput
 from latentsmith.files.hashing import changed_files
-from latentsmith.files.json import read_json
+from latentsmith.files.json import check_types, read_json
 from latentsmith.progress import progress
 
-from .checkpointing import STATE_FILE, checkpoints_in
+from .checkpointing import STATE_FILE, STATE_TYPES, checkpoints_in
 from .metrics_log import read_rows
 from .run_folder import CHECKPOINTS
 
@@ -50,12 +50,10 @@ def _progress_of(checkpoint: Path, total: str = "") -> str:
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
     """Return a checkpoint's state.json, whose checksums name files of that checkpoint alone."""
-    path = checkpoint / STATE_FILE
-    state = read_json(path, "the state of a checkpoint")
-    checksums = state.get("checksums")
-    counters = (state.get("global_step"), state.get("consumed_samples"))
-    if not isinstance(checksums, dict) or not all(isinstance(counter, int) for counter in counters):
-        raise BadInput(f"{path}: not the state of a checkpoint (no global_step, consumed_samples or checksums)")
+    path, what = checkpoint / STATE_FILE, "the state of a checkpoint"
+    state = read_json(path, what)
+    check_types(state, STATE_TYPES, path, what)
+    checksums = state["checksums"]
     if outside := [name for name in checksums if Path(name).is_absolute() or ".." in Path(name).parts]:
         raise BadInput(f"{path}: names {outside[0]!r}, which is not a file of this checkpoint")
     return state
