@@ -44,10 +44,10 @@ HEADER = struct.pack("<4s6IH2x", b"\xc5\xd0\xd3\xc6", 32, len(POSTSCRIPT), 0, 0,
 FILES = {"text": POSTSCRIPT, "binary": HEADER + POSTSCRIPT, "printer": b"\x04" + POSTSCRIPT}
 
 
-def image_bytes(kind="PNG", size=(16, 16), **options):
+def image_bytes(format="PNG", size=(16, 16), **options):
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    Image.fromarray(pixels).save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -110,7 +110,7 @@ def marker(tmp_path, monkeypatch):
 @pytest.fixture(params=FILES)
 def postscript(request, tmp_path):
     """A folder that holds a.jpg, which is PostScript, and its caption."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.jpg").write_bytes(FILES[request.param])
     (folder / "a.txt").write_text("a caption")
@@ -152,13 +152,13 @@ def test_import_that_stops_at_it_is_one_line(marker, postscript, tmp_path, capsy
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_member_of_a_set(marker, tmp_path, kind):
+@pytest.mark.parametrize("format", FILES)
+def test_member_of_a_set(marker, tmp_path, format):
     with pytest.raises(BadSample, match="PostScript") as error:
-        decode_image(FILES[kind])
+        decode_image(FILES[format])
     assert error.value.reason == "unsupported format"
     with ShardWriter(tmp_path / "shards") as writer:
-        writer.write("a", {"jpg": FILES[kind], "txt": b"x"})
+        writer.write("a", {"jpg": FILES[format], "txt": b"x"})
     with pytest.raises(BadInput, match=r"shard-000000\.tar: sample 'a': no image \(the format is PostScript"):
         image_sizes(ShardSet(tmp_path / "shards"))
     assert not marker.exists()
@@ -173,27 +173,27 @@ def test_generate(marker, postscript, tmp_path, capsys, flag):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
-def test_formats_that_are_taken(kind, tmp_path):
-    if kind not in (*formats_taken(), "MPO"):
-        pytest.skip(f"this Pillow has no {kind}")
-    more = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if kind == "MPO" else {}
-    data = image_bytes(kind, **more)
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+def test_formats_that_are_taken(format, tmp_path):
+    if format not in (*formats_taken(), "MPO"):
+        pytest.skip(f"this Pillow has no {format}")
+    more = {"save_all": True, "append_images": [Image.new("RGB", (16, 16))]} if format == "MPO" else {}
+    data = image_bytes(format, **more)
     (tmp_path / "image.bin").write_bytes(data)
     for image in (open_image(data), open_image(memoryview(data)), read_image(tmp_path / "image.bin")):
-        assert image.format == kind and image.convert("RGB").size == (16, 16)
+        assert image.format == format and image.convert("RGB").size == (16, 16)
 
 
-@pytest.mark.parametrize("kind", ["PDF", "ICO", "DDS", "QOI"])
-def test_formats_that_are_not(kind):
-    with pytest.raises(BadImage, match=f"the format is {kind}; "):
-        open_image(image_bytes(kind))
+@pytest.mark.parametrize("format", ["PDF", "ICO", "DDS", "QOI"])
+def test_formats_that_are_not(format):
+    with pytest.raises(BadImage, match=f"the format is {format}; "):
+        open_image(image_bytes(format))
 
 
-@pytest.mark.parametrize("kind", ["TGA", "PCX", "SGI", "IM", "SPIDER"])
-def test_formats_without_a_name_are_no_images(kind):
+@pytest.mark.parametrize("format", ["TGA", "PCX", "SGI", "IM", "SPIDER"])
+def test_formats_without_a_name_are_no_images(format):
     buffer = io.BytesIO()
-    Image.new("F" if kind == "SPIDER" else "RGB", (16, 16)).save(buffer, kind)
+    Image.new("F" if format == "SPIDER" else "RGB", (16, 16)).save(buffer, format)
     with pytest.raises(BadImage, match="not an image in a known format"):
         open_image(buffer.getvalue())
 
@@ -248,8 +248,8 @@ def test_limits(tmp_path, monkeypatch):
 
 
 def test_damage_is_one_line_that_names_the_file(tmp_path):
-    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
-        data = image_bytes(kind, size=(64, 64))
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
+        data = image_bytes(format, size=(64, 64))
         for part in (0.0, 0.1, 0.5, 0.9):
             (tmp_path / "a.jpg").write_bytes(data[: int(len(data) * part)])
             with pytest.raises(BadImage, match=r"^\S+/a\.jpg: cannot be read as an image \(.*\)$"):

@@ -74,7 +74,7 @@ def test_the_models_dtype_by_diffusers_keyword(place):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with `model`, a tiny diffusers folder, and `shards`, pictures to train it on."""
+    """A folder with `model`, a tiny diffusers folder, and `shards`, images to train it on."""
     folder = tmp_path_factory.mktemp("public")
     torch.manual_seed(0)
     networks = {
@@ -86,8 +86,8 @@ def place(tmp_path_factory):
     words = {file.name: file.read_bytes() for file in (folder / "words").iterdir()}
     parts = {name: dict(network.state_dict()) for name, network in networks.items()}
     export_diffusers(parts, folder / "model", ModelSpec(*SIZES.values(), "epsilon", image_size=8), tokenizer=words)
-    write_scenes(folder / "pictures", 4, 0)
-    import_data(folder / "pictures", folder / "shards")
+    write_scenes(folder / "images", 4, 0)
+    import_data(folder / "images", folder / "shards")
     return folder
 
 

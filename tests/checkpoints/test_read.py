@@ -70,15 +70,17 @@ def open_clip_of(text, prefix="model."):
     layers = 1 + max(int(match[1]) for name in text if (match := re.search(r"layers\.(\d+)", name)))
     for i in range(layers + 1):
         ours, block = f"text_model.encoder.layers.{min(i, layers - 1)}.", f"{prefix}transformer.resblocks.{i}."
-        for kind in ("weight", "bias"):
-            state[f"{block}attn.in_proj_{kind}"] = torch.cat([text[f"{ours}self_attn.{p}_proj.{kind}"] for p in "qkv"])
+        for suffix in ("weight", "bias"):
+            state[f"{block}attn.in_proj_{suffix}"] = torch.cat(
+                [text[f"{ours}self_attn.{p}_proj.{suffix}"] for p in "qkv"]
+            )
             for old, new in (("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"),
                              ("mlp.fc2", "mlp.c_proj"), ("self_attn.out_proj", "attn.out_proj")):  # fmt: skip
-                state[f"{block}{new}.{kind}"] = text[f"{ours}{old}.{kind}"]
+                state[f"{block}{new}.{suffix}"] = text[f"{ours}{old}.{suffix}"]
     state[f"{prefix}token_embedding.weight"] = text["text_model.embeddings.token_embedding.weight"]
     state[f"{prefix}positional_embedding"] = text["text_model.embeddings.position_embedding.weight"]
-    for kind in ("weight", "bias"):
-        state[f"{prefix}ln_final.{kind}"] = text[f"text_model.final_layer_norm.{kind}"]
+    for suffix in ("weight", "bias"):
+        state[f"{prefix}ln_final.{suffix}"] = text[f"text_model.final_layer_norm.{suffix}"]
     return state | {f"{prefix}text_projection": torch.ones(32, 32), f"{prefix}logit_scale": torch.tensor(1.0)}
 
 
@@ -106,23 +108,23 @@ def nemo_unet(unet, fused=True, moved=True, engine=False):
 
 
 def transformer_engine(path):
-    head, kind = path.rsplit(".", 1)
+    head, suffix = path.rsplit(".", 1)
     for attention in ("attn1", "attn2"):
         if head.endswith(f"{attention}.norm"):
-            return f"{head}_to_q.layer_norm_{kind}"
+            return f"{head}_to_q.layer_norm_{suffix}"
         if head.endswith(f"{attention}.to_q"):
-            return f"{head.removesuffix('to_q')}norm_to_q.{kind}"
+            return f"{head.removesuffix('to_q')}norm_to_q.{suffix}"
     for old, new in (("ff.net.0", "ff.net.layer_norm"), ("ff.net.1.proj", "ff.net.fc1"), ("ff.net.3", "ff.net.fc2")):
         if head.endswith(old):
-            return f"{head.removesuffix(old)}{new}_{kind}"
+            return f"{head.removesuffix(old)}{new}_{suffix}"
     return path
 
 
 def megatron_of(text, heads=None, core=False):
     """Megatron's CLIP text tower. heads: interleave q, k, v per head; None: one after the other."""
 
-    def fused(layer, kind):
-        q, k, v = (text[f"{layer}.self_attn.{p}_proj.{kind}"] for p in "qkv")
+    def fused(layer, suffix):
+        q, k, v = (text[f"{layer}.self_attn.{p}_proj.{suffix}"] for p in "qkv")
         if heads is None:
             return torch.cat([q, k, v])
         return torch.cat([torch.cat([t.chunk(heads)[head] for t in (q, k, v)]) for head in range(heads)])
@@ -131,21 +133,22 @@ def megatron_of(text, heads=None, core=False):
     for i in range(3):
         ours = f"text_model.encoder.layers.{i}"
         block = f"decoder.layers.{i}." if core else f"language_model.encoder.layers.{i}."
-        for kind in ("weight", "bias"):
+        for suffix in ("weight", "bias"):
             attention = "self_attention.linear_qkv" if core else "self_attention.query_key_value"
-            state[f"{block}{attention}.{kind}"] = fused(ours, kind)
+            state[f"{block}{attention}.{suffix}"] = fused(ours, suffix)
             rows = (
-                [("layer_norm1", f"self_attention.linear_qkv.layer_norm_{kind}"),
-                 ("layer_norm2", f"mlp.linear_fc1.layer_norm_{kind}"), ("mlp.fc1", f"mlp.linear_fc1.{kind}"),
-                 ("mlp.fc2", f"mlp.linear_fc2.{kind}"), ("self_attn.out_proj", f"self_attention.linear_proj.{kind}")]
+                [("layer_norm1", f"self_attention.linear_qkv.layer_norm_{suffix}"),
+                 ("layer_norm2", f"mlp.linear_fc1.layer_norm_{suffix}"), ("mlp.fc1", f"mlp.linear_fc1.{suffix}"),
+                 ("mlp.fc2", f"mlp.linear_fc2.{suffix}"),
+                 ("self_attn.out_proj", f"self_attention.linear_proj.{suffix}")]
                 if core else
-                [("layer_norm1", f"input_layernorm.{kind}"), ("layer_norm2", f"post_attention_layernorm.{kind}"),
-                 ("mlp.fc1", f"mlp.dense_h_to_4h.{kind}"), ("mlp.fc2", f"mlp.dense_4h_to_h.{kind}"),
-                 ("self_attn.out_proj", f"self_attention.dense.{kind}")]
+                [("layer_norm1", f"input_layernorm.{suffix}"), ("layer_norm2", f"post_attention_layernorm.{suffix}"),
+                 ("mlp.fc1", f"mlp.dense_h_to_4h.{suffix}"), ("mlp.fc2", f"mlp.dense_4h_to_h.{suffix}"),
+                 ("self_attn.out_proj", f"self_attention.dense.{suffix}")]
             )  # fmt: skip
-            state |= {block + new: text[f"{ours}.{old}.{kind}"] for old, new in rows}
+            state |= {block + new: text[f"{ours}.{old}.{suffix}"] for old, new in rows}
     final = "final_layernorm" if core else "language_model.encoder.final_layernorm"
-    state |= {f"{final}.{kind}": text[f"text_model.final_layer_norm.{kind}"] for kind in ("weight", "bias")}
+    state |= {f"{final}.{suffix}": text[f"text_model.final_layer_norm.{suffix}"] for suffix in ("weight", "bias")}
     state[f"{base}embedding.word_embeddings.weight"] = text["text_model.embeddings.token_embedding.weight"]
     position = "position_embeddings.weight" if core else "position_embeddings"
     state[f"{base}embedding.{position}"] = text["text_model.embeddings.position_embedding.weight"]

@@ -29,7 +29,7 @@ def typos():
 
 
 def wrong_types():
-    """Values of a kind that the option cannot read."""
+    """Values of a type that the option cannot read."""
     bad = {"a whole number": "many", "a number": [1], "true or false": "perhaps", "one of": "another"}
     for key, option in schema.table().items():
         value = next((value for words, value in bad.items() if option.value_type.description.startswith(words)), None)

@@ -1,4 +1,4 @@
-"""Pictures for the data tests: real photographs that scikit-image and scikit-learn ship, and small ones made here."""
+"""Images for the data tests: real photographs that scikit-image and scikit-learn ship, and small ones made here."""
 
 import io
 from pathlib import Path

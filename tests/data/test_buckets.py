@@ -43,14 +43,14 @@ def test_sizes_that_are_none_or_too_many(given, message):
 
 def test_the_nearest_aspect():
     buckets = Buckets(512, 64, 2.5)
-    pictures = np.random.default_rng(0).integers(1, 3000, (500, 2))
-    for (height, width), number in zip(pictures, buckets.numbers_of(pictures), strict=True):
+    images = np.random.default_rng(0).integers(1, 3000, (500, 2))
+    for (height, width), number in zip(images, buckets.numbers_of(images), strict=True):
         distances = [abs(log(h / w) - log(height / width)) for h, w in buckets.sizes]
         assert distances[number] == min(distances)
         assert buckets.number_of(height, width) == number
 
 
-def test_the_middle_of_the_picture_fills_its_bucket():
+def test_the_middle_of_the_image_fills_its_bucket():
     pixels = np.random.default_rng(0).integers(0, 256, (90, 240, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     made = Transforms(aspect_buckets={"resolution": 64, "step": 16, "max_aspect": 2})
@@ -148,7 +148,7 @@ def test_listing_names_what_is_small(numbers):
     assert lines[1].endswith("repeats them: 3x3")
 
 
-def test_sizes_of_pictures_are_read_once(tmp_path, png, monkeypatch):
+def test_sizes_of_images_are_read_once(tmp_path, png, monkeypatch):
     turned = Image.new("RGB", (40, 30))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -171,7 +171,7 @@ def test_sizes_of_pictures_are_read_once(tmp_path, png, monkeypatch):
     assert sizes_path(first).exists() and image_sizes(ShardSet(tmp_path)).tolist() == [[8, 8], [8, 8], [9, 7]]
 
 
-def test_a_sample_without_a_picture_is_named(tmp_path):
+def test_a_sample_without_an_image_is_named(tmp_path):
     with ShardWriter(tmp_path) as writer:
         writer.write("a", {"txt": b"x"})
     with pytest.raises(BadInput, match="sample 'a': no image"):

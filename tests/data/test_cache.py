@@ -57,9 +57,9 @@ def source(tmp_path, png):
 
 def expected(source, index):
     sample = source[index]
-    picture = TRANSFORMS.decode(sample.members["png"])
+    image = TRANSFORMS.decode(sample.members["png"])
     return {
-        "image_encoded": encode_images(picture[None])[0].astype(np.float16),
+        "image_encoded": encode_images(image[None])[0].astype(np.float16),
         "captions_encoded": encode_captions([sample.text("txt")])[0].astype(np.float16),
     }
 
@@ -160,7 +160,7 @@ def test_one_part_alone(tmp_path, source, part):
     assert (cache.empty_prompt is None) == (part == "images") and caption_of(cache.shards[3]) == "caption 3"
 
 
-def test_pictures_of_their_own_shapes(tmp_path, png):
+def test_images_of_their_own_shapes(tmp_path, png):
     with ShardWriter(tmp_path / "set") as writer:
         for number, size in enumerate([(16, 16), (16, 16), (16, 32), (16, 16)]):
             writer.write(f"{number}", {"png": png(size, number), "txt": b"x"})
@@ -193,8 +193,8 @@ def test_variants_are_crops_and_their_mirror_images(tmp_path, source):
     plain = Transforms(resize_smallest_side=20, random_crop_h_w="16, 16")
     for index in (0, 7):
         for variant in range(6):
-            picture = plain.decode(source[index].members["png"], sample_seed(9, index, variant // 2))
-            wanted = encode_images((picture[:, :, ::-1] if variant % 2 else picture)[None])[0].astype(np.float16)
+            image = plain.decode(source[index].members["png"], sample_seed(9, index, variant // 2))
+            wanted = encode_images((image[:, :, ::-1] if variant % 2 else image)[None])[0].astype(np.float16)
             held = cache.encodings(cache.shards[index], cache.encoded, variant)
             assert (held["image_encoded"] == wanted).all()
     read = reader(TrainingSet(cache.shards, cache, None, (2, 4, 4)), 5, None)
@@ -237,7 +237,7 @@ def test_equal_captions_are_stored_once(tmp_path, png):
 
     def encode(texts):
         seen.extend(texts)
-        return np.repeat(encode_captions(texts), 300, 1)  # large beside a picture's
+        return np.repeat(encode_captions(texts), 300, 1)  # large beside an image's
 
     source = ShardSet(tmp_path / "set")
     apart = write_cache(source, tmp_path / "apart", TRANSFORMS, encoders(captions=encode))
@@ -307,7 +307,7 @@ def test_values_beyond_float16_are_refused(tmp_path, source):
             LatentCache(tmp_path / str(bad))
 
 
-def test_picture_gone_bad_stops_with_shard_and_key(tmp_path, png):
+def test_image_gone_bad_stops_with_shard_and_key(tmp_path, png):
     with ShardWriter(tmp_path / "set") as writer:
         writer.write("0", {"png": png(), "txt": b"x"})
         writer.write("1", {"png": png()[:300], "txt": b"x"})

@@ -21,7 +21,7 @@ from latentsmith.data.storage import OUTSIDE
 from latentsmith.files.errors import BadInput
 
 
-def fill(folder, names, png, caption="a picture of noise"):
+def fill(folder, names, png, caption="an image of noise"):
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(names):
         (folder / name).write_bytes(png(seed=number))
@@ -43,7 +43,7 @@ def test_folder_becomes_shards(tmp_path, png):
     assert shards.counts == [3, 3, 1] and shards[5].key == "000000005"
     sample = shards[5]
     assert bytes(sample.members["png"]) == png(seed=5)  # a plain PNG keeps its bytes
-    assert sample.text("txt") == "a picture of noise 5"
+    assert sample.text("txt") == "an image of noise 5"
     assert json.loads(sample.text("json")) == {"original_name": "photo.5.png", "width": 40, "height": 30}
     names = {path.name.split(".", 1)[1] for path in (tmp_path / "out").iterdir()}
     assert names == {"tar", "index.npy", "json"}  # no marker, no leftover
@@ -54,7 +54,7 @@ def test_webdataset_sees_each_sample(tmp_path, png):
     import_dataset(tmp_path / "in", tmp_path / "out")
     urls = [str(path) for path in ShardSet(tmp_path / "out").paths]
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
-    assert [sample["txt"] for sample in read] == [f"a picture of noise {i}" for i in range(4)]
+    assert [sample["txt"] for sample in read] == [f"an image of noise {i}" for i in range(4)]
     assert all((sample["png"] == decode_image(png(seed=i))).all() for i, sample in enumerate(read))
     assert read[2]["json"]["original_name"] == "photo.2.png"
 
@@ -68,7 +68,7 @@ def test_every_kind_of_bad_sample_is_set_aside_with_its_reason(tmp_path, png):
         "corrupt": (png()[:60] + b"\xff" * 40 + png()[100:], b"x"),
         "truncated": (png()[:2000], b"x"),
         "zero": (b"", b"x"),
-        "text": (b"not a picture", b"x"),
+        "text": (b"not an image", b"x"),
         "huge": (buffer.getvalue(), b"x"),
         "tiny": (png(size=(1, 1)), b"x"),
         "empty-caption": (png(), b" \n "),
@@ -145,8 +145,8 @@ def test_what_is_not_plain_is_stored_as_it_looks(tmp_path):
         path.with_suffix(".txt").write_text("red")
     import_dataset(folder, tmp_path / "out")
     shards = ShardSet(tmp_path / "out")
-    kinds = [(set(sample.members) - {"json", "txt"}).pop() for sample in shards]
-    assert kinds == ["jpg", "jpg", "png", "png", "jpg", "png"]
+    extensions = [(set(sample.members) - {"json", "txt"}).pop() for sample in shards]
+    assert extensions == ["jpg", "jpg", "png", "png", "jpg", "png"]
     assert bytes(shards[4].members["jpg"]) == (folder / "e-grey.jpg").read_bytes()
     for sample, path in zip(shards, sorted(folder.glob("*-*.[jpg]*")), strict=True):
         (data,) = (data for name, data in sample.members.items() if name not in ("json", "txt"))
@@ -297,16 +297,16 @@ def test_links_are_followed_on_request(tmp_path, png, limited, capsys):
     assert samples[4].text("txt") == SECRET
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_table_entries_outside_are_read_on_request(tmp_path, png, limited, kind, capsys):
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_table_entries_outside_are_read_on_request(tmp_path, png, limited, suffix, capsys):
     (tmp_path / "in").mkdir()
     for folder in ("in", "."):
         (tmp_path / folder / "a.png").write_bytes(png())
     os.mkfifo(tmp_path / "in" / "fifo")
     (tmp_path / "in" / "link").symlink_to("../a.png")
     names = ["a.png", "../a.png", str(tmp_path / "a.png"), "/dev/zero", "/proc/self/mem", "fifo", "link"]
-    table, rows = tmp_path / "in" / f"t.{kind}", [{"image": name, "text": name} for name in names]
-    if kind == "jsonl":
+    table, rows = tmp_path / "in" / f"t.{suffix}", [{"image": name, "text": name} for name in names]
+    if suffix == "jsonl":
         table.write_text("\n".join(map(json.dumps, rows)))
     else:
         parquet = pytest.importorskip("pyarrow.parquet")

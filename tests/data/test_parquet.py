@@ -1,4 +1,4 @@
-"""Parquet tables: rows in order from any on, every way of holding a picture, and what is none."""
+"""Parquet tables: rows in order from any on, every way of holding an image, and what is none."""
 
 import pytest
 

@@ -60,14 +60,14 @@ def test_fingerprint_follows_the_listing(tmp_path, png):
     assert len({before, renamed, open_source(tmp_path).fingerprint()}) == 3
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 @pytest.mark.parametrize("as_imagefolder", [True, False])
-def test_tables(tmp_path, png, kind, as_imagefolder):
+def test_tables(tmp_path, png, suffix, as_imagefolder):
     rows = [
         {"file_name": f"images/{i}.png", "text": f'a "quoted",\nbroken caption {i}', "score": str(i)} for i in range(3)
     ]
-    table = tmp_path / f"metadata.{kind}"
-    if kind == "jsonl":
+    table = tmp_path / f"metadata.{suffix}"
+    if suffix == "jsonl":
         table.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     else:
         with open(table, "w", newline="") as file:
@@ -155,18 +155,18 @@ def test_nemos_list_of_tars(tmp_path):
 @pytest.mark.parametrize(
     "name", ["metadata.jsonl", "metadata.csv", "t.jsonl", "t.csv", "t.parquet", "wdinfo.pkl", "t.tar"]
 )
-@pytest.mark.parametrize("kind", ["FIFO", "device"])
-def test_what_is_no_regular_file_is_no_source(tmp_path, limited, name, kind):
+@pytest.mark.parametrize("special", ["FIFO", "device"])
+def test_what_is_no_regular_file_is_no_source(tmp_path, limited, name, special):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
-    os.mkfifo(tmp_path / name) if kind == "FIFO" else (tmp_path / name).symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / name) if special == "FIFO" else (tmp_path / name).symlink_to("/dev/zero")
     sources = [tmp_path / name]
     if name.endswith(".tar"):
         sources += [tmp_path, tmp_path / "t*.tar"]
     elif name.startswith("metadata"):
         sources += [tmp_path]
     for source in sources:
-        with pytest.raises(BadInput, match=f"{name}: (is a {kind}|is a character device|a link out)"):
+        with pytest.raises(BadInput, match=f"{name}: (is a {special}|is a character device|a link out)"):
             open_source(source)
 
 
@@ -235,9 +235,9 @@ def test_only_links_out_of_a_folder(tmp_path):
         open_source(tmp_path / "in")
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_table_without_line_ends_is_not_held_in_memory(tmp_path, limited, kind):
-    with open(tmp_path / f"t.{kind}", "wb") as file:
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_table_without_line_ends_is_not_held_in_memory(tmp_path, limited, suffix):
+    with open(tmp_path / f"t.{suffix}", "wb") as file:
         file.truncate(8 * 2**30)
     with pytest.raises(BadInput, match=f"line 1 has more than {TABLE_LINE.size:,} characters"):
-        open_source(tmp_path / f"t.{kind}")
+        open_source(tmp_path / f"t.{suffix}")

@@ -70,11 +70,13 @@ def test_a_caption_of_several_lines_stays_one(tmp_path):
     assert rows_of(tmp_path / "t.csv") == [("1.png", 'two\nlines, and "quotes"'), ("2.png", '5" disk')]
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_a_byte_that_is_not_utf_8_names_the_row(kind, tmp_path):
-    table = b"file_name,text\n1.png,a caf\xe9\n" if kind == "csv" else b'{"file_name": "1.png", "text": "a caf\xe9"}\n'
-    (tmp_path / f"t.{kind}").write_bytes(table)
-    (item,) = open_source(tmp_path / f"t.{kind}").items()
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_byte_that_is_not_utf_8_names_the_row(suffix, tmp_path):
+    table = (
+        b"file_name,text\n1.png,a caf\xe9\n" if suffix == "csv" else b'{"file_name": "1.png", "text": "a caf\xe9"}\n'
+    )
+    (tmp_path / f"t.{suffix}").write_bytes(table)
+    (item,) = open_source(tmp_path / f"t.{suffix}").items()
     with pytest.raises(BadSample, match=r't\.\w+: not UTF-8 text \(byte 0xE9 after "a caf"\)') as error:
         item.caption()
     assert error.value.reason == "caption not UTF-8"

@@ -59,7 +59,7 @@ CACHE = (
 VAE = "model.first_stage_config.from_pretrained=ROOT/runs/vae"
 TEXT = "model.cond_stage_config.from_pretrained=ROOT/runs/text"
 JOINT = "model.cond_stage_trainable=true"
-KINDS = {  # the overrides of each kind of run
+RECIPES = {  # the overrides of each sort of run
     "vae": (),
     "text": (*LATENTS, VAE, JOINT),
     "cached": (*CACHE, VAE, TEXT),
@@ -76,14 +76,14 @@ class World:
     def call(self, *words: object) -> int:
         return main([str(word).replace("ROOT", str(self.root)) for word in words])
 
-    def command(self, kind: str, name: str, *overrides: str) -> list[str]:
-        """The words that train a run of `kind` under `name`."""
-        command = "train-vae" if kind == "vae" else "train"
-        given = (f"exp_manager.name={name}", *KINDS[kind], *overrides)
+    def command(self, recipe: str, name: str, *overrides: str) -> list[str]:
+        """The words that train a run of `recipe` under `name`."""
+        command = "train-vae" if recipe == "vae" else "train"
+        given = (f"exp_manager.name={name}", *RECIPES[recipe], *overrides)
         return [command, "--config", "ROOT/tiny.yaml", *given]
 
-    def train(self, kind: str, name: str, *overrides: str) -> Path:
-        assert self.call(*self.command(kind, name, *overrides)) == 0
+    def train(self, recipe: str, name: str, *overrides: str) -> Path:
+        assert self.call(*self.command(recipe, name, *overrides)) == 0
         return self.root / "runs" / name
 
     def losses(self, run: Path) -> list[float]:

@@ -24,13 +24,13 @@ def copy(world, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["cached", "pictures"])
-def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, kind, workers):
-    folder, data = copy({"cached": "cache", "pictures": "shards"}[kind])
+@pytest.mark.parametrize("recipe", ["cached", "pictures"])
+def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, recipe, workers):
+    folder, data = copy({"cached": "cache", "pictures": "shards"}[recipe])
     (folder / "shard-000001.tar").unlink()
-    name = f"vanished-{kind}-{workers}"
+    name = f"vanished-{recipe}-{workers}"
     given = (data, "trainer.max_steps=12", f"model.data.num_workers={workers}")
-    assert world.call(*world.command(kind, name, *given)) == 2
+    assert world.call(*world.command(recipe, name, *given)) == 2
     said = capsys.readouterr().err
     assert "shard-000001.tar: No such file or directory; has the shard been moved or deleted?" in said
     assert said.strip().count("\n") == 0, said
@@ -38,7 +38,7 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_has_gone_bad_is_named(world, copy, capsys, workers):
+def test_an_image_that_has_gone_bad_is_named(world, copy, capsys, workers):
     folder, data = copy("shards")
     tar = folder / "shard-000001.tar"
     damaged = bytearray(tar.read_bytes())

@@ -7,7 +7,7 @@ import pytest
 DATA = "model.data.train.dataset_path"
 VAE, TEXT, UNET = "model.first_stage_config", "model.cond_stage_config", "model.unet_config"
 SAMPLES, MANAGER = "exp_manager.sample_images", "exp_manager"
-WRONG = {  # kind of run, overrides, what the line says
+WRONG = {  # recipe, overrides, what the line says
     "unknown key": (
         "cached",
         ["model.optim.learning_rat=1"],
@@ -20,8 +20,8 @@ WRONG = {  # kind of run, overrides, what the line says
     "half precision on a CPU": ("cached", ["trainer.precision=16"], "trainer.precision=16-mixed needs a GPU"),
     "no set": ("cached", [f"{DATA}=null"], f"{DATA} is not set"),
     "set gone": ("cached", [f"{DATA}=ROOT/nowhere"], "nowhere: no such folder or tar"),
-    "pictures for latents": ("cached", [f"{DATA}=ROOT/shards"], "shards: not a latent cache"),
-    "latents for pictures": ("pictures", [f"{DATA}=ROOT/cache"], "holds no images; set model.first_stage_key=image_"),
+    "images for latents": ("cached", [f"{DATA}=ROOT/shards"], "shards: not a latent cache"),
+    "latents for images": ("pictures", [f"{DATA}=ROOT/cache"], "holds no images; set model.first_stage_key=image_"),
     "captions not cached": ("cached", [f"{DATA}=ROOT/latents"], "holds no captions_encoded, only image_encoded"),
     "size does not divide": (
         "pictures",
@@ -84,8 +84,8 @@ def one_line(capsys) -> str:
 
 @pytest.mark.parametrize("case", WRONG)
 def test_training_says_what_is_wrong(world, capsys, case):
-    kind, overrides, expected = WRONG[case]
-    assert world.call(*world.command(kind, "wrong", *overrides)) == 2
+    recipe, overrides, expected = WRONG[case]
+    assert world.call(*world.command(recipe, "wrong", *overrides)) == 2
     assert expected in one_line(capsys)
     assert not (world.root / "runs" / "wrong" / "metrics.csv").exists()
     assert not (world.root / "runs" / "wrong" / "checkpoints").exists()
@@ -93,10 +93,10 @@ def test_training_says_what_is_wrong(world, capsys, case):
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_dry_run_says_it_too(world, capsys, case):
-    kind, overrides, expected = WRONG[case]
-    if kind == "vae":
+    recipe, overrides, expected = WRONG[case]
+    if recipe == "vae":
         pytest.skip("a VAE's training has no dry run")
-    assert world.call(*world.command(kind, "wrong-dry", *overrides), "--dry-run") == 2
+    assert world.call(*world.command(recipe, "wrong-dry", *overrides), "--dry-run") == 2
     assert expected in one_line(capsys)
 
 
@@ -140,14 +140,14 @@ def test_a_cache_made_with_other_transforms(world, capsys):
     assert "cache: made with transforms" in one_line(capsys)
 
 
-@pytest.mark.parametrize("kind", ["pictures", "cached", "vae"])
-def test_a_truncated_tar(world, capsys, tmp_path, kind):
-    source = world.root / ("cache" if kind == "cached" else "shards")
+@pytest.mark.parametrize("recipe", ["pictures", "cached", "vae"])
+def test_a_truncated_tar(world, capsys, tmp_path, recipe):
+    source = world.root / ("cache" if recipe == "cached" else "shards")
     shutil.copytree(source, tmp_path / "copy")
     tar = tmp_path / "copy" / "shard-000001.tar"
     tar.write_bytes(tar.read_bytes()[:-2000])
     where = f"{DATA}={tmp_path / 'copy'}"
-    assert world.call(*world.command(kind, "wrong", where)) == 2
+    assert world.call(*world.command(recipe, "wrong", where)) == 2
     assert "shard-000001.tar" in one_line(capsys)
 
 

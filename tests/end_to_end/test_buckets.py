@@ -1,4 +1,4 @@
-"""Training on pictures of several shapes, through the command line."""
+"""Training on images of several shapes, through the command line."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared
 
-from .conftest import KINDS, TEXT, VAE
+from .conftest import RECIPES, TEXT, VAE
 
 SHAPES = ((40, 40), (60, 30), (30, 60), (40, 44), (90, 30))  # width, height
 WAYS = "model.data.train.augmentations"
@@ -21,8 +21,8 @@ ENCODED = ("model.first_stage_key=image_encoded", "model.cond_stage_key=captions
 
 
 @pytest.fixture(scope="module")
-def pictures(world, tmp_path_factory):
-    """20 pictures of five shapes, imported, and their cache, made with shards' batches sorted by bucket; and `second`,
+def images(world, tmp_path_factory):
+    """20 images of five shapes, imported, and their cache, made with shards' batches sorted by bucket; and `second`,
     7 others of one shape, and `second-cache`."""
     folder = tmp_path_factory.mktemp("shapes")
     for name, cache, numbers, shapes in (
@@ -42,18 +42,18 @@ def pictures(world, tmp_path_factory):
     return folder
 
 
-def run(world, pictures, name, *options):
-    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+def run(world, images, name, *options):
+    data = f"model.data.train.dataset_path={images / 'shards'}"
     return world.train("pictures", name, data, *BUCKETS, *STEPS, *options)
 
 
-def cached(world, pictures, name, *options):
-    data = f"model.data.train.dataset_path={pictures / 'cache'}"
+def cached(world, images, name, *options):
+    data = f"model.data.train.dataset_path={images / 'cache'}"
     return world.train("cached", name, data, *BUCKETS, *STEPS, *options)
 
 
-def test_the_cache_keeps_every_picture_in_its_bucket(pictures):
-    cache = LatentCache(pictures / "cache")
+def test_the_cache_keeps_every_image_in_its_bucket(images):
+    cache = LatentCache(images / "cache")
     numbers, sizes = cache.buckets()
     assert cache.info["members"]["image_encoded"]["shape"] == [8, None, None] and len(set(numbers)) > 2
     for index, number in enumerate(numbers):
@@ -61,60 +61,60 @@ def test_the_cache_keeps_every_picture_in_its_bucket(pictures):
         assert cache[index]["image_encoded"].shape == (8, height // 2, width // 2)
 
 
-def test_cache_and_pictures_give_the_same_losses(world, pictures, capsys):
+def test_cache_and_images_give_the_same_losses(world, images, capsys):
     still = ("model.optim.lr=0", "model.unet_config.from_pretrained=ROOT/runs/text")
-    held_out = f"model.data.validation.dataset_path={pictures / 'shards'}"
-    from_pictures = run(world, pictures, "buckets-pictures", *still, held_out, "trainer.val_check_interval=4")
+    held_out = f"model.data.validation.dataset_path={images / 'shards'}"
+    from_images = run(world, images, "buckets-images", *still, held_out, "trainer.val_check_interval=4")
     said = capsys.readouterr().out
     assert "images of several sizes" in said and "aspect buckets (height x width: samples)" in said
-    from_cache = cached(world, pictures, "buckets-cached", *still)
-    assert world.losses(from_cache) == pytest.approx(world.losses(from_pictures), rel=2e-3)
-    assert len({row["val_loss"] for row in read_rows(from_pictures / "validation.csv")}) == 1
+    from_cache = cached(world, images, "buckets-cached", *still)
+    assert world.losses(from_cache) == pytest.approx(world.losses(from_images), rel=2e-3)
+    assert len({row["val_loss"] for row in read_rows(from_images / "validation.csv")}) == 1
 
 
-def test_goes_on_bit_for_bit(world, pictures):
-    whole = cached(world, pictures, "buckets-whole")
-    halves = cached(world, pictures, "buckets-halves", "trainer.max_steps=3")
-    cached(world, pictures, "buckets-halves", "model.data.num_workers=2")
+def test_goes_on_bit_for_bit(world, images):
+    whole = cached(world, images, "buckets-whole")
+    halves = cached(world, images, "buckets-halves", "trainer.max_steps=3")
+    cached(world, images, "buckets-halves", "model.data.num_workers=2")
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
     assert read_state(world.newest(halves)) == read_state(world.newest(whole))
     accumulated = ("model.micro_batch_size=1", "model.global_batch_size=2")
-    parts = cached(world, pictures, "buckets-parts", *accumulated)
+    parts = cached(world, images, "buckets-parts", *accumulated)
     assert world.losses(parts) == pytest.approx(world.losses(whole), rel=1e-5)
 
 
-def test_the_measured_scale_is_one_of_all_shapes(world, pictures):
+def test_the_measured_scale_is_one_of_all_shapes(world, images):
     runs = [
-        make(world, pictures, f"buckets-scale-{make.__name__}", "model.scale_factor=measured") for make in (run, cached)
+        make(world, images, f"buckets-scale-{make.__name__}", "model.scale_factor=measured") for make in (run, cached)
     ]
     assert len(world.losses(runs[0])) == 8
     assert world.losses(runs[1])[0] == pytest.approx(world.losses(runs[0])[0], rel=5e-3)
 
 
-def test_another_bucket_size_is_another_cache(world, pictures, capsys):
+def test_another_bucket_size_is_another_cache(world, images, capsys):
     other = (*NO_CROP, f"{WAYS}.aspect_buckets={{resolution: 16, step: 8}}")
-    data = f"model.data.train.dataset_path={pictures / 'cache'}"
+    data = f"model.data.train.dataset_path={images / 'cache'}"
     assert world.call(*world.command("cached", "buckets-other", data, *other)) == 2
     assert "aspect_buckets" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["pictures", "cached"])
-def test_sets_are_mixed_within_buckets(world, pictures, kind):
+@pytest.mark.parametrize("recipe", ["pictures", "cached"])
+def test_sets_are_mixed_within_buckets(world, images, recipe):
     """The second set with a weight of 3; its cache is one of two that train together."""
-    sets = ("shards", "second") if kind == "pictures" else ("cache", "second-cache")
-    data = f"model.data.train.dataset_path=[{','.join(str(pictures / one) for one in sets)}]"
+    sets = ("shards", "second") if recipe == "pictures" else ("cache", "second-cache")
+    data = f"model.data.train.dataset_path=[{','.join(str(images / one) for one in sets)}]"
     given = (data, "model.data.train.weights=[1,3]", *BUCKETS, *STEPS)
-    whole = world.train(kind, f"mixed-{kind}", *given)
-    halves = world.train(kind, f"mixed-halves-{kind}", *given, "trainer.max_steps=3")
-    world.train(kind, f"mixed-halves-{kind}", *given, "model.data.num_workers=2")
+    whole = world.train(recipe, f"mixed-{recipe}", *given)
+    halves = world.train(recipe, f"mixed-halves-{recipe}", *given, "trainer.max_steps=3")
+    world.train(recipe, f"mixed-halves-{recipe}", *given, "model.data.num_workers=2")
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv") and len(world.losses(whole)) == 8
 
 
-def test_a_sample_of_several_caches_is_that_of_its_own(world, pictures):
-    """The second one's pictures have one size, so that its cache does not say that sizes differ; both have buckets."""
-    folders = (pictures / "cache", pictures / "second-cache")
+def test_a_sample_of_several_caches_is_that_of_its_own(world, images):
+    """The second one's images have one size, so that its cache does not say that sizes differ; both have buckets."""
+    folders = (images / "cache", images / "second-cache")
     words = [f"model.data.train.dataset_path=[{folders[0]},{folders[1]}]", "model.scale_factor=measured",
-             "model.caption_dropout_rate=0.5", *BUCKETS, *KINDS["cached"][:2], VAE, TEXT]  # fmt: skip
+             "model.caption_dropout_rate=0.5", *BUCKETS, *RECIPES["cached"][:2], VAE, TEXT]  # fmt: skip
     held_out = f"model.data.validation.dataset_path=[{folders[1]},{folders[0]}]"
     config = load_config(str(world.root / "tiny.yaml"), [word.replace("ROOT", str(world.root)) for word in words])
     samples = prepared(config).samples
@@ -130,7 +130,7 @@ def test_a_sample_of_several_caches_is_that_of_its_own(world, pictures):
     assert len(read_rows(made / "validation.csv")) == 2
 
 
-def test_a_cache_of_captions_alone_trains_on_its_pictures(world, tmp_path):
+def test_a_cache_of_captions_alone_trains_on_its_images(world, tmp_path):
     half = ("model.first_stage_key=images", "model.cond_stage_key=captions_encoded", VAE, TEXT)
     assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", tmp_path / "captions", *half) == 0
     data = f"model.data.train.dataset_path={tmp_path / 'captions'}"
@@ -141,34 +141,34 @@ def test_a_cache_of_captions_alone_trains_on_its_pictures(world, tmp_path):
 
 
 def test_caches_of_more_than_is_read_train_with_others(world, tmp_path):
-    """One with both encodings and one of pictures alone, whose captions are read as text."""
+    """One with both encodings and one of images alone, whose captions are read as text."""
     sets = [f"model.data.train.dataset_path=[{one}]" for one in ("ROOT/cache,ROOT/latents", "ROOT/latents,ROOT/cache")]
     for number, data in enumerate(sets):
         made = world.train("text", f"more-{number}", data, "trainer.max_steps=12")
         assert len(world.losses(made)) == 12
 
 
-def test_caches_that_do_not_train_together(world, pictures, capsys):
+def test_caches_that_do_not_train_together(world, images, capsys):
     given = (*BUCKETS, VAE, TEXT)
-    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+    data = f"model.data.train.dataset_path={images / 'shards'}"
     kept = "model.data.cache={latents: mean}"
-    assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", pictures / "means", data, kept, *given) == 0
-    for other, message in ((pictures / "means", "precache both alike"), ("ROOT/cache", "made with transforms")):
-        sets = f"model.data.train.dataset_path=[{pictures / 'cache'},{other}]"
+    assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", images / "means", data, kept, *given) == 0
+    for other, message in ((images / "means", "precache both alike"), ("ROOT/cache", "made with transforms")):
+        sets = f"model.data.train.dataset_path=[{images / 'cache'},{other}]"
         assert world.call(*world.command("cached", "unlike", sets, *BUCKETS)) == 2
         said = capsys.readouterr().err
         assert message in said.splitlines()[-1] and said.count("latentsmith:") == 1
-    first = f"{pictures / 'cache'}/shard-000000.tar"
-    for parts in (first, f"[{first},{pictures / 'second-cache'}]", f"[{pictures / 'cache'},{pictures / 'cache'}]"):
+    first = f"{images / 'cache'}/shard-000000.tar"
+    for parts in (first, f"[{first},{images / 'second-cache'}]", f"[{images / 'cache'},{images / 'cache'}]"):
         given = f"model.data.train.dataset_path={parts}"
         assert world.call(*world.command("cached", "parts", given, *BUCKETS)) == 2
         assert "taken whole" in capsys.readouterr().err
 
 
-def test_filterings_take_large_pictures(world, pictures, capsys):
+def test_filterings_take_large_images(world, images, capsys):
     for name, make in (("pictures", run), ("cached", cached)):
         large = "model.data.train.filterings.resolution={method: larger, value: 40}"
-        made = make(world, pictures, f"large-{name}", large)
+        made = make(world, images, f"large-{name}", large)
         assert len(world.losses(made)) == 8
         assert "filterings: 8 of 20 samples are taken" in capsys.readouterr().out
 
@@ -183,9 +183,9 @@ def test_filterings_take_large_pictures(world, pictures, capsys):
         (("model.inductor=true",), "compiles for one size"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(world, pictures, capsys, options, message):
-    given = [option.replace("SHARDS", str(pictures / "shards")) for option in options]
-    data = f"model.data.train.dataset_path={pictures / 'shards'}"
+def test_what_does_not_go_together_is_one_line(world, images, capsys, options, message):
+    given = [option.replace("SHARDS", str(images / "shards")) for option in options]
+    data = f"model.data.train.dataset_path={images / 'shards'}"
     assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given)) == 2
     said = capsys.readouterr().err
     assert message in said.splitlines()[-1] and said.count("latentsmith:") == 1
@@ -204,7 +204,7 @@ def test_filterings_are_of_training_alone(world, tmp_path, capsys):
 
 
 def test_variants_and_means_train(world, tmp_path):
-    """A cache of two crops and their mirror images as means: training draws among four encodings of each picture."""
+    """A cache of two crops and their mirror images as means: training draws among four encodings of each image."""
     crops = f"{WAYS}.random_crop_h_w='12, 12'"
     transforms = (f"{WAYS}.center_crop_h_w=null", crops, f"{WAYS}.horizontal_flip=true")
     kept = "model.data.cache={latents: mean, crops: 2, flipped: true, share_captions: true}"

@@ -84,8 +84,8 @@ def test_there_and_back_is_bit_exact(tmp_path, source, tiny, first, capsys):
     same_output = r"largest difference of its output 0, where the largest value is [0-9.]*[1-9]"
     assert all(re.search(same_output, line) for line in lines[4:])
     convert(tmp_path / ENDING[first], tmp_path / "back", "diffusers", tokenizer=source / "tokenizer")
-    kinds = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-    for name, stem in kinds.items():
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    for name, stem in stems.items():
         written = safetensors.torch.load_file(tmp_path / "back" / name / f"{stem}.safetensors")
         named = {key.removeprefix("text_model."): tensor for key, tensor in written.items()}  # memory lacks the prefix
         assert same(named, tiny[name].state_dict())

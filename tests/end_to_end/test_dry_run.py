@@ -32,7 +32,7 @@ def hollow(path, network):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 255, (768, 768, 3), dtype=np.uint8)
@@ -43,7 +43,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name.startswith("sd")])
-def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
+def test_presets_at_full_size(name, images, tmp_path, capsys, monkeypatch):
     config = load_config(name)
     with torch.device("meta"):
         files = {
@@ -59,7 +59,7 @@ def test_presets_at_full_size(name, pictures, tmp_path, capsys, monkeypatch):
                 tmp_path / "unet.safetensors", UNetModel(**network_arguments(config.model.unet_config))
             )
     given = [f"model.{key}.from_pretrained={file}" for key, file in files.items()]
-    given += [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
+    given += [f"model.data.train.dataset_path={images}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
     monkeypatch.setattr("latentsmith.training.dry_run.build_tokenizer", lambda config: None)
     assert main(["train", "--config", name, "--dry-run", *given]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -76,7 +76,7 @@ DOCUMENTED = sorted((Path(__file__).parents[1] / "config" / "yaml").glob("*.yaml
 
 
 @pytest.mark.parametrize("path", DOCUMENTED, ids=lambda path: path.stem)
-def test_documented_files_at_full_size(path, pictures, tmp_path, capsys, monkeypatch):
+def test_documented_files_at_full_size(path, images, tmp_path, capsys, monkeypatch):
     """NeMo's and LDM's own files, but for where things lie and the machine."""
     machine = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1", "trainer.precision=bf16"]
     machine += ["trainer.max_steps=10", "model.inductor=False"]
@@ -92,7 +92,7 @@ def test_documented_files_at_full_size(path, pictures, tmp_path, capsys, monkeyp
     given = [
         f"model.{key}.from_pretrained={hollow(tmp_path / f'{key}.safetensors', part)}" for key, part in parts.items()
     ]
-    given += [f"model.data.train.dataset_path={pictures}", "model.data.webdataset.local_root_path=null",
+    given += [f"model.data.train.dataset_path={images}", "model.data.webdataset.local_root_path=null",
               "model.unet_config.from_pretrained=null", f"exp_manager.exp_dir={tmp_path}"]  # fmt: skip
     monkeypatch.setattr("latentsmith.training.dry_run.build_tokenizer", lambda config: None)
     assert main(["train", "--config", str(path), "--dry-run", *machine, *given]) == 0
@@ -100,8 +100,8 @@ def test_documented_files_at_full_size(path, pictures, tmp_path, capsys, monkeyp
     assert any(f"unet: {size} parameters, trained" in printed for size in ("859,520,964", "865,910,724")), printed
 
 
-def test_presets_of_the_demo(pictures, tmp_path, capsys, monkeypatch):
-    given = [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
+def test_presets_of_the_demo(images, tmp_path, capsys, monkeypatch):
+    given = [f"model.data.train.dataset_path={images}", "trainer.accelerator=cpu", f"exp_manager.exp_dir={tmp_path}"]
     assert main(["train-vae", "--config", "demo_vae", "--dry-run", *given]) == 0
     raw = ["model.first_stage_key=images", "model.cond_stage_key=captions"]
     assert main(["train", "--config", "demo", "--dry-run", *raw, *given]) == 0
@@ -111,13 +111,13 @@ def test_presets_of_the_demo(pictures, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "demo").exists() and not (tmp_path / "demo_vae").exists()
 
 
-def test_a_file_that_does_not_fit_is_found(pictures, tmp_path, capsys):
+def test_a_file_that_does_not_fit_is_found(images, tmp_path, capsys):
     config = load_config("sd1")
     with torch.device("meta"):
         vae = hollow(tmp_path / "vae.safetensors", AutoencoderKL(**network_arguments(config.model.first_stage_config)))
         text = hollow(tmp_path / "text.safetensors", ClipTextEncoder(arch="ViT-H-14", layer="penultimate"))
     given = [f"model.first_stage_config.from_pretrained={vae}", f"model.cond_stage_config.from_pretrained={text}"]
-    given += [f"model.data.train.dataset_path={pictures}", "trainer.accelerator=cpu"]
+    given += [f"model.data.train.dataset_path={images}", "trainer.accelerator=cpu"]
     assert main(["train", "--config", "sd1", "--dry-run", *given]) == 2
     assert "text.safetensors: a text encoder of width 1024, the config says 768" in capsys.readouterr().err
 

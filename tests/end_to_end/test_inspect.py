@@ -1,4 +1,4 @@
-"""What `inspect` says of each kind of path, and that --verify names the damaged file."""
+"""What `inspect` says of each sort of path, and that --verify names the damaged file."""
 
 import json
 

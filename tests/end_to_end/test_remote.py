@@ -9,7 +9,7 @@ from latentsmith.training.checkpointing import read_state
 from latentsmith.training.metrics_log import read_rows
 from latentsmith.training.train import prepared
 
-from .conftest import KINDS
+from .conftest import RECIPES
 
 
 @pytest.mark.parametrize("gib", [1, 0.00001], ids=["whole", "ranges"])
@@ -28,13 +28,13 @@ def test_a_cache_from_afar_trains_as_one_from_here(world, tmp_path, gib, capsys)
     memory.rm("/bucket", recursive=True)
 
 
-@pytest.mark.parametrize("kind", ["cached", "text", "pictures"])
-def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, kind):
-    """Picture, latents and caption in one request, where samples are read in ranges."""
+@pytest.mark.parametrize("recipe", ["cached", "text", "pictures"])
+def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, recipe):
+    """Image, latents and caption in one request, where samples are read in ranges."""
     memory = fsspec.filesystem("memory")
-    folder = {"cached": "cache", "text": "latents", "pictures": "shards"}[kind]
+    folder = {"cached": "cache", "text": "latents", "pictures": "shards"}[recipe]
     memory.put(str(world.root / folder), "/bucket/set", recursive=True)
-    given = [word.replace("ROOT", str(world.root)) for word in KINDS[kind]]
+    given = [word.replace("ROOT", str(world.root)) for word in RECIPES[recipe]]
     far = ["model.data.train.dataset_path=memory://bucket/set", f"model.data.remote.cache_dir={tmp_path}"]
     config = load_config(str(world.root / "tiny.yaml"), [*given, *far, "model.data.remote.cache_gib=0.00001"])
     samples, asked, read = prepared(config).samples, [], RemoteFile.__getitem__

@@ -13,26 +13,26 @@ from latentsmith.training.metrics_log import read_rows
 DROPOUT = {"cached": ("model.unet_config.dropout=0.2",), "vae": ("model.first_stage_config.ddconfig.dropout=0.2",)}
 
 
-@pytest.mark.parametrize("kind", ["cached", "vae", "text"])
+@pytest.mark.parametrize("recipe", ["cached", "vae", "text"])
 @pytest.mark.parametrize("layout", [(), ("model.channels_last=true",)], ids=["contiguous", "channels_last"])
-def test_four_steps_are_two_and_two(world, kind, layout):
-    options = (*DROPOUT.get(kind, ()), *layout)
-    name = f"{kind}-{len(layout)}"
-    whole = world.train(kind, f"{name}-whole", *options)
-    halves = world.train(kind, f"{name}-halves", *options, "trainer.max_steps=2")
+def test_four_steps_are_two_and_two(world, recipe, layout):
+    options = (*DROPOUT.get(recipe, ()), *layout)
+    name = f"{recipe}-{len(layout)}"
+    whole = world.train(recipe, f"{name}-whole", *options)
+    halves = world.train(recipe, f"{name}-halves", *options, "trainer.max_steps=2")
     torch.rand(3)
-    assert world.train(kind, f"{name}-halves", *options) == halves
+    assert world.train(recipe, f"{name}-halves", *options) == halves
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
     assert len(world.losses(whole)) == 4
     states = [read_state(world.newest(run)) for run in (whole, halves)]
     assert states[0] == states[1]  # with the checksums of weights, averages and optimizer
 
 
-@pytest.mark.parametrize("kind", ["cached", "vae"])
-def test_workers_and_accumulation_change_nothing(world, kind):
-    plain = world.train(kind, f"{kind}-plain")
-    workers = world.train(kind, f"{kind}-workers", "model.data.num_workers=2")
-    parts = world.train(kind, f"{kind}-parts", "model.micro_batch_size=2", "model.global_batch_size=4")
+@pytest.mark.parametrize("recipe", ["cached", "vae"])
+def test_workers_and_accumulation_change_nothing(world, recipe):
+    plain = world.train(recipe, f"{recipe}-plain")
+    workers = world.train(recipe, f"{recipe}-workers", "model.data.num_workers=2")
+    parts = world.train(recipe, f"{recipe}-parts", "model.micro_batch_size=2", "model.global_batch_size=4")
     assert read_rows(workers / "metrics.csv") == read_rows(plain / "metrics.csv")
     assert read_state(world.newest(workers)) == read_state(world.newest(plain))
     assert world.losses(parts) == pytest.approx(world.losses(plain), rel=1e-5)
@@ -219,7 +219,7 @@ def test_a_measured_scale_is_not_measured_again(world, monkeypatch):
     assert world.losses(run) == world.losses(whole)
 
 
-def test_validation_of_pictures_in_pure_half_precision(world):
+def test_validation_of_images_in_pure_half_precision(world):
     options = ("trainer.precision=bf16-true", "model.data.validation.dataset_path=ROOT/shards", "trainer.max_steps=1")
     plain = world.train("pictures", "validated-32", *options[1:])
     half = world.train("pictures", "validated-16", *options)

@@ -15,7 +15,7 @@ from latentsmith.training.hooks import Hook
 from latentsmith.training.loop import train_loop
 from latentsmith.training.train import prepared
 
-from .conftest import KINDS
+from .conftest import RECIPES
 
 FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
 SWITCHES = {  # the override, and how far a gradient may be from the plain one, as a share of the largest
@@ -33,7 +33,7 @@ class Look(Hook):
 
     def __init__(self, unet: nn.Module):
         self.blocks, self.dtypes, self.last, self.operators = Counter(), set(), set(), set()
-        self.unet, self.gradients, self.pictures_last = unet, {}, set()
+        self.unet, self.gradients, self.images_last = unet, {}, set()
         for name, module in unet.named_modules():
             if module in unet.repeated_blocks():
                 module.register_forward_pre_hook(lambda _, given, name=name: self.blocks.update([name]))
@@ -42,9 +42,9 @@ class Look(Hook):
 
     def see(self, layer, given, output):
         self.dtypes.add(output.dtype)
-        if min(output.shape[1:]) > 1:  # else both orders are the same; in float32 a CPU's pictures are always so
+        if min(output.shape[1:]) > 1:  # else both orders are the same; in float32 a CPU's images are always so
             self.last.add(layer.weight.is_contiguous(memory_format=torch.channels_last))
-            self.pictures_last.add(output.is_contiguous(memory_format=torch.channels_last))
+            self.images_last.add(output.is_contiguous(memory_format=torch.channels_last))
 
     def on_start(self, training):
         self.profile = torch.autograd.profiler.profile(use_cpu=True)
@@ -60,7 +60,7 @@ class Look(Hook):
 
 def looked_into(world, *changes):
     """One training step of the world's tiny model, from weights that are not zero anywhere."""
-    given = [word.replace("ROOT", str(world.root)) for word in (*KINDS["cached"], *changes, "trainer.max_steps=1")]
+    given = [word.replace("ROOT", str(world.root)) for word in (*RECIPES["cached"], *changes, "trainer.max_steps=1")]
     config = load_config(world.root / "tiny.yaml", given)
     ready = prepared(config)
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def test_it_is_on_and_gradients_agree(world, plain, name):
     look = looked_into(world, *changes)
     recomputed = name == "activation checkpointing"
     assert set(look.blocks.values()) == {2 if recomputed else 1}
-    assert look.pictures_last == {name not in ("bfloat16", "weights in bfloat16")}
+    assert look.images_last == {name not in ("bfloat16", "weights in bfloat16")}
     assert (FUSED in look.operators) == (name != "without fused attention")
     assert look.last == ({True} if name == "channels last" else {False})
     half = "bfloat16" in name
@@ -98,14 +98,14 @@ def test_it_is_on_and_gradients_agree(world, plain, name):
     assert half <= (apart > 0)  # half precision that changes nothing was not used
 
 
-@pytest.mark.parametrize("kind", ["cached", "pictures"])
-def test_half_precision_rounds_no_noise_and_no_target(world, kind):
+@pytest.mark.parametrize("recipe", ["cached", "pictures"])
+def test_half_precision_rounds_no_noise_and_no_target(world, recipe):
     """A fresh U-Net predicts 0, so that its first loss is the target's mean square: the same in every precision."""
     first = {}
     for precision in ("32-true", "bf16-mixed", "bf16-true"):
         options = (f"trainer.precision={precision}", "model.min_snr_gamma=5", "trainer.max_steps=1")
-        first[precision] = world.losses(world.train(kind, f"target-{kind}-{precision}", *options))[0]
-    encoded = 3e-3 if kind == "pictures" else 1e-6  # a VAE in bfloat16 rounds its own latents
+        first[precision] = world.losses(world.train(recipe, f"target-{recipe}-{precision}", *options))[0]
+    encoded = 3e-3 if recipe == "pictures" else 1e-6  # a VAE in bfloat16 rounds its own latents
     assert first["bf16-true"] == pytest.approx(first["32-true"], rel=encoded)
     assert first["bf16-mixed"] == pytest.approx(first["32-true"], rel=encoded)
 

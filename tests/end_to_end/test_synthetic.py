@@ -5,11 +5,11 @@ import pytest
 NOISE = ("model.data.synthetic_data=true", "model.data.synthetic_data_length=50", "model.data.train.dataset_path=null")
 
 
-@pytest.mark.parametrize("kind", ["cached", "pictures", "text"])
-def test_trains(world, kind, capsys):
-    run = world.train(kind, f"noise-{kind}", *NOISE, "trainer.max_steps=2")
+@pytest.mark.parametrize("recipe", ["cached", "pictures", "text"])
+def test_trains(world, recipe, capsys):
+    run = world.train(recipe, f"noise-{recipe}", *NOISE, "trainer.max_steps=2")
     assert "50 samples of noise, latents [4, 8, 8]" in capsys.readouterr().out
-    again = world.train(kind, f"noise-{kind}-again", *NOISE, "trainer.max_steps=2")
+    again = world.train(recipe, f"noise-{recipe}-again", *NOISE, "trainer.max_steps=2")
     assert world.losses(run) == world.losses(again) and len(world.losses(run)) == 2
 
 

@@ -1,4 +1,4 @@
-"""The main job through the command line, from captioned pictures to pictures from captions."""
+"""The main job through the command line, from captioned images to images from captions."""
 
 import json
 
@@ -28,12 +28,12 @@ def test_every_run_is_whole(world):
 
 
 def test_cache_holds_what_the_networks_give(world):
-    pictures, both = LatentCache(world.root / "latents"), LatentCache(world.root / "cache")
-    assert pictures.encoded == ["image_encoded"] and sorted(both.encoded) == ["captions_encoded", "image_encoded"]
+    images, both = LatentCache(world.root / "latents"), LatentCache(world.root / "cache")
+    assert images.encoded == ["image_encoded"] and sorted(both.encoded) == ["captions_encoded", "image_encoded"]
     assert both[0]["image_encoded"].shape == (8, 8, 8) and both[0]["captions_encoded"].shape == (40, 32)
     assert both.empty_prompt.shape == (40, 32)
     for index in range(len(both)):
-        assert np.array_equal(both[index]["image_encoded"], pictures[index]["image_encoded"])
+        assert np.array_equal(both[index]["image_encoded"], images[index]["image_encoded"])
 
 
 def test_joint_training_moved_the_text_encoder_and_cached_training_did_not(world):
@@ -49,17 +49,17 @@ def test_joint_training_moved_the_text_encoder_and_cached_training_did_not(world
     assert all(torch.equal(frozen[name], trained[name]) for name in frozen)
 
 
-def test_cache_and_pictures_give_the_same_losses_sample_for_sample(world):
+def test_cache_and_images_give_the_same_losses_sample_for_sample(world):
     """A U-Net that has learnt something, standing still: each step's loss is that of one sample."""
     unet = "model.unet_config.from_pretrained=ROOT/runs/text"
     cached = world.losses(world.train("cached", "still-cached", unet, *NOT_MOVING))
-    pictures = world.losses(world.train("pictures", "still-pictures", unet, *NOT_MOVING))
+    images = world.losses(world.train("pictures", "still-images", unet, *NOT_MOVING))
     assert len(cached) == 22 and max(cached) > 1.5 * min(cached)
-    assert cached == pytest.approx(pictures, rel=2e-3)
-    assert cached != pictures  # float16 has rounded: these were two ways, not one
+    assert cached == pytest.approx(images, rel=2e-3)
+    assert cached != images  # float16 has rounded: these were two ways, not one
 
 
-def test_training_on_pictures_moves(world):
+def test_training_on_images_moves(world):
     run = world.train("pictures", "pictures")
     assert len(world.losses(run)) == 4 and (run / "vae.safetensors").is_file()
 
@@ -71,24 +71,24 @@ def generate(world, out, *options):
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(out.glob("*.png"))}
 
 
-def test_generate_writes_pictures_that_say_how_they_were_made(world, tmp_path):
-    pictures = generate(world, tmp_path, "--sampler", "ddim", "--guidance-scale", 2, "--negative", "blurry")
-    assert len(pictures) == 6 and all(picture.shape == (16, 16, 3) for picture in pictures.values())
-    with Image.open(tmp_path / "a-small-red-circle-seed6.png") as picture:
-        made = json.loads(picture.text["latentsmith"])
-        text = picture.text["parameters"]
+def test_generate_writes_images_that_say_how_they_were_made(world, tmp_path):
+    images = generate(world, tmp_path, "--sampler", "ddim", "--guidance-scale", 2, "--negative", "blurry")
+    assert len(images) == 6 and all(image.shape == (16, 16, 3) for image in images.values())
+    with Image.open(tmp_path / "a-small-red-circle-seed6.png") as image:
+        made = json.loads(image.text["latentsmith"])
+        text = image.text["parameters"]
     expected = {"prompt": PROMPTS[0], "negative_prompt": "blurry", "seed": 6, "sampler": "ddim"}
     assert all(made[name] == value for name, value in expected.items()) and made["guidance_scale"] == 2
     settings = "Steps: 3, Sampler: DDIM, Schedule type: Uniform, CFG scale: 2.0, Seed: 6, Size: 16x16"
     assert text.startswith(f"a small red circle\nNegative prompt: blurry\n{settings}")
-    assert not np.array_equal(pictures["a-star-seed5.png"], pictures["a-star-seed6.png"])
+    assert not np.array_equal(images["a-star-seed5.png"], images["a-star-seed6.png"])
 
 
-def test_a_seed_draws_the_same_picture_at_any_batch_size(world, tmp_path):
+def test_a_seed_draws_the_same_image_at_any_batch_size(world, tmp_path):
     alone, together = (generate(world, tmp_path / size, "--batch-size", size) for size in ("1", "4"))
     assert alone.keys() == together.keys() and len(alone) == 6
-    for name, picture in alone.items():
-        assert np.abs(picture - together[name]).max() <= 1  # of 255: sums of other lengths round otherwise
+    for name, image in alone.items():
+        assert np.abs(image - together[name]).max() <= 1  # of 255: sums of other lengths round otherwise
 
 
 def test_generate_uses_the_averaged_weights(world):
@@ -134,7 +134,7 @@ def test_dry_run_trains_nothing(world, capsys):
     assert not (world.root / "runs" / "dry").exists()
 
 
-def test_sample_pictures_while_training(world):
+def test_sample_images_while_training(world):
     wanted = "exp_manager.sample_images"
     asked = (f"{wanted}.every_n_train_steps=2", f"{wanted}.prompts=[a circle, a star]", f"{wanted}.steps=2")
     run = world.train("cached", "sampled", *asked)

@@ -48,9 +48,9 @@ def test_unpacked_folder(tmp_path):
     assert config == CONFIG and list(file) == ["a"]
 
 
-def member(name, kind=tarfile.REGTYPE, link=""):
+def member(name, member_type=tarfile.REGTYPE, link=""):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, link
+    info.type, info.linkname = member_type, link
     return info
 
 

@@ -26,7 +26,7 @@ def special(tmp_path):
         os.chdir(tmp_path)  # a socket's path has at most 107 bytes
         server.bind("socket")
     names = {"fifo": "a FIFO", "link-to-fifo": "a FIFO", "zero": "a character device", "socket": "a socket"}
-    return {tmp_path / name: kind for name, kind in names.items()} | {tmp_path: "a directory"}
+    return {tmp_path / name: title for name, title in names.items()} | {tmp_path: "a directory"}
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +74,11 @@ def test_files_of_proc_are_bounded(limited):
 
 
 def test_special_files_are_refused(special, limited):
-    for path, kind in special.items():
+    for path, title in special.items():
         for refuse in (check_regular, open_regular, lambda path: read_regular(path, LIMIT)):
             with pytest.raises(NotRegular) as error:
                 refuse(path)
-            assert str(error.value) == f"{path}: is {kind}; a regular file was expected"
+            assert str(error.value) == f"{path}: is {title}; a regular file was expected"
 
 
 def test_checkpoints_are_regular_files(special, tmp_path, limited):

@@ -21,14 +21,14 @@ SAVED = {
 READ = "a café\nein Größe 12\nthird\n"
 
 
-@pytest.mark.parametrize("kind", SAVED)
-def test_every_encoding_with_a_mark(kind, tmp_path):
+@pytest.mark.parametrize("encoding", SAVED)
+def test_every_encoding_with_a_mark(encoding, tmp_path):
     """In a file beside an image, in a tar at import and in training, in prompts and in a folder of captions."""
-    assert decode_text(SAVED[kind], "x") == READ
+    assert decode_text(SAVED[encoding], "x") == READ
     (tmp_path / "a.png").write_bytes(b"")
-    (tmp_path / "a.txt").write_bytes(SAVED[kind])
+    (tmp_path / "a.txt").write_bytes(SAVED[encoding])
     with ShardWriter(tmp_path / "tars") as writer:
-        writer.write("a", {"png": b"x", "txt": SAVED[kind]})
+        writer.write("a", {"png": b"x", "txt": SAVED[encoding]})
     beside, packed = open_source(tmp_path), open_source(tmp_path / "tars")
     texts = [next(source.items()).caption() for source in (beside, packed)]
     assert [*texts, caption_of(ShardSet(tmp_path / "tars")[0])] == [READ] * 3

@@ -30,7 +30,7 @@ def tiny(embed_dim=4, **ddconfig):
     return AutoencoderKL(embed_dim=embed_dim, ddconfig=TINY | ddconfig)
 
 
-def pictures(height=16, width=16):
+def images(height=16, width=16):
     return torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(5)) * 2 - 1
 
 
@@ -70,18 +70,18 @@ def test_names_are_those_of_the_published_file():
 
 
 @pytest.mark.parametrize("ch_mult", [[1], [1, 1], [1, 2, 2]])
-def test_each_level_but_the_last_halves_the_picture(ch_mult):
+def test_each_level_but_the_last_halves_the_image(ch_mult):
     vae = tiny(ch_mult=ch_mult)
     factor = 2 ** (len(ch_mult) - 1)
     assert vae.downsampling == factor
-    moments = vae.encode(pictures(16, 24))
+    moments = vae.encode(images(16, 24))
     assert moments.shape == (2, 8, 16 // factor, 24 // factor)
     assert vae.decode(vae.mode(moments)).shape == (2, 3, 16, 24)
 
 
 def test_embed_dim_and_channels_may_differ_from_z_channels():
     vae = tiny(embed_dim=3, z_channels=5, in_channels=1, out_ch=2)
-    moments = vae.encode(pictures()[:, :1])
+    moments = vae.encode(images()[:, :1])
     assert moments.shape == (2, 6, 8, 8) and vae.mode(moments).shape == (2, 3, 8, 8)
     assert vae.decode(vae.mode(moments)).shape == (2, 2, 16, 16)
 
@@ -91,7 +91,7 @@ def test_attention_at_the_named_resolutions(randomise):
     vae = randomise(tiny(attn_resolutions=[8]))
     assert [len(level.attn) for level in vae.encoder.down] == [0, 1]
     assert [len(level.attn) for level in vae.decoder.up] == [0, 2]
-    assert vae.decode(vae.mode(vae.encode(pictures()))).shape == (2, 3, 16, 16)
+    assert vae.decode(vae.mode(vae.encode(images()))).shape == (2, 3, 16, 16)
     assert not any(len(level.attn) for level in tiny().encoder.down)
 
 
@@ -155,17 +155,17 @@ def test_mode_is_the_mean_and_samples_spread_about_it():
 
 def test_channels_last_changes_nothing(randomise):
     vae = randomise(tiny(attn_resolutions=[8]))
-    moments = vae.encode(pictures(8, 12))
+    moments = vae.encode(images(8, 12))
     decoded = vae.decode(vae.mode(moments))
     vae.to(memory_format=torch.channels_last)
-    found = vae.encode(pictures(8, 12).to(memory_format=torch.channels_last))
+    found = vae.encode(images(8, 12).to(memory_format=torch.channels_last))
     torch.testing.assert_close(found, moments, rtol=1e-4, atol=1e-5)
     latents = vae.mode(moments).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(vae.decode(latents), decoded, rtol=1e-4, atol=1e-5)
 
 
 def test_fresh_weights_draw_latents_with_little_noise():
-    """Every residual branch starts at zero, and the first deviation is exp(-6 / 2) = 0.05 on a grey picture."""
+    """Every residual branch starts at zero, and the first deviation is exp(-6 / 2) = 0.05 on a grey image."""
     vae = tiny()
     assert not any(block.conv2.weight.any() for level in vae.encoder.down for block in level.block)
     moments = vae.encode(torch.zeros(1, 3, 16, 16))

@@ -63,7 +63,7 @@ def test_plain_and_fused_attention_have_the_same_gradients():
     inputs = [torch.randn(2, 2, 9, 16, generator=generator, requires_grad=True) for _ in range(3)]
     toward = torch.randn(2, 2, 9, 16, generator=generator)
     plain, fused = (
-        torch.autograd.grad((attention(*inputs, fused=kind) * toward).sum(), inputs) for kind in (False, True)
+        torch.autograd.grad((attention(*inputs, fused=fused) * toward).sum(), inputs) for fused in (False, True)
     )
     for left, right in zip(plain, fused, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)

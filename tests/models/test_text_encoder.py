@@ -111,7 +111,9 @@ def test_places_count(randomise):
 def test_the_two_activations(randomise):
     values = torch.linspace(-4, 4, 41, dtype=torch.float64)
     torch.testing.assert_close(quick_gelu(values), values / (1 + torch.exp(-1.702 * values)))
-    encoders = [randomise(ClipTextEncoder(**SIZES | dict(activation=kind))) for kind in ("gelu", "quick_gelu")]
+    encoders = [
+        randomise(ClipTextEncoder(**SIZES | dict(activation=activation))) for activation in ("gelu", "quick_gelu")
+    ]
     exact, quick = (encoder(tokens()) for encoder in encoders)
     difference = (exact - quick).abs().max()
     assert 1e-4 < difference < 0.5  # an approximation of each other, not the same

@@ -63,10 +63,10 @@ def largest_relative(found, expected):
 def test_v1_size():
     unet = on_meta(**SD1)
     assert count([unet]) == 859_520_964 and len(unet.state_dict()) == 686
-    kinds = {kind: [m for m in unet.modules() if isinstance(m, kind)]
-             for kind in (ResBlock, SpatialTransformer, Upsample, Downsample)}  # fmt: skip
-    assert [len(found) for found in kinds.values()] == [22, 16, 3, 3]
-    assert [count(found) for found in kinds.values()] == [537_670_400, 267_239_360, 33_180_800, 19_355_840]
+    by_class = {cls: [m for m in unet.modules() if isinstance(m, cls)]
+             for cls in (ResBlock, SpatialTransformer, Upsample, Downsample)}  # fmt: skip
+    assert [len(found) for found in by_class.values()] == [22, 16, 3, 3]
+    assert [count(found) for found in by_class.values()] == [537_670_400, 267_239_360, 33_180_800, 19_355_840]
 
 
 def test_v2_size_with_every_documented_key():
@@ -149,19 +149,19 @@ def test_one_number_is_the_same_as_a_list_of_it():
 
 def test_attention_follows_the_named_resolutions_and_the_middle():
     unet = on_meta(**TINY | dict(attention_resolutions=[2]))
-    kinds = [[type(layer) for layer in block] for block in unet.input_blocks]
-    assert SpatialTransformer not in kinds[1] and SpatialTransformer in kinds[3]
+    classes = [[type(layer) for layer in block] for block in unet.input_blocks]
+    assert SpatialTransformer not in classes[1] and SpatialTransformer in classes[3]
     assert isinstance(on_meta(**TINY | dict(attention_resolutions=[])).middle_block[1], SpatialTransformer)
 
 
-@pytest.mark.parametrize("kind", [ResBlock, SpatialTransformer, AttentionBlock])
-def test_use_checkpoint_recomputes_in_the_backward_pass(randomise, kind):
+@pytest.mark.parametrize("cls", [ResBlock, SpatialTransformer, AttentionBlock])
+def test_use_checkpoint_recomputes_in_the_backward_pass(randomise, cls):
     calls = []
-    plain = kind is AttentionBlock
+    plain = cls is AttentionBlock
     config = TINY | (dict(use_spatial_transformer=False, context_dim=None) if plain else {})
     unet = randomise(UNetModel(**config))
     args = inputs()[:2] if plain else inputs()
-    blocks = [module for module in unet.modules() if isinstance(module, kind)]
+    blocks = [module for module in unet.modules() if isinstance(module, cls)]
     for block in blocks:
         block.register_forward_pre_hook(lambda *_: calls.append(1))  # the recomputation stops before the end
     kept = gradients(unet, *args)

@@ -128,7 +128,7 @@ def unet_outputs(unet, cases):
 
 @torch.no_grad()
 def vae_outputs(vae, sizes, factor=8):
-    """Moments and decoded latents at each size of picture."""
+    """Moments and decoded latents at each size of image."""
     outputs = []
     for seed, (height, width) in enumerate(sizes):
         moments = vae.encode(normal(1, 3, height, width, seed=seed).clamp(-1, 1))

@@ -110,8 +110,8 @@ def opened(folder):
 
 def their_images(model, sampler, noise, steps, **options):
     pipeline = model.theirs
-    kind, settings = SAMPLERS[sampler]
-    pipeline.scheduler = kind.from_config(model.config, **settings)
+    cls, settings = SAMPLERS[sampler]
+    pipeline.scheduler = cls.from_config(model.config, **settings)
     factor = pipeline.vae_scale_factor
     height, width = (factor * side for side in noise.shape[2:])
     return pipeline(height=height, width=width, latents=noise, num_inference_steps=steps, **options).images
@@ -291,16 +291,16 @@ def to_start_from():
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
 def test_an_image_to_start_from(sd1, to_start_from, sampler):
-    kind, settings = SAMPLERS[sampler]
-    parts = {**sd1.theirs.components, "scheduler": kind.from_config(sd1.config, **settings)}
+    cls, settings = SAMPLERS[sampler]
+    parts = {**sd1.theirs.components, "scheduler": cls.from_config(sd1.config, **settings)}
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
     compared(sd1, theirs, sampler, dict(image=to_start_from[0]))
 
 
 def test_a_masked_image(sd1, to_start_from):
     """diffusers puts the noised image back around the mask after every step, we the clean estimate inside it."""
-    kind, settings = SAMPLERS["ddim"]
-    parts = {**sd1.theirs.components, "scheduler": kind.from_config(sd1.config, **settings)}
+    cls, settings = SAMPLERS["ddim"]
+    parts = {**sd1.theirs.components, "scheduler": cls.from_config(sd1.config, **settings)}
     theirs = diffusers.StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
     image, mask = to_start_from
     compared(sd1, theirs, "ddim", dict(image=image), dict(mask_image=mask, height=32, width=32))

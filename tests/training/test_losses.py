@@ -31,7 +31,7 @@ def test_edges_are_counted_both_ways():
     assert got.item() == pytest.approx(2 * (6 / 4 + 3 / 3))
 
 
-def test_psnr_of_each_picture():
+def test_psnr_of_each_image():
     images = torch.zeros(3, 3, 4, 4)
     decoded = torch.stack([torch.full((3, 4, 4), value) for value in (0.2, 0.02, 5.0)])
     # the peak of [-1, 1] is 2: 20 log10(2 / error); what is out of range counts as at its end
