@@ -166,8 +166,16 @@ def test_member_of_a_set(marker, tmp_path, format):
 
 @pytest.mark.parametrize("flag", ["--image", "--mask", "--again"])
 def test_generate(marker, postscript, tmp_path, capsys, flag):
-    words = ["generate", "--from", str(tmp_path / "no-model"), "--out", str(tmp_path / "out"), flag, str(postscript)]
-    assert main([*words, *([] if flag == "--again" else ["a prompt"])]) == 2
+    arguments = [
+        "generate",
+        "--from",
+        str(tmp_path / "no-model"),
+        "--out",
+        str(tmp_path / "out"),
+        flag,
+        str(postscript),
+    ]
+    assert main([*arguments, *([] if flag == "--again" else ["a prompt"])]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{postscript}: cannot be read as an image (the format is PostScript" in line
     assert not marker.exists()

@@ -66,14 +66,14 @@ def test_arguments_of_another_type_are_one_line(call, line):
         call()
 
 
-def test_the_models_dtype_by_diffusers_keyword(place):
+def test_the_models_dtype_by_diffusers_keyword(workspace):
     for keyword in ("dtype", "torch_dtype"):
-        pipeline = latentsmith.Pipeline.from_pretrained(place / "model", device="cpu", **{keyword: torch.bfloat16})
+        pipeline = latentsmith.Pipeline.from_pretrained(workspace / "model", device="cpu", **{keyword: torch.bfloat16})
         assert next(pipeline.unet.parameters()).dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with `model`, a tiny diffusers folder, and `shards`, images to train it on."""
     folder = tmp_path_factory.mktemp("public")
     torch.manual_seed(0)
@@ -82,16 +82,16 @@ def place(tmp_path_factory):
         "vae": latentsmith.AutoencoderKL(**SIZES["first_stage_config"]),
         "text_encoder": latentsmith.ClipTextEncoder(**SIZES["cond_stage_config"]),
     }
-    train_vocabulary(["a red circle"], 518, folder / "words")
-    words = {file.name: file.read_bytes() for file in (folder / "words").iterdir()}
+    train_vocabulary(["a red circle"], 518, folder / "tokenizer")
+    vocabulary = {file.name: file.read_bytes() for file in (folder / "tokenizer").iterdir()}
     parts = {name: dict(network.state_dict()) for name, network in networks.items()}
-    export_diffusers(parts, folder / "model", ModelSpec(*SIZES.values(), "epsilon", image_size=8), tokenizer=words)
+    export_diffusers(parts, folder / "model", ModelSpec(*SIZES.values(), "epsilon", image_size=8), tokenizer=vocabulary)
     write_scenes(folder / "images", 4, 0)
     import_data(folder / "images", folder / "shards")
     return folder
 
 
-def fine_tuning(place, name, weights, **sizes):
+def fine_tuning(workspace, name, weights, **sizes):
     """A config of the tiny model's sizes: one step from `weights` at a learning rate of 0."""
     crop = {"resize_smallest_side": 16, "center_crop_h_w": [16, 16]}
     model = {
@@ -101,20 +101,22 @@ def fine_tuning(place, name, weights, **sizes):
         "cond_stage_key": "captions",
         "micro_batch_size": 2,
         "optim": {"lr": 0.0},
-        "data": {"train": {"dataset_path": str(place / "shards"), "augmentations": crop}},
+        "data": {"train": {"dataset_path": str(workspace / "shards"), "augmentations": crop}},
     }
-    config = {"name": name, "trainer": {"max_steps": 1}, "exp_manager": {"exp_dir": str(place)}, "model": model}
-    (place / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    words = f"model.cond_stage_config.tokenizer={place / 'words'}"
-    return latentsmith.load_config(place / f"{name}.yaml", [words, *(f"model.{k}={v}" for k, v in sizes.items())])
+    config = {"name": name, "trainer": {"max_steps": 1}, "exp_manager": {"exp_dir": str(workspace)}, "model": model}
+    (workspace / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    tokenizer = f"model.cond_stage_config.tokenizer={workspace / 'tokenizer'}"
+    return latentsmith.load_config(
+        workspace / f"{name}.yaml", [tokenizer, *(f"model.{k}={v}" for k, v in sizes.items())]
+    )
 
 
 @pytest.mark.parametrize(("to", "file"), [("diffusers", "copy"), ("ldm", "m.safetensors"), ("nemo", "m.nemo")])
-def test_one_key_starts_a_run_from_any_format(place, to, file):
+def test_one_key_starts_a_run_from_any_format(workspace, to, file):
     """At a learning rate of 0 the run's weights are those of the file: nothing was left at random."""
-    weights = latentsmith.convert(place / "model", place / file, to)
-    run = latentsmith.train(fine_tuning(place, f"from_{to}", weights))
-    trained, given = (latentsmith.Pipeline.from_pretrained(path) for path in (run, place / "model"))
+    weights = latentsmith.convert(workspace / "model", workspace / file, to)
+    run = latentsmith.train(fine_tuning(workspace, f"from_{to}", weights))
+    trained, given = (latentsmith.Pipeline.from_pretrained(path) for path in (run, workspace / "model"))
     for part in ("unet", "vae", "text_encoder"):
         left, right = (getattr(pipeline, part).state_dict() for pipeline in (trained, given))
         assert left.keys() == right.keys()
@@ -130,21 +132,21 @@ def test_one_key_starts_a_run_from_any_format(place, to, file):
         ("ckpt_path", "nowhere.safetensors", "nowhere.safetensors: no such file"),
     ],
 )
-def test_a_config_of_other_sizes_is_told_in_one_line(place, key, value, message):
+def test_a_config_of_other_sizes_is_told_in_one_line(workspace, key, value, message):
     with pytest.raises(BadInput) as caught:
-        latentsmith.train(fine_tuning(place, "other", place / "model", **{key: value}))
+        latentsmith.train(fine_tuning(workspace, "other", workspace / "model", **{key: value}))
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert not (place / "other").exists()
+    assert not (workspace / "other").exists()
 
 
-def test_a_start_from_nemo_keeps_its_padding(place, capsys):
+def test_a_start_from_nemo_keeps_its_padding(workspace, capsys):
     """FrozenCLIPEmbedder fills text up to 80 vectors; a .nemo of ours says that its model was not trained so."""
     for name, padded in (("ours.nemo", None), ("theirs.nemo", 80)):
-        latentsmith.convert(place / "model", place / name, "nemo")
+        latentsmith.convert(workspace / "model", workspace / name, "nemo")
         if padded:
-            data = (place / name).read_bytes()
-            (place / name).write_bytes(data.replace(b"trained_unpadded: true", b"trained_unpadded: null"))
-        config = fine_tuning(place, f"padding-{padded}", place / name)
+            data = (workspace / name).read_bytes()
+            (workspace / name).write_bytes(data.replace(b"trained_unpadded: true", b"trained_unpadded: null"))
+        config = fine_tuning(workspace, f"padding-{padded}", workspace / name)
         config = with_padding(config)
         assert config.model.cond_stage_config.pad_to == padded
         assert ("filled up to 80" in capsys.readouterr().out) == bool(padded)

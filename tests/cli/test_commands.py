@@ -171,9 +171,9 @@ def test_errors_are_one_line_and_a_code(capsys, error, code, line):
     assert capsys.readouterr().err == line + "\n"
 
 
-@pytest.mark.parametrize("place", ["first", "last"])
-def test_debug_shows_the_traceback(capsys, place):
-    arguments = ["--debug", "inspect", "nowhere"] if place == "first" else ["inspect", "nowhere", "--debug"]
+@pytest.mark.parametrize("position", ["first", "last"])
+def test_debug_shows_the_traceback(capsys, position):
+    arguments = ["--debug", "inspect", "nowhere"] if position == "first" else ["inspect", "nowhere", "--debug"]
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith("latentsmith: nowhere: ")

@@ -32,7 +32,9 @@ def wrong_types():
     """Values of a type that the option cannot read."""
     bad = {"a whole number": "many", "a number": [1], "true or false": "perhaps", "one of": "another"}
     for key, option in schema.table().items():
-        value = next((value for words, value in bad.items() if option.value_type.description.startswith(words)), None)
+        value = next(
+            (value for message, value in bad.items() if option.value_type.description.startswith(message)), None
+        )
         if option.status == "used" and value is not None:
             yield key, value, "must be"
 
@@ -90,8 +92,8 @@ CONTRADICTIONS = [
     ("model.data.train.augmentations.center_crop_h_w", True, {}, "must be pixels"),
 ]  # fmt: skip
 CASES = [
-    *((key, value, {}, words) for key, value, words in islice(typos(), 40)),
-    *((key, value, {}, words) for key, value, words in islice(wrong_types(), 40)),
+    *((key, value, {}, message) for key, value, message in islice(typos(), 40)),
+    *((key, value, {}, message) for key, value, message in islice(wrong_types(), 40)),
     *CONTRADICTIONS,
 ]
 
@@ -107,8 +109,10 @@ def with_key(tree, key, value):
     tree[leaf] = value
 
 
-@pytest.mark.parametrize(("key", "value", "others", "words"), CASES, ids=[f"{key}={value}" for key, value, *_ in CASES])
-def test_one_helpful_line(key, value, others, words, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("key", "value", "others", "message"), CASES, ids=[f"{key}={value}" for key, value, *_ in CASES]
+)
+def test_one_helpful_line(key, value, others, message, tmp_path, capsys):
     tree = yaml.safe_load(yaml.safe_dump(BASE))
     for name, given in {**others, key: value}.items():
         with_key(tree, name, given)
@@ -116,7 +120,7 @@ def test_one_helpful_line(key, value, others, words, tmp_path, capsys):
     assert main(["config", "validate", str(tmp_path / "mine.yaml")]) == 2
     line = capsys.readouterr().err
     assert line.startswith("latentsmith: ") and line.count("\n") == 1 and len(line) < 400
-    assert words in line, line
+    assert message in line, line
 
 
 def test_the_base_itself_is_valid(tmp_path):

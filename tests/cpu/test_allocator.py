@@ -33,8 +33,10 @@ print(resident() - before)
 
 def run(code, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "THP_"))}
-    words = [sys.executable, "-c", code]
-    return subprocess.run(words, capture_output=True, text=True, check=True, env=clean | environment).stdout.split("\n")
+    arguments = [sys.executable, "-c", code]
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, env=clean | environment).stdout.split(
+        "\n"
+    )
 
 
 @pytest.mark.parametrize(("command", "kept"), [("train --help", "1"), ("generate --help", "0"), ("--help", "0")])

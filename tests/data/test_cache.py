@@ -372,14 +372,14 @@ def test_killed_precache_goes_on_where_it_stopped(tmp_path, png):
 def test_processes_share_the_shards_and_the_last_one_finishes(tmp_path, source, order):
     alone = write_cache(source, tmp_path / "alone", TRANSFORMS, encoders(), seed=1)
     first, second = order
-    told = []
-    share = dict(seed=1, processes=2, progress=lambda done, total: told.append((done, total)))
+    reported = []
+    share = dict(seed=1, processes=2, progress=lambda done, total: reported.append((done, total)))
     assert write_cache(source, tmp_path / "two", TRANSFORMS, encoders(), rank=first, **share) is None
     with pytest.raises(BadInput, match="unfinished"):
         LatentCache(tmp_path / "two")
     together = write_cache(source, tmp_path / "two", TRANSFORMS, encoders(), rank=second, **share)
     assert everything(tmp_path / "two") == everything(tmp_path / "alone")
-    assert len(together) == len(alone) and told[-1] == (10, 10) and told == sorted(told)
+    assert len(together) == len(alone) and reported[-1] == (10, 10) and reported == sorted(reported)
 
 
 def test_a_lost_process_loses_its_open_shard_alone(tmp_path, source):

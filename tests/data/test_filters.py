@@ -61,9 +61,9 @@ def test_the_command_counts_each(tmp_path, capsys):
     for row in rows:
         Image.new("RGB", (64 if row["text"] == "wide" else 16, 16)).save(tmp_path / row["file_name"])
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ["--where", "language=en", "--where", "aesthetic>=5", "--max-aspect", "2"]
-    assert main(["data", "import", str(tmp_path), str(tmp_path / "out"), *words]) == 0
-    said = capsys.readouterr().out
+    arguments = ["--where", "language=en", "--where", "aesthetic>=5", "--max-aspect", "2"]
+    assert main(["data", "import", str(tmp_path), str(tmp_path / "out"), *arguments]) == 0
+    output = capsys.readouterr().out
     for line in ("1 samples in 1 shards, 3 set aside", "1 not aesthetic>=5", "1 not language=en", "1 too elongated"):
-        assert line in said
+        assert line in output
     assert main(["data", "import", str(tmp_path), str(tmp_path / "x"), "--where", "language"]) == 2

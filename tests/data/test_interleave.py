@@ -16,10 +16,10 @@ WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (0.2, 0.5, 0.9), (1e-6, 5.0, 0.0, 2.0), tuple
 @pytest.mark.parametrize("start", [0, 1, 10**9])
 def test_turns_are_in_proportion_and_each_comes_once(weights, start):
     turns, had = WeightedInterleave(weights, seed=3), {}
-    for place in range(start, start + 3000):
-        number, own = turns.unshuffled(place)
+    for position in range(start, start + 3000):
+        number, own = turns.unshuffled(position)
         assert own == had.get(number, own - 1) + 1  # none is left out and none comes twice, however far the run is
-        assert abs(own + 1 - (place + 1) * turns.rates[number] / turns.total) <= len(weights) / 2
+        assert abs(own + 1 - (position + 1) * turns.rates[number] / turns.total) <= len(weights) / 2
         had[number] = own
     blocks = range(start // BLOCK + 1, start // BLOCK + 20)
     inside = [sorted(turns(block * BLOCK + i) for i in range(BLOCK)) for block in blocks]

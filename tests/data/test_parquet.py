@@ -64,8 +64,10 @@ def test_the_command(tmp_path, rows, capsys):
     rows[3]["text"] = None
     write(tmp_path / "in" / "t.parquet", rows)
     assert main(["data", "import", str(tmp_path / "in"), str(tmp_path / "out"), "--where", "score>=1"]) == 0
-    said = capsys.readouterr().out
-    assert "7 samples in 1 shards, 3 set aside" in said and "2 not score>=1" in said and "1 missing caption" in said
+    output = capsys.readouterr().out
+    assert (
+        "7 samples in 1 shards, 3 set aside" in output and "2 not score>=1" in output and "1 missing caption" in output
+    )
 
 
 @pytest.mark.parametrize(

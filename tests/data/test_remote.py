@@ -69,7 +69,7 @@ class Server(SimpleHTTPRequestHandler):
     def copyfile(self, source, out):
         out.write(source.read(self.__dict__.pop("left", -1)))
 
-    def log_message(self, *words):
+    def log_message(self, *arguments):
         pass
 
 
@@ -225,13 +225,13 @@ def data(folder, tmp_path):
     return root
 
 
-@pytest.mark.parametrize("place", ["elsewhere", "in the cache folder", "linked into the cache folder"])
-def test_a_remote_json_found_in_data_is_not_obeyed(data, folder, tmp_path, place):
+@pytest.mark.parametrize("location", ["elsewhere", "in the cache folder", "linked into the cache folder"])
+def test_a_remote_json_found_in_data_is_not_obeyed(data, folder, tmp_path, location):
     """Such a folder is a plain folder of tars, and no file of it or beside it is deleted, changed or fetched."""
     copies, hostile = MirrorCache(tmp_path / "copies", 2**30), data / "hostile"
-    if place == "in the cache folder":
+    if location == "in the cache folder":
         copies = MirrorCache(data, 0)
-    if place == "linked into the cache folder":
+    if location == "linked into the cache folder":
         copies.folder.mkdir()
         about = json.loads((hostile / "remote.json").read_text())
         name = fingerprint_text(json.dumps([about["url"], about["tars"]]))[:24]

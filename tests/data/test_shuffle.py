@@ -36,7 +36,7 @@ RECORDED_INTEGER = 595
 def test_all_orders_of_a_small_set_are_equally_likely():
     """Chi-square over the 24 orders of four samples: 23 degrees of freedom, standard deviation 6.8."""
     trials = 2400
-    counts = Counter(tuple(shuffled_index(key, place, 4) for place in range(4)) for key in range(trials))
+    counts = Counter(tuple(shuffled_index(key, position, 4) for position in range(4)) for key in range(trials))
     expected = trials / 24
     chi_square = sum((counts[order] - expected) ** 2 / expected for order in itertools.permutations(range(4)))
     assert chi_square < 23 + 4 * 6.8

@@ -82,8 +82,8 @@ def result_distribution(sampler, steps):
     coefficient, sample 0 for none of them, sample 1 for the start, sample 2 + i for what step i draws.
     """
 
-    def one_hot(place):
-        return torch.eye(steps + 2, dtype=torch.float64)[place].view(-1, 1, 1, 1)
+    def one_hot(index):
+        return torch.eye(steps + 2, dtype=torch.float64)[index].view(-1, 1, 1, 1)
 
     grid = sampling_schedule(SCHEDULE, sampler, steps)
     result = last(sample(sampler, denoise, one_hot(1), grid, noise_sampler=lambda step: one_hot(2 + step))).flatten()

@@ -73,11 +73,11 @@ class World:
 
     root: Path
 
-    def call(self, *words: object) -> int:
-        return main([str(word).replace("ROOT", str(self.root)) for word in words])
+    def call(self, *arguments: object) -> int:
+        return main([str(word).replace("ROOT", str(self.root)) for word in arguments])
 
     def command(self, recipe: str, name: str, *overrides: str) -> list[str]:
-        """The words that train a run of `recipe` under `name`."""
+        """Return the arguments that train a run of `recipe` under `name`."""
         command = "train-vae" if recipe == "vae" else "train"
         given = (f"exp_manager.name={name}", *RECIPES[recipe], *overrides)
         return [command, "--config", "ROOT/tiny.yaml", *given]

@@ -23,13 +23,13 @@ from latentsmith.training import train  # noqa: F401
 STEPS = 20  # of a life, at most
 
 
-def life(words: list[str], log: int) -> int:
+def life(arguments: list[str], log: int) -> int:
     """A child that runs the command; its process number."""
     child = os.fork()
     if child == 0:
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os._exit(main(words))
+        os._exit(main(arguments))
     return child
 
 
@@ -38,13 +38,13 @@ def steps_in(path: Path) -> int:
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
 
-def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, int]:
+def trial(kills: int, seed: int, folder: Path, arguments: list[str]) -> dict[str, int]:
     chance = random.Random(seed)
     found = {"kills": 0, "saves_interrupted": 0, "before_a_step": 0}
     log = os.open(folder.with_suffix(".log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     while found["kills"] < kills:
         rows, left = steps_in(folder / "metrics.csv"), set(folder.glob("checkpoints/*.INCOMPLETE"))
-        child = life(words, log)
+        child = life(arguments, log)
         if chance.random() < 0.1:  # at any moment of its start
             time.sleep(chance.uniform(0.0, 0.5))
         else:
@@ -61,7 +61,7 @@ def trial(kills: int, seed: int, folder: Path, words: list[str]) -> dict[str, in
         found["kills"] += 1
         found["before_a_step"] += not moved
         found["saves_interrupted"] += bool(set(folder.glob("checkpoints/*.INCOMPLETE")) - left)
-    _, status = os.waitpid(life(words, log), 0)
+    _, status = os.waitpid(life(arguments, log), 0)
     assert status == 0, "the last life failed; see the log"
     return found
 

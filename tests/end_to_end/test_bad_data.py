@@ -31,9 +31,9 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, 
     name = f"vanished-{recipe}-{workers}"
     given = (data, "trainer.max_steps=12", f"model.data.num_workers={workers}")
     assert world.call(*world.command(recipe, name, *given)) == 2
-    said = capsys.readouterr().err
-    assert "shard-000001.tar: No such file or directory; has the shard been moved or deleted?" in said
-    assert said.strip().count("\n") == 0, said
+    output = capsys.readouterr().err
+    assert "shard-000001.tar: No such file or directory; has the shard been moved or deleted?" in output
+    assert output.strip().count("\n") == 0, output
     assert not multiprocessing.active_children()  # they leave signals to training: its exit would wait for ever
 
 
@@ -47,9 +47,9 @@ def test_an_image_that_has_gone_bad_is_named(world, copy, capsys, workers):
     tar.write_bytes(damaged)
     given = (data, "trainer.max_steps=12", f"model.data.num_workers={workers}")
     assert world.call(*world.command("pictures", f"gone-bad-{workers}", *given)) == 2
-    said = capsys.readouterr().err
-    assert "shard-000001.tar: sample '000000008'" in said and "corrupt" in said
-    assert said.strip().count("\n") == 0, said
+    output = capsys.readouterr().err
+    assert "shard-000001.tar: sample '000000008'" in output and "corrupt" in output
+    assert output.strip().count("\n") == 0, output
 
 
 def test_a_full_disk_while_precaching_keeps_what_is_done(world, copy, tmp_path, capsys, monkeypatch):
@@ -62,16 +62,16 @@ def test_a_full_disk_while_precaching_keeps_what_is_done(world, copy, tmp_path, 
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, key, members)
 
-    words = ("precache", "--config", "ROOT/tiny.yaml", "--out", out, data, VAE, TEXT)
+    arguments = ("precache", "--config", "ROOT/tiny.yaml", "--out", out, data, VAE, TEXT)
     with monkeypatch.context() as patched:
         patched.setattr(cache_writer.ShardWriter, "write", full)
-        assert world.call(*words) == 2
-    said = capsys.readouterr().err
-    assert "the disk is full; free some space and run the command again" in said and said.strip().count("\n") == 0
+        assert world.call(*arguments) == 2
+    output = capsys.readouterr().err
+    assert "the disk is full; free some space and run the command again" in output and output.strip().count("\n") == 0
     assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-000000.tar"]
     assert not (out / "set.json").exists()
     assert world.call(*world.command("cached", "half", f"model.data.train.dataset_path={out}")) == 2
     assert "unfinished" in capsys.readouterr().err
-    assert world.call(*words) == 0 and len(LatentCache(out)) == 22
+    assert world.call(*arguments) == 0 and len(LatentCache(out)) == 22
     whole = LatentCache(world.root / "cache")
     assert [r.checksum for r in LatentCache(out).shards.records] == [r.checksum for r in whole.shards.records]

@@ -65,8 +65,8 @@ def test_cache_and_images_give_the_same_losses(world, images, capsys):
     still = ("model.optim.lr=0", "model.unet_config.from_pretrained=ROOT/runs/text")
     held_out = f"model.data.validation.dataset_path={images / 'shards'}"
     from_images = run(world, images, "buckets-images", *still, held_out, "trainer.val_check_interval=4")
-    said = capsys.readouterr().out
-    assert "images of several sizes" in said and "aspect buckets (height x width: samples)" in said
+    output = capsys.readouterr().out
+    assert "images of several sizes" in output and "aspect buckets (height x width: samples)" in output
     from_cache = cached(world, images, "buckets-cached", *still)
     assert world.losses(from_cache) == pytest.approx(world.losses(from_images), rel=2e-3)
     assert len({row["val_loss"] for row in read_rows(from_images / "validation.csv")}) == 1
@@ -113,10 +113,10 @@ def test_sets_are_mixed_within_buckets(world, images, recipe):
 def test_a_sample_of_several_caches_is_that_of_its_own(world, images):
     """The second one's images have one size, so that its cache does not say that sizes differ; both have buckets."""
     folders = (images / "cache", images / "second-cache")
-    words = [f"model.data.train.dataset_path=[{folders[0]},{folders[1]}]", "model.scale_factor=measured",
+    arguments = [f"model.data.train.dataset_path=[{folders[0]},{folders[1]}]", "model.scale_factor=measured",
              "model.caption_dropout_rate=0.5", *BUCKETS, *RECIPES["cached"][:2], VAE, TEXT]  # fmt: skip
     held_out = f"model.data.validation.dataset_path=[{folders[1]},{folders[0]}]"
-    config = load_config(str(world.root / "tiny.yaml"), [word.replace("ROOT", str(world.root)) for word in words])
+    config = load_config(str(world.root / "tiny.yaml"), [word.replace("ROOT", str(world.root)) for word in arguments])
     samples = prepared(config).samples
     caches = [LatentCache(folder) for folder in folders]
     assert [len(cache) for cache in caches] == [20, 7]
@@ -125,7 +125,7 @@ def test_a_sample_of_several_caches_is_that_of_its_own(world, images):
         wanted = caches[index >= 20][index - 20 * (index >= 20)]
         assert (one["moments"][0].numpy() == wanted["image_encoded"]).all()
         assert (one["context"][0].numpy() == wanted["captions_encoded"]).all()
-    options = [*words[:4], *BUCKETS, *STEPS, held_out, "trainer.val_check_interval=4"]
+    options = [*arguments[:4], *BUCKETS, *STEPS, held_out, "trainer.val_check_interval=4"]
     made = world.train("cached", "several-caches", *options)
     assert len(read_rows(made / "validation.csv")) == 2
 
@@ -156,8 +156,8 @@ def test_caches_that_do_not_train_together(world, images, capsys):
     for other, message in ((images / "means", "precache both alike"), ("ROOT/cache", "made with transforms")):
         sets = f"model.data.train.dataset_path=[{images / 'cache'},{other}]"
         assert world.call(*world.command("cached", "unlike", sets, *BUCKETS)) == 2
-        said = capsys.readouterr().err
-        assert message in said.splitlines()[-1] and said.count("latentsmith:") == 1
+        output = capsys.readouterr().err
+        assert message in output.splitlines()[-1] and output.count("latentsmith:") == 1
     first = f"{images / 'cache'}/shard-000000.tar"
     for parts in (first, f"[{first},{images / 'second-cache'}]", f"[{images / 'cache'},{images / 'cache'}]"):
         given = f"model.data.train.dataset_path={parts}"
@@ -187,8 +187,8 @@ def test_what_does_not_go_together_is_one_line(world, images, capsys, options, m
     given = [option.replace("SHARDS", str(images / "shards")) for option in options]
     data = f"model.data.train.dataset_path={images / 'shards'}"
     assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given)) == 2
-    said = capsys.readouterr().err
-    assert message in said.splitlines()[-1] and said.count("latentsmith:") == 1
+    output = capsys.readouterr().err
+    assert message in output.splitlines()[-1] and output.count("latentsmith:") == 1
     assert not (world.root / "runs" / "bad-buckets").exists()
     assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given), "--dry-run") == 2
     assert message in capsys.readouterr().err

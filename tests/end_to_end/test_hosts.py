@@ -16,8 +16,8 @@ from latentsmith.training.metrics_log import read_rows
 HOSTS = {"lsmith0": "10.83.7.1", "lsmith1": "10.83.7.2"}
 
 
-def ip(*words, check=True):
-    return subprocess.run(["ip", *words], check=check, capture_output=True)
+def ip(*arguments, check=True):
+    return subprocess.run(["ip", *arguments], check=check, capture_output=True)
 
 
 def can_make_hosts():
@@ -48,9 +48,9 @@ def hosts():
 
 
 @contextmanager
-def job(world, words, port):
+def job(world, arguments, port):
     """torchrun on both hosts, killed at the end if it still runs, as a scheduler would."""
-    given = [word.replace("ROOT", str(world.root)) for word in words]
+    given = [word.replace("ROOT", str(world.root)) for word in arguments]
     started = []
     for number, name in enumerate(HOSTS):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{number}"}
@@ -77,8 +77,8 @@ def job(world, words, port):
 
 
 def finished(processes):
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-4000:]
+    output = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output)[-4000:]
 
 
 @pytest.mark.slow
@@ -89,8 +89,8 @@ def test_one_host_is_cut_off_and_the_job_started_again(world, hosts):
     with job(world, world.command("cached", "hosts-whole", *options), 29711) as processes:
         finished(processes)
     run = world.root / "runs" / "hosts-cut"
-    words = world.command("cached", "hosts-cut", *options)
-    with job(world, words, 29712) as processes:
+    arguments = world.command("cached", "hosts-cut", *options)
+    with job(world, arguments, 29712) as processes:
         while len(read_rows(run / "metrics.csv")) < 12:
             assert all(process.poll() is None for process in processes), [p.communicate()[1] for p in processes]
             time.sleep(0.02)
@@ -99,7 +99,7 @@ def test_one_host_is_cut_off_and_the_job_started_again(world, hosts):
         time.sleep(3)  # a slow machine only sees less of what must not happen
         assert len(read_rows(run / "metrics.csv")) <= min(rows + 2, 39)  # nobody goes on alone
     ip("-n", "lsmith1", "link", "set", "cable1", "up")
-    with job(world, words, 29713) as processes:
+    with job(world, arguments, 29713) as processes:
         finished(processes)
     whole = world.root / "runs" / "hosts-whole"
     assert read_rows(run / "metrics.csv") == read_rows(whole / "metrics.csv")

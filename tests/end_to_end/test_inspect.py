@@ -49,13 +49,13 @@ def run(tmp_path, networks):
     """A run folder as training leaves it: two checkpoints, the frozen parts once."""
     folder = tmp_path / "run"
     for step in (5, 10):
-        place = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         metadata = {"latentsmith.spec": SPEC.to_json()}
         for name in ("unet", "ema/unet"):
-            save_safetensors(place / f"{name}.safetensors", dict(networks["unet"].state_dict()), metadata)
-        checksums = {name: hash_file(place / name) for name in ("unet.safetensors", "ema/unet.safetensors")}
+            save_safetensors(checkpoint / f"{name}.safetensors", dict(networks["unet"].state_dict()), metadata)
+        checksums = {name: hash_file(checkpoint / name) for name in ("unet.safetensors", "ema/unet.safetensors")}
         state = {"global_step": step, "consumed_samples": 8 * step, "ema_updates": {"unet": step}}
-        (place / "state.json").write_text(json.dumps({**state, "checksums": checksums}))
+        (checkpoint / "state.json").write_text(json.dumps({**state, "checksums": checksums}))
     for name in ("vae", "text_encoder"):
         save_safetensors(folder / f"{name}.safetensors", dict(networks[name].state_dict()))
     (folder / "config.yaml").write_text("name: little\ntrainer: {max_steps: 20}\n")
@@ -63,7 +63,7 @@ def run(tmp_path, networks):
     return folder
 
 
-def said(capsys, path, *options):
+def inspected(capsys, path, *options):
     code = main(["inspect", str(path), *options])
     return code, capsys.readouterr().out.splitlines()
 
@@ -75,7 +75,7 @@ def flip(path, at):
 
 
 def test_a_whole_model(capsys, ldm_file, networks):
-    code, lines = said(capsys, ldm_file, "--verify")
+    code, lines = inspected(capsys, ldm_file, "--verify")
     assert code == 0 and lines[0] == f"{ldm_file}: LDM file"
     assert lines[1] == "  model     sizes of its own, prediction v_prediction (its own metadata)"
     for name, line in zip(("unet", "vae", "text_encoder"), lines[2:5], strict=True):
@@ -93,14 +93,14 @@ def test_keys_that_lack_or_exceed_are_named(capsys, tmp_path, ldm_file):
     tensors = dict(file)
     tensors["model.diffusion_model.out.2.weight_2"] = tensors.pop("model.diffusion_model.out.2.weight")
     save_safetensors(tmp_path / "odd.safetensors", tensors, file.metadata)
-    _, lines = said(capsys, tmp_path / "odd.safetensors")
+    _, lines = inspected(capsys, tmp_path / "odd.safetensors")
     assert "  unet: 1 keys missing (out.2.weight)" in lines
     assert "  unet: 1 keys unknown (model.diffusion_model.out.2.weight_2)" in lines
 
 
 def test_sizes_that_nobody_states_are_said_to_be_unchecked(capsys, tmp_path, ldm_file):
     save_safetensors(tmp_path / "bare.safetensors", dict(open_tensors(ldm_file)))
-    _, lines = said(capsys, tmp_path / "bare.safetensors")
+    _, lines = inspected(capsys, tmp_path / "bare.safetensors")
     assert any(line.startswith("  keys not checked: ") and "head counts" in line for line in lines)
     assert "prediction unknown (nothing in the file tells)" in lines[1]
 
@@ -110,13 +110,13 @@ def test_values_that_are_not_finite_are_damage(capsys, tmp_path, ldm_file):
     tensors = {name: tensor.clone() for name, tensor in file.items()}
     tensors["first_stage_model.quant_conv.bias"][2] = torch.nan
     save_safetensors(tmp_path / "nan.safetensors", tensors, file.metadata)
-    code, lines = said(capsys, tmp_path / "nan.safetensors", "--verify")
+    code, lines = inspected(capsys, tmp_path / "nan.safetensors", "--verify")
     assert code == 1
     assert any("damaged: " in line and "first_stage_model.quant_conv.bias holds values" in line for line in lines)
 
 
 def test_a_set_of_shards(capsys, shards):
-    code, lines = said(capsys, shards, "--verify")
+    code, lines = inspected(capsys, shards, "--verify")
     assert code == 0 and lines[0].startswith(f"{shards}: 6 samples in 2 shards, ")
     assert {"txt", "json"} < set(lines[1].replace(",", "").split())
     caption = ShardSet(shards)[0].text("txt")
@@ -128,7 +128,7 @@ def test_a_damaged_shard_is_named(capsys, tmp_path, shards):
     for file in shards.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     flip(tmp_path / "shard-000001.tar", 600)
-    code, lines = said(capsys, tmp_path, "--verify")
+    code, lines = inspected(capsys, tmp_path, "--verify")
     assert code == 1
     assert f"damaged: {tmp_path / 'shard-000001.tar'}: not as it was written" in lines
     assert lines[-1] == "verified: 2 files, 1 damaged"
@@ -136,7 +136,7 @@ def test_a_damaged_shard_is_named(capsys, tmp_path, shards):
 
 def test_one_tar_and_a_pattern(capsys, shards):
     for path, count in ((shards / "shard-000001.tar", 2), (shards / "shard-{000000..000001}.tar", 6)):
-        code, lines = said(capsys, path, "--verify")
+        code, lines = inspected(capsys, path, "--verify")
         assert code == 0 and f": {count} samples in " in lines[0]
         assert lines[-1] == "verified: nothing, there are no checksums without set.json"
 
@@ -156,7 +156,7 @@ def test_a_remote_json_found_in_data_deletes_and_fetches_nothing(capsys, tmp_pat
     about = {"url": f"file://{shards}", "sizes": sizes, "whole": True, "limit": 0}
     (hostile / "remote.json").write_text(json.dumps(about))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    code, lines = said(capsys, hostile)
+    code, lines = inspected(capsys, hostile)
     assert (code, bool(lines)) == ((0, True) if with_tars else (2, False))
     assert not with_tars or lines[0].startswith(f"{hostile}: 2 samples in 1 shards, ")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -164,9 +164,9 @@ def test_a_remote_json_found_in_data_deletes_and_fetches_nothing(capsys, tmp_pat
 
 @pytest.mark.parametrize("name", ["../../../secret", "/etc/hostname"])
 def test_a_state_json_names_files_of_its_checkpoint_alone(capsys, run, name):
-    place = run / "checkpoints" / "step-00000010" / "state.json"
-    state = json.loads(place.read_text())
-    place.write_text(json.dumps({**state, "checksums": {name: "0" * 32}}))
+    state_file = run / "checkpoints" / "step-00000010" / "state.json"
+    state = json.loads(state_file.read_text())
+    state_file.write_text(json.dumps({**state, "checksums": {name: "0" * 32}}))
     assert main(["inspect", str(run), "--verify"]) == 2
     assert f"names '{name}', which is not a file of this checkpoint" in capsys.readouterr().err
 
@@ -179,14 +179,14 @@ def test_a_latent_cache(capsys, tmp_path, shards):
         versions={"torch": "9"},
     )
     write_cache(ShardSet(shards), tmp_path / "cache", Transforms(center_crop_h_w=(32, 32)), encoders)
-    code, lines = said(capsys, tmp_path / "cache", "--verify")
+    code, lines = inspected(capsys, tmp_path / "cache", "--verify")
     assert code == 0 and lines[0].startswith(f"{tmp_path / 'cache'}: latent cache, 6 samples in 2 shards, ")
     assert lines[1:3] == ["  image_encoded (8, 4, 4) float16", "  captions_encoded (16, 32) float16"]
     assert "  made with vae abc" in lines and lines[-1] == "verified: 2 files"
 
 
 def test_a_run_folder(capsys, run):
-    code, lines = said(capsys, run, "--verify")
+    code, lines = inspected(capsys, run, "--verify")
     assert code == 0 and lines[:3] == [
         f"{run}: run little, 2 checkpoints",
         "  last row  step 10, loss 0.25",
@@ -201,13 +201,13 @@ def test_damage_and_loss_in_a_run_are_named(capsys, run):
     old, new = (run / "checkpoints" / f"step-{step:08d}" for step in (5, 10))
     flip(old / "unet.safetensors", -9)
     (new / "ema" / "unet.safetensors").unlink()
-    code, lines = said(capsys, run, "--verify")
+    code, lines = inspected(capsys, run, "--verify")
     assert code == 1 and lines[-3:] == [
         f"damaged: {old / 'unet.safetensors'}: not as it was written",
         f"damaged: {new / 'ema' / 'unet.safetensors'}: missing",
         "verified: 4 files, 2 damaged",
     ]
-    code, lines = said(capsys, new, "--verify")
+    code, lines = inspected(capsys, new, "--verify")
     assert code == 1 and lines[-1] == "verified: 2 files, 1 damaged"
 
 

@@ -22,9 +22,9 @@ OPTIONS = (
 
 def run(world, name, kills, steps):
     folder = world.root / "runs" / name
-    words = [word.replace("ROOT", str(world.root)) for word in world.command("cached", name, *OPTIONS)]
-    words.append(f"trainer.max_steps={steps}")
-    done = subprocess.run([sys.executable, TRIAL, str(kills), "5", folder, *words], capture_output=True, text=True)
+    arguments = [word.replace("ROOT", str(world.root)) for word in world.command("cached", name, *OPTIONS)]
+    arguments.append(f"trainer.max_steps={steps}")
+    done = subprocess.run([sys.executable, TRIAL, str(kills), "5", folder, *arguments], capture_output=True, text=True)
     log = folder.with_suffix(".log")
     assert done.returncode == 0, done.stderr + (log.read_text()[-2000:] if log.exists() else "")
     return folder, json.loads(done.stdout.splitlines()[-1])

@@ -21,10 +21,10 @@ def trained(world, name, processes, *overrides, strategy="ddp"):
         "cached", name, f"trainer.devices={processes}", f"trainer.strategy={strategy}", "model.global_batch_size=4",
         f"model.micro_batch_size={4 // processes}", *overrides,
     )  # fmt: skip
-    words = [word.replace("ROOT", str(world.root)) for word in given]
+    arguments = [word.replace("ROOT", str(world.root)) for word in given]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    done = subprocess.run([*torchrun, "latentsmith", *words], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, "latentsmith", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return world.root / "runs" / name
 
@@ -49,7 +49,7 @@ def test_as_srun_starts_them(world):
     """Two tasks of a SLURM job, by what srun tells each in its environment; no SLURM was at hand."""
     given = world.command("cached", "srun", "trainer.devices=2", "model.global_batch_size=4",
                           "model.micro_batch_size=2")  # fmt: skip
-    words = [word.replace("ROOT", str(world.root)) for word in given]
+    arguments = [word.replace("ROOT", str(world.root)) for word in given]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -58,15 +58,15 @@ def test_as_srun_starts_them(world):
            "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # fmt: skip
     tasks = [
         subprocess.Popen(
-            [sys.executable, "-m", "latentsmith", *words],
+            [sys.executable, "-m", "latentsmith", *arguments],
             env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    said = [task.communicate(timeout=600)[1] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
+    output = [task.communicate(timeout=600)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], output
     alone = world.train("cached", "srun-alone", "model.global_batch_size=4", "model.micro_batch_size=4")
     assert world.losses(world.root / "runs" / "srun") == pytest.approx(world.losses(alone), rel=1e-4)
 
@@ -144,9 +144,9 @@ sys.exit(main(sys.argv[1:]))
 def test_each_process_holds_its_share_of_weights_moments_and_averages(world):
     given = world.command("cached", "shares", "trainer.devices=2", "trainer.strategy=model_parallel",
                           "model.global_batch_size=4", "model.micro_batch_size=2", "trainer.max_steps=1")  # fmt: skip
-    words = [word.replace("ROOT", str(world.root)) for word in given]
+    arguments = [word.replace("ROOT", str(world.root)) for word in given]
     (world.root / "shares.py").write_text(SHARDS)
-    command = [sys.executable, world.root / "shares.py", *words]
+    command = [sys.executable, world.root / "shares.py", *arguments]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     shares = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("SHARE")]
     assert done.returncode == 0 and len(shares) == 2, done.stdout + done.stderr
@@ -170,10 +170,10 @@ def test_strategies_that_cannot_work(world, capsys, strategy, line):
 
 def test_two_processes_fill_one_cache(world):
     """As torchrun starts them, at the same time; the cache is that of one process."""
-    words = ["precache", "--config", "ROOT/tiny.yaml", "--out", "ROOT/cache-of-two",
+    arguments = ["precache", "--config", "ROOT/tiny.yaml", "--out", "ROOT/cache-of-two",
              "model.first_stage_config.from_pretrained=ROOT/runs/vae",
              "model.cond_stage_config.from_pretrained=ROOT/runs/text"]  # fmt: skip
-    command = [sys.executable, "-m", "latentsmith", *(word.replace("ROOT", str(world.root)) for word in words)]
+    command = [sys.executable, "-m", "latentsmith", *(word.replace("ROOT", str(world.root)) for word in arguments)]
     base = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     started = [
         subprocess.Popen(
@@ -181,9 +181,9 @@ def test_two_processes_fill_one_cache(world):
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=600)[0] for process in started]
+    output = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
-    assert sum("22 samples, image_encoded" in one for one in said) >= 1, said
+    assert sum("22 samples, image_encoded" in one for one in output) >= 1, output
     folders = [world.root / name for name in ("cache", "cache-of-two")]
     assert [path.name for path in sorted(folders[0].iterdir())] == [path.name for path in sorted(folders[1].iterdir())]
     info = [json.loads((folder / "cache.json").read_text()) for folder in folders]

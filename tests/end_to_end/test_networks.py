@@ -30,8 +30,8 @@ NEMO = "nemo.collections.multimodal.modules.stable_diffusion.encoders.modules."
 )
 def test_captions_are_read_as_each_embedder_reads_them(preset, keys, cleaning, pad_id):
     config = load_config(preset, [f"model.cond_stage_config.{key}={value}" for key, value in keys.items()])
-    words = build_tokenizer(config)
-    assert (words.cleaning, words.pad_id) == (cleaning, pad_id)
+    tokenizer = build_tokenizer(config)
+    assert (tokenizer.cleaning, tokenizer.pad_id) == (cleaning, pad_id)
 
 
 def test_the_tokenizer_of_a_model_is_found_from_any_of_its_paths(tmp_path, monkeypatch):
@@ -61,8 +61,8 @@ def test_the_tokenizer_of_a_model_is_found_from_any_of_its_paths(tmp_path, monke
         else:
             (snapshot.parent.parent / "refs").mkdir()
             (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
-        words = build_tokenizer(load_config("sd1", [f"model.cond_stage_config.from_pretrained={given}"]))
-        assert words.vocab_size == size, given
+        tokenizer = build_tokenizer(load_config("sd1", [f"model.cond_stage_config.from_pretrained={given}"]))
+        assert tokenizer.vocab_size == size, given
 
 
 def test_raw_weights_can_be_started_from(tmp_path):

@@ -50,8 +50,8 @@ def test_skipped_described_and_run_again(world, poisoned, capsys):
     capsys.readouterr()
     for file in files:
         assert world.call("train", "--replay", file) == 1
-        said = capsys.readouterr().out
-        assert f"sample {key} at position " in said and "loss nan; first not finite: input:moments" in said
+        output = capsys.readouterr().out
+        assert f"sample {key} at position " in output and "loss nan; first not finite: input:moments" in output
     repaired = f"model.data.train.dataset_path={world.root}/cache"
     assert world.call("train", "--replay", files[0], "--config", run / "config.yaml", repaired) == 0
     assert "all is finite" in capsys.readouterr().out

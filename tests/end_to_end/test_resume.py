@@ -79,10 +79,10 @@ sys.exit(main(sys.argv[6:]))
 """
 
 
-def stopped_in_the_middle(world, words, run, rows, number=signal.SIGKILL, checkpoints=0):
+def stopped_in_the_middle(world, arguments, run, rows, number=signal.SIGKILL, checkpoints=0):
     """Run the command in another process that sends itself a signal once the metrics have so many rows and there are
     so many checkpoints; its exit code and its messages. SIGKILL comes with no warning."""
-    given = [word.replace("ROOT", str(world.root)) for word in words]
+    given = [word.replace("ROOT", str(world.root)) for word in arguments]
     numbers = (rows, checkpoints, int(number), torch.get_num_threads())
     command = [sys.executable, "-c", STOPPED, str(run), *map(str, numbers), *given]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -98,11 +98,11 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(world, number, code):
                "model.data.num_workers=2", "model.micro_batch_size=2", "model.global_batch_size=4")  # fmt: skip
     name = f"stopped-{int(number)}"
     run = world.root / "runs" / name
-    found, said = stopped_in_the_middle(world, world.command("cached", name, *options), run, 3, number)
+    found, output = stopped_in_the_middle(world, world.command("cached", name, *options), run, 3, number)
     step = int(world.newest(run).name[5:])
-    assert found == code and 3 <= step < 2000, said
+    assert found == code and 3 <= step < 2000, output
     line = f"latentsmith: stopped at step {step} of 2,000 by {number.name}, saved; the same command goes on from there"
-    assert line in said
+    assert line in output
     rows = read_rows(run / "metrics.csv")
     world.train("cached", name, *options[2:], f"trainer.max_steps={step + 2}")
     whole = world.train("cached", f"{name}-whole", *options[2:], f"trainer.max_steps={step + 2}")
@@ -119,8 +119,8 @@ def test_a_damaged_checkpoint_is_set_aside(world, capsys):
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     capsys.readouterr()
     assert world.train("cached", "damaged") == run
-    said = capsys.readouterr().out
-    assert f"{weights}: damaged or missing" in said and "set aside as step-00000004.DAMAGED, going on from" in said
+    output = capsys.readouterr().out
+    assert f"{weights}: damaged or missing" in output and "set aside as step-00000004.DAMAGED, going on from" in output
     assert (run / "checkpoints" / "step-00000004.DAMAGED").is_dir()
     assert read_rows(run / "metrics.csv") == whole and world.newest(run) == newest
 
@@ -204,9 +204,9 @@ def test_logs_that_cannot_be_written_do_not_end_a_run(world, monkeypatch, capsys
     options = ("model.data.validation.dataset_path=ROOT/cache", "exp_manager.sample_images.every_n_train_steps=2",
                "exp_manager.sample_images.prompts=[x]", "exp_manager.sample_images.steps=1")  # fmt: skip
     run = world.train("cached", "no-logs", *options)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for what in ("row of step 4", "validation loss", "report.html", "sample images"):
-        assert f"{what} not written (No space left on device): training goes on" in said
+        assert f"{what} not written (No space left on device): training goes on" in output
     assert read_state(world.newest(run))["global_step"] == 4
 
 

@@ -146,11 +146,13 @@ def test_compiled_blocks_are_compiled_once_and_kept(world, tmp_path):
     (tmp_path / "compiled.py").write_text(COMPILED)
     counts = []
     for name in ("compiled", "compiled-again"):
-        words = [word.replace("ROOT", str(world.root)) for word in world.command("cached", name, "model.inductor=True")]
+        arguments = [
+            word.replace("ROOT", str(world.root)) for word in world.command("cached", name, "model.inductor=True")
+        ]
         environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
         done = subprocess.run(
-            [sys.executable, tmp_path / "compiled.py", *words], env=environment, capture_output=True, text=True
+            [sys.executable, tmp_path / "compiled.py", *arguments], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         counts.append([int(word) for word in done.stdout.splitlines()[-1].split()[1:]])

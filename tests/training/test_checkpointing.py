@@ -91,12 +91,12 @@ def test_a_full_disk_keeps_the_last_one_and_training_goes_on(toy, monkeypatch, c
     plain.train(steps=5, every=1, keep=1)
     monkeypatch.setattr(checkpointing, "write_checkpoint", full)
     run.train(steps=5, every=1, keep=1)
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for step in (2, 3):
         line = (
             f"checkpoint of step {step} not written (No space left on device): training goes on, step-00000001 is the"
         )
-        assert line in said
+        assert line in output
     assert saved(run) == ["step-00000005"] and states(run) == states(plain) and run.losses() == plain.losses()
 
 

@@ -143,7 +143,7 @@ def _open_bytes(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.
     if not size:
         raise BadImage("zero bytes", "the image file is empty (0 bytes)")
     if size > IMAGE.size:
-        raise BadImage("too many bytes", f"{size:,} bytes, more than the {IMAGE.size:,} allowed for {IMAGE.use}")
+        raise BadImage("too many bytes", f"the image file has {size:,} bytes, more than the {IMAGE.size:,} allowed")
     if bytes(data[: len(LFS_POINTER)]) == LFS_POINTER:
         raise BadImage("Git LFS pointer", LFS_ADVICE)
     if found := other_format(data):
@@ -152,14 +152,14 @@ def _open_bytes(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.
     try:
         image = Image.open(io.BytesIO(data), formats=formats_taken())
     except Image.DecompressionBombError as error:
-        raise BadImage("too many pixels", f"more than {max_pixels:,} pixels ({error})") from None
+        raise BadImage("too many pixels", f"the image has more than {max_pixels:,} pixels ({error})") from None
     except Exception as error:  # as in read_image
         reason = "truncated" if is_cut_short(data) else "not an image"
-        detail = f"{reason} in a known format" if reason == "not an image" else reason
+        detail = "the data are not an image in a known format" if reason == "not an image" else "the image is truncated"
         raise BadImage(reason, f"{detail} ({size:,} bytes; {type(error).__name__})") from None
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImage("too many pixels", f"{width}x{height} is more than {max_pixels:,} pixels")
+        raise BadImage("too many pixels", f"the image of {width}x{height} is more than {max_pixels:,} pixels")
     return image
 
 
