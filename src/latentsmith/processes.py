@@ -16,13 +16,13 @@ def process_of() -> tuple[int, int]:
     """
     for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if all(name in os.environ for name in names):
-            given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            stated = ", ".join(f"{name}={os.environ[name]}" for name in names)
             try:
                 rank, processes = (int(os.environ[name]) for name in names)
             except ValueError:
-                raise BadInput(f"{given}: give whole numbers, or unset both to run one process") from None
+                raise BadInput(f"{stated}: give whole numbers, or unset both to run one process") from None
             if not 0 <= rank < processes:
-                raise BadInput(f"{given}: a rank is below the number of processes; unset both to run one process")
+                raise BadInput(f"{stated}: a rank is below the number of processes; unset both to run one process")
             return rank, processes
     if os.environ.get("RANK", "0") != "0" and "LOCAL_RANK" not in os.environ:
         raise BadInput(f"RANK={os.environ['RANK']} without WORLD_SIZE: set both, or unset it to run one process")

@@ -113,67 +113,67 @@ def generate(
     command |= {"prediction_type": prediction_type, "tokenizer": tokenizer, "out": out, "source": source}
     command |= {"lora_folder": lora_folder, "embeddings": embedding}
     command["loras"] = [_lora(text) for text in lora] if lora else None
-    given = {name: value for name, value in (command | sampling).items() if value is not None}
-    given = {name: value.value if isinstance(value, StrEnum) else value for name, value in given.items()}
+    stated = {name: value for name, value in (command | sampling).items() if value is not None}
+    stated = {name: value.value if isinstance(value, StrEnum) else value for name, value in stated.items()}
     if again is not None:
         unread = {"prompt": prompt or texts or None, "prompts_file": prompts_file, "config": config, "size": size}
-        return _again(again, given | {name: value for name, value in unread.items() if value is not None})
+        return _again(again, stated | {name: value for name, value in unread.items() if value is not None})
     if size is not None:
-        given = width_and_height(size) | given
+        stated = width_and_height(size) | stated
     if grid:
-        given["grid"] = [*grid, *(text for text in texts if _is_axis(text))]
+        stated["grid"] = [*grid, *(text for text in texts if _is_axis(text))]
         texts = [text for text in texts if not _is_axis(text)]
     if source is None and texts and Path(texts[0]).exists():
-        given["source"] = texts.pop(0)
+        stated["source"] = texts.pop(0)
     texts += [*(prompt or []), *_read_prompts(prompts_file)]
     fid = None
     if config is not None:
-        texts, fid, given = _with_nemo(config, texts, given)
-    if given.get("seed") == RANDOM_SEED:
-        given["seed"] = random.SystemRandom().randrange(2**32)
-        print(f"seed {given['seed']}")
+        texts, fid, stated = _with_nemo(config, texts, stated)
+    if stated.get("seed") == RANDOM_SEED:
+        stated["seed"] = random.SystemRandom().randrange(2**32)
+        print(f"seed {stated['seed']}")
     if not texts and fid is None:
         raise BadInput('no prompt: give one in quotes ("a red circle"), or a file of them with --prompts-file')
-    if "source" not in given:
+    if "source" not in stated:
         raise BadInput("--from is missing: the checkpoint (or model.restore_from_path in the file of --config)")
     if fid is not None:
         from latentsmith.inference.coco_captions import generate_for_captions
 
-        generate_for_captions(given.pop("source"), fid, **{k: value for k, value in given.items() if k != "out"})
+        generate_for_captions(stated.pop("source"), fid, **{k: value for k, value in stated.items() if k != "out"})
         return 0
     from latentsmith.inference.generate import generate as run
 
-    run(given.pop("source"), texts, Path(given.pop("out", DEFAULT_OUT)), **given)
+    run(stated.pop("source"), texts, Path(stated.pop("out", DEFAULT_OUT)), **stated)
     return 0
 
 
-def _again(image: Path, given: dict[str, Any]) -> int:
+def _again(image: Path, stated: dict[str, Any]) -> int:
     allowed = ("out", "source", "device", "image", "mask", "tokenizer", "loras", "embeddings")
-    if other := [name for name in given if name not in allowed]:
+    if other := [name for name in stated if name not in allowed]:
         flag = OPTIONS[other[0]].flags[0] if other[0] in OPTIONS else f"--{other[0].replace('_', '-')}"
         raise BadInput(f"--again takes all from the image; {flag} cannot be given with it")
     from latentsmith.inference.reproduce import reproduce
 
-    return 0 if reproduce(image, given.pop("out", image.parent), **given) else 1
+    return 0 if reproduce(image, stated.pop("out", image.parent), **stated) else 1
 
 
-def _with_nemo(config: Path, texts: list[str], given: dict[str, Any]) -> tuple[list[str], Any, dict[str, Any]]:
+def _with_nemo(config: Path, texts: list[str], stated: dict[str, Any]) -> tuple[list[str], Any, dict[str, Any]]:
     """Return prompts, section `fid` or None, and options of NeMo's file; the command line's own go first."""
     from latentsmith.config.nemo_inference import read_infer
     from latentsmith.config.overrides import is_override
 
     read = read_infer(config, [text for text in texts if is_override(text)])
     prompts = [text for text in texts if not is_override(text)]
-    if "negative_prompt" not in given:
+    if "negative_prompt" not in stated:
         print(f"{config}: without --negative the empty prompt is the negative one, as in NeMo")
     fid, listed = read.pop("fid", None), read.pop("prompts", [])
     if prompts or fid is None:
-        return prompts or listed, None, read | given
-    if "out" in given:
-        fid["save_path"] = given["out"]
-    if "guidance_scale" in given:
-        fid["classifier_free_guidance"] = [given["guidance_scale"]]
-    return [], fid, read | given
+        return prompts or listed, None, read | stated
+    if "out" in stated:
+        fid["save_path"] = stated["out"]
+    if "guidance_scale" in stated:
+        fid["classifier_free_guidance"] = [stated["guidance_scale"]]
+    return [], fid, read | stated
 
 
 def _is_axis(text: str) -> bool:

@@ -53,14 +53,14 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # a process of our own, in which nothing has imported torch yet
-        protect_streams(given[0] if given else "--help")
+        protect_streams(argv[0] if argv else "--help")
         ask_for_huge_pages()
-        if given[:1] and given[0] in TRAINING:
+        if argv[:1] and argv[0] in TRAINING:
             keep_freed_memory()
-    debug = "--debug" in given
-    arguments = [item for item in given if item != "--debug"]
+    debug = "--debug" in argv
+    arguments = [item for item in argv if item != "--debug"]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {_one_line(str(message))}", file=sys.stderr)
         return exit_code(lambda: _run(arguments), debug=debug)

@@ -48,9 +48,9 @@ def train(
         from latentsmith.training.replay import replay as run_again
 
         return 0 if run_again(replay, load(config or str(config_file(replay)), overrides)) else 1
-    name, given = config_and_overrides(config, overrides, resume)
-    given = _with_init(given, init)
-    configs = [load(name, changes) for changes in (_sweep(name, given) if multirun else [given])]
+    name, arguments = config_and_overrides(config, overrides, resume)
+    arguments = _with_init(arguments, init)
+    configs = [load(name, changes) for changes in (_sweep(name, arguments) if multirun else [arguments])]
     from latentsmith.training.train import train as run
 
     for loaded in configs:
@@ -60,12 +60,12 @@ def train(
     return 0
 
 
-def _sweep(config: str, given: list[str]) -> list[list[str]]:
+def _sweep(config: str, arguments: list[str]) -> list[list[str]]:
     """Return the overrides of each run, with a name of its own made of what differs."""
     from latentsmith.config import overrides as grammar
 
-    runs = grammar.sweep(given)
-    varied = [index for index in range(len(given)) if len({run[index] for run in runs}) > 1]
+    runs = grammar.sweep(arguments)
+    varied = [index for index in range(len(arguments)) if len({run[index] for run in runs}) > 1]
     named = []
     for run in runs:
         pairs = [run[index].partition("=") for index in varied]

@@ -93,21 +93,21 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     for change in changes:
         origins |= dict.fromkeys(overrides.apply(tree, change), overrides.SOURCE)
     _copy_nodes(tree, origins)
-    given = overrides.leaves(tree)
-    _refuse_unknown(given, origins)
+    stated = overrides.leaves(tree)
+    _refuse_unknown(stated, origins)
     is_inference = not INFERENCE_SECTIONS.isdisjoint(tree)
     values = _read_values(_resolve(_without_unset(tree) if is_inference else _fill(tree), source), origins)
     config: Config | InferenceConfig
     if is_inference:
-        _refuse_training(given, source)
+        _refuse_training(stated, source)
         config = from_tree(InferenceConfig, values)
         checks.check_inference(config)
     else:
-        _derive(values, given)
+        _derive(values, stated)
         config = from_tree(Config, values)
         checks.check(config)
-    origins = {key: origins[key] for key in given if key in origins}
-    return Composed(config, origins, _notes(given, config))
+    origins = {key: origins[key] for key in stated if key in origins}
+    return Composed(config, origins, _notes(stated, config))
 
 
 def print_notes(config: str, composed: Composed) -> None:
@@ -165,7 +165,9 @@ def _read_base(path: Path, base: Any, inside: tuple[Path, ...]) -> tuple[dict[st
         raise BadInput(f"{path.name}: {base!r} in defaults is neither a preset, a YAML file nor GROUP: FILE")
     node, name = (parts[-1], name) if group else ("", parts[-1])
     file = f"{node}/{name}" if node else name
-    found = next((one.resolve() for one in (path.parent / file, path.parent / f"{file}.yaml") if one.is_file()), None)
+    found = next(
+        (each.resolve() for each in (path.parent / file, path.parent / f"{file}.yaml") if each.is_file()), None
+    )
     if found is None and (optional or node):
         if optional:
             return {}, {}
@@ -191,8 +193,8 @@ def _copy_nodes(tree: dict[str, Any], origins: dict[str, str]) -> None:
                 origins |= {f"{key}.{name}": source for name in overrides.leaves(copy)}
 
 
-def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
-    for key, value in given.items():
+def _refuse_unknown(stated: dict[str, Any], origins: dict[str, str]) -> None:
+    for key, value in stated.items():
         source = origins.get(key, overrides.SOURCE)
         if key in schema.groups():
             if isinstance(value, str) and value in NO_COMPONENT:
@@ -203,9 +205,9 @@ def _refuse_unknown(given: dict[str, Any], origins: dict[str, str]) -> None:
             raise schema.unknown_key(key, source)
 
 
-def _refuse_training(given: dict[str, Any], source: str) -> None:
+def _refuse_training(stated: dict[str, Any], source: str) -> None:
     """Raise BadInput for an option of training in an inference file."""
-    for key, value in given.items():
+    for key, value in stated.items():
         if key == "model.peft.restore_from_path" and value is not None:
             raise BadInput(f"{source}: {key}={value} is refused: give it to generate as --lora {value}")
         if value is None or key == "name" or key.startswith(INFERENCE_KEYS):
@@ -292,7 +294,7 @@ def _read_values(tree: dict[str, Any], origins: dict[str, str], prefix: str = ""
     return values
 
 
-def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
+def _derive(values: dict[str, Any], stated: dict[str, Any]) -> None:
     """Fill in what follows from other options, and what other people's keys and class paths imply."""
     model = values["model"]
     checks.check_classes(model)
@@ -305,23 +307,23 @@ def _derive(values: dict[str, Any], given: dict[str, Any]) -> None:
         unet["num_heads"] = 8
     if text["arch"] is None and text["width"] is None:
         text["arch"] = CLIP_BY_WIDTH.get(unet["context_dim"])
-    model["peft"] |= _nemo_lora(model["peft"].get("lora_tuning"), given)
+    model["peft"] |= _nemo_lora(model["peft"].get("lora_tuning"), stated)
     adapted = model["peft"]["peft_scheme"] and "text_encoder" in model["peft"]["networks"]
     if model["cond_stage_trainable"] or adapted:
         text["freeze"] = False
-    if model.get("base_learning_rate") is not None and given.get("model.optim.lr") is None:
+    if model.get("base_learning_rate") is not None and stated.get("model.optim.lr") is None:
         model["optim"]["lr"] = model["base_learning_rate"]
-    elif given.get("model.optim.lr", 0) is None:
+    elif stated.get("model.optim.lr", 0) is None:
         model["optim"]["lr"] = NEMO_LR
-    if given.get("model.optim.sched.name") is None and given.get("model.optim.sched.warmup_steps") is None:
+    if stated.get("model.optim.sched.name") is None and stated.get("model.optim.sched.warmup_steps") is None:
         model["optim"]["sched"] |= _ldm_warmup(model.get("scheduler_config"))
     manager = values["exp_manager"]
     manager["resume_from_checkpoint"] = manager["resume_from_checkpoint"] or model.get("resume_from_checkpoint")
     model["ckpt_path"] = model["ckpt_path"] or model.get("restore_from_path")
     if model.get("scale_by_std"):
-        if given.get("model.scale_factor") not in (None, 1, "measured"):
+        if stated.get("model.scale_factor") not in (None, 1, "measured"):
             raise BadInput(
-                f"model.scale_by_std=True measures the scale, but model.scale_factor={given['model.scale_factor']} is "
+                f"model.scale_by_std=True measures the scale, but model.scale_factor={stated['model.scale_factor']} is "
                 "given; drop one of them"
             )
         model["scale_factor"] = "measured"
@@ -354,8 +356,8 @@ def _nemo_lora(tuning: dict[str, Any] | None, given: dict[str, Any]) -> dict[str
     return {name: schema.table()[f"model.peft.{name}"].read(v, "model.peft.lora_tuning") for name, v in found.items()}
 
 
-def _notes(given: dict[str, Any], config: Config | InferenceConfig) -> list[str]:
-    found = [option for key, value in given.items() if value is not None and (option := schema.find(key))]
+def _notes(stated: dict[str, Any], config: Config | InferenceConfig) -> list[str]:
+    found = [option for key, value in stated.items() if value is not None and (option := schema.find(key))]
     idle = {option.key: option.meaning for option in found if option.status == "no effect"}
     if isinstance(config, InferenceConfig):
         trainer = [option.key for option in found if option.key.startswith("trainer.")]
@@ -363,5 +365,5 @@ def _notes(given: dict[str, Any], config: Config | InferenceConfig) -> list[str]
         idle = dict.fromkeys((key for key in trainer if key != "trainer.precision"), reason) | idle
     elif config.model.optim.sched.name == "constant":
         keys = (f"model.optim.sched.{name}" for name in ("warmup_steps", "hold_steps", "min_lr", "max_steps"))
-        idle |= {key: "model.optim.sched.name=constant is one rate throughout" for key in keys if given.get(key)}
+        idle |= {key: "model.optim.sched.name=constant is one rate throughout" for key in keys if stated.get(key)}
     return [f"{key} has no effect here: {reason}" for key, reason in idle.items()]

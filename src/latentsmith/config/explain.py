@@ -93,7 +93,7 @@ def _show_node(node: dict[str, Any], origins: dict[str, str], prefix: str, inden
 
 
 def _origin(key: str, value: Any, origins: dict[str, str]) -> str:
-    if source := next((source for given, source in origins.items() if given == key or given.startswith(f"{key}.")), ""):
+    if source := next((source for name, source in origins.items() if name == key or name.startswith(f"{key}.")), ""):
         return source
     option = schema.table().get(key)
     return (

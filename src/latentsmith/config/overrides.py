@@ -64,7 +64,7 @@ def _value(text: str | None, key: str, literal: bool, sweeps: bool) -> Any:
     return text if literal and isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
-def sweep(given: list[str]) -> list[list[str]]:
+def sweep(overrides: list[str]) -> list[list[str]]:
     """Return the overrides of every run of a sweep: one for each combination of key=a,b, choice(...) and range(...).
 
     The last key varies fastest. Text options such as paths, where a comma may be meant, only sweep as choice(a,b).
@@ -74,7 +74,7 @@ def sweep(given: list[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     runs: list[list[str]] = [[]]
-    for override in given:
+    for override in overrides:
         _, key, _ = parse(override, sweeps=True)
         option, text = schema.find(key), override.partition("=")[2]
         values = [override]

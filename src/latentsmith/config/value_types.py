@@ -104,8 +104,8 @@ def whole(low: float | None = None, high: float | None = None) -> ValueType:
     """Return the type of an int between two bounds; 1e5 counts as one."""
 
     def read(value: Any) -> int:
-        given = _as_number(value)
-        return int(given) if given == int(given) and _within(given, low, high) else _refuse()
+        parsed = _as_number(value)
+        return int(parsed) if parsed == int(parsed) and _within(parsed, low, high) else _refuse()
 
     return ValueType(_range_words("a whole number", low, high), read)
 
@@ -116,8 +116,8 @@ def count_or_share() -> ValueType:
     def read(value: Any) -> int | float:
         if isinstance(value, float) and 0 <= value <= 1:
             return value
-        given = _as_number(value)
-        return int(given) if given == int(given) and given >= 0 else _refuse()
+        parsed = _as_number(value)
+        return int(parsed) if parsed == int(parsed) and parsed >= 0 else _refuse()
 
     return ValueType("a whole number of at least 0, or a share such as 0.5 or 1.0", read)
 

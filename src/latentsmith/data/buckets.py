@@ -54,10 +54,10 @@ def _sizes(resolution: int, step: int, max_aspect: float) -> tuple[tuple[int, in
     if step < 1 or max_aspect < 1 or resolution < step:
         return ()
     found = set()
-    for one in range(step, int(resolution * max_aspect) + step, step):
-        other = resolution * resolution // one // step * step
-        if other and max(one, other) <= max_aspect * min(one, other):
-            found |= {(one, other), (other, one)}
+    for side in range(step, int(resolution * max_aspect) + step, step):
+        other = resolution * resolution // side // step * step
+        if other and max(side, other) <= max_aspect * min(side, other):
+            found |= {(side, other), (other, side)}
     return tuple(sorted(found, key=lambda size: (size[0] / size[1], size[0])))
 
 

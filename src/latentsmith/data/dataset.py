@@ -126,8 +126,8 @@ def open_dataset(
         raise BadInput(
             "model.inductor=True compiles for one size, and aspect_buckets have several; leave out one of them"
         )
-    for one in sizes:
-        latent_shape(config, one)  # raises BadInput for one that the VAE does not divide
+    for bucket in sizes:
+        latent_shape(config, bucket)  # raises BadInput for one that the VAE does not divide
     order = sample_order(config, shards, numbers, global_batch) if split == "train" else None
     return TrainingSet(shards, cache, transforms, latent_shape(config, size), sizes, order, pad_to)
 
@@ -182,7 +182,7 @@ def open_mixture(config: Config) -> Mixture | None:
             "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
         )
     mirrors = mirror_cache(config)
-    lengths = [len(ShardSet(tars_of(config, one), mirrors)) for one in as_list(train.dataset_path)]
+    lengths = [len(ShardSet(tars_of(config, path), mirrors)) for path in as_list(train.dataset_path)]
     with blaming("model.data.train.weights"):
         return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
 

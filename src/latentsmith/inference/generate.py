@@ -239,9 +239,9 @@ def jobs_of(
     shared = {each.name for each in fields(SamplingOptions)}
     jobs = []
     for cell in product(*([(name, value) for value in values] for name, values in axes)):
-        given = {**options, **dict(cell)}
-        used = SamplingOptions(**{name: value for name, value in given.items() if name in shared})
-        own = {name: value for name, value in given.items() if name not in shared}
+        chosen = {**options, **dict(cell)}
+        used = SamplingOptions(**{name: value for name, value in chosen.items() if name in shared})
+        own = {name: value for name, value in chosen.items() if name not in shared}
         seed, variation_seed = own.pop("seed", 0), own.pop("variation_seed", 0)
         for number, (prompt, i) in enumerate(product(prompts, range(count))):
             offset = number if names else i

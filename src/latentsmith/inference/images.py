@@ -161,8 +161,8 @@ def run_vae(
     """Return run(vae, tensor), float32: in tiles if `tile` says how large, and in float32 where float16 overflows."""
 
     def whole(network: AutoencoderKL) -> Tensor:
-        apply, given = partial(run, network), tensor.to(next(network.parameters()))
-        return tiled(apply, given, scale, tile=tile, overlap=tile // 4).float() if tile else apply(given).float()
+        apply, moved = partial(run, network), tensor.to(next(network.parameters()))
+        return tiled(apply, moved, scale, tile=tile, overlap=tile // 4).float() if tile else apply(moved).float()
 
     found = whole(vae)
     half = next(vae.parameters()).dtype == torch.float16

@@ -370,8 +370,8 @@ class Pipeline(HasAdapters):
         keywords: those of `stream` that are not about text; seed i for embedding i is given as a list. With
         num_images_per_prompt the latents of one embedding follow one another.
         """
-        if given := [name for name in OF_TEXT if name in keywords]:
-            raise TypeError(f"{given[0]} is not a keyword of sample; prompts go to encode_prompt, in one batch")
+        if refused := [name for name in OF_TEXT if name in keywords]:
+            raise TypeError(f"{refused[0]} is not a keyword of sample; prompts go to encode_prompt, in one batch")
         if null_text_embeddings is None:
             keywords = {"guidance_scale": 1.0} | keywords
         requests, options, _ = parse_call([""] * len(text_embeddings), None, keywords)

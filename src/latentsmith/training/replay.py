@@ -56,7 +56,7 @@ def config_file(file: Path) -> Path:
 def read_description(file: Path) -> dict[str, Any]:
     try:
         description = json.loads(read_regular(file, JSON))
-        return {"step": int(description["step"]), "positions": [int(one) for one in description["positions"]],
+        return {"step": int(description["step"]), "positions": [int(number) for number in description["positions"]],
                 "weights": description.get("weights")}  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{file}: not a file that training wrote of a skipped step ({error})") from None
@@ -67,7 +67,7 @@ def load_weights(objective: Objective, file: Path, description: dict[str, Any]) 
     beside = file.parent / description["weights"] if description["weights"] else None
     if beside is None or not beside.is_dir():
         found = checkpoints_in(file.parent.parent / CHECKPOINTS)
-        before = [one for one in found if int(one.name.removeprefix("step-")) < description["step"]]
+        before = [each for each in found if int(each.name.removeprefix("step-")) < description["step"]]
         if not before:
             return "the weights that the run started from"
         beside = before[-1]
