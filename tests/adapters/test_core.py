@@ -86,7 +86,11 @@ def test_gradients_equal_those_through_a_merged_weight_in_float64(scheme, use_ch
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_off_and_away_is_the_base_bit_for_bit(scheme):
     network = small_unet()
-    before, state, kinds = network(*inputs()), copy.deepcopy(network.state_dict()), [type(m) for m in network.modules()]
+    before, state, classes = (
+        network(*inputs()),
+        copy.deepcopy(network.state_dict()),
+        [type(m) for m in network.modules()],
+    )
     inject(network, AdapterSpec(scheme=scheme, rank=2, targets="full"))
     moved(network)
     assert not torch.allclose(network(*inputs()), before, atol=1e-3)
@@ -95,7 +99,7 @@ def test_off_and_away_is_the_base_bit_for_bit(scheme):
     assert torch.equal(network(*inputs()), before)
     remove(network)
     assert torch.equal(network(*inputs()), before)
-    assert [type(m) for m in network.modules()] == kinds and network.state_dict().keys() == state.keys()
+    assert [type(m) for m in network.modules()] == classes and network.state_dict().keys() == state.keys()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -17,9 +17,9 @@ from latentsmith.files.errors import BadInput
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(60)[:, None] * 4, np.arange(80) * 3, 128), -1).astype(np.uint8)
 
 
-def saved(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+def saved(image: Image.Image, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -31,8 +31,8 @@ def pixels(data: bytes, **options) -> np.ndarray:
 
 def test_plain_formats():
     image = Image.fromarray(GRADIENT)
-    for kind, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
-        assert (pixels(saved(image, kind, **options)) == GRADIENT).all(), kind
+    for format, options in (("PNG", {}), ("BMP", {}), ("TIFF", {}), ("WEBP", {"lossless": True})):
+        assert (pixels(saved(image, format, **options)) == GRADIENT).all(), format
     assert abs(pixels(saved(image, "JPEG", quality=95)) - GRADIENT).max() <= 6
 
 
@@ -77,14 +77,14 @@ def test_grey_one_bit_and_sixteen_bits():
     assert (pixels(saved(Image.fromarray(grey))) == grey[..., None]).all()
     assert set(pixels(saved(Image.fromarray(grey).convert("1"))).ravel()) == {0, 255}
     wide = grey.astype(np.uint16) * 257
-    for kind in ("PNG", "TIFF"):
-        assert (pixels(saved(Image.fromarray(wide), kind)) == grey[..., None]).all(), kind
+    for format in ("PNG", "TIFF"):
+        assert (pixels(saved(Image.fromarray(wide), format)) == grey[..., None]).all(), format
 
 
 def test_cmyk():
     cmyk = Image.new("CMYK", (32, 32), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
-    for kind in ("JPEG", "TIFF"):
-        assert abs(pixels(saved(cmyk, kind)) - [255, 0, 0]).max() <= 4, kind
+    for format in ("JPEG", "TIFF"):
+        assert abs(pixels(saved(cmyk, format)) - [255, 0, 0]).max() <= 4, format
 
 
 def test_float_pixels_are_refused():
@@ -207,25 +207,25 @@ def test_sixteen_bits_are_rounded_and_have_a_known_range():
 
 def test_first_frame_of_animations():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
-    for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
-        data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-        assert (pixels(data) == [255, 0, 0]).all(), kind
-        assert not is_plain(load_image(data)), kind
+    for format, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})):
+        data = saved(frames[0], format, save_all=True, append_images=frames[1:], **options)
+        assert (pixels(data) == [255, 0, 0]).all(), format
+        assert not is_plain(load_image(data)), format
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
-def test_truncated_files_are_refused(kind, part):
+def test_truncated_files_are_refused(format, part):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    data = saved(Image.fromarray(noise), kind)
+    data = saved(Image.fromarray(noise), format)
     with pytest.raises(BadSample) as error:
         decode_image(data[: int(len(data) * part)])
     assert error.value.reason in ("truncated", "corrupt", "not an image")
-    if kind in ("JPEG", "PNG", "WEBP", "BMP"):
+    if format in ("JPEG", "PNG", "WEBP", "BMP"):
         assert error.value.reason == "truncated" and "bytes" in str(error.value)
 
 
-def test_what_is_no_picture():
+def test_what_is_no_image():
     for data, reason in (
         (b"", "zero bytes"),
         (b"hello", "not an image"),
@@ -342,18 +342,18 @@ def test_wrong_augmentations(augmentations, message):
         Transforms(**augmentations)
 
 
-def test_a_picture_too_small_for_the_crop_is_never_padded():
+def test_an_image_too_small_for_the_crop_is_never_padded():
     with pytest.raises(BadSample, match=r"60x80 \(height x width\) is too small for a crop of 64x64; put resize"):
         Transforms(center_crop_h_w="64, 64")(Image.fromarray(GRADIENT))
 
 
 def test_real_photographs(photographs):
-    """Every picture that scikit-image and scikit-learn ship becomes a square in range, and not an empty one."""
+    """Every image that scikit-image and scikit-learn ship becomes a square in range, and not an empty one."""
     transforms = Transforms(resize_smallest_side=64, center_crop_h_w="64, 64")
     floats = photographs.pop("multipage_rgb.tif")  # 64-bit floating point
     with pytest.raises(BadSample, match="not an image in a known format"):
         transforms.decode(floats.read_bytes())
     for name, path in photographs.items():
-        picture = transforms.decode(path.read_bytes())
-        assert picture.shape == (3, 64, 64) and picture.min() >= -1 and picture.max() <= 1, name
-        assert picture.std() > 0.02, name
+        array = transforms.decode(path.read_bytes())
+        assert array.shape == (3, 64, 64) and array.min() >= -1 and array.max() <= 1, name
+        assert array.std() > 0.02, name

@@ -22,26 +22,26 @@ COUNT = PREFETCH + 7
 OUTSIDE_TOO = Access(allow_outside=True)  # the tables made here have names with `..`
 
 
-def folder_of_pictures(folder, png):
+def folder_of_images(folder, png):
     for number in range(COUNT):
         path = folder / f"part {number % 3}" / f"{number:03}[a].png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(seed=number))
         path.with_suffix(".txt").write_text(f"\ufeffcaption {number}", encoding="utf-8")
-    (folder / "lost.txt").write_text("no picture")
+    (folder / "lost.txt").write_text("no image")
     (folder / "mute.png").write_bytes(png())
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "x.png").write_bytes(png())
 
 
-def table_of_pictures(folder, png, kind):
+def table_of_images(folder, png, suffix):
     for within in (folder / "0", folder / "1"):
         within.mkdir(parents=True)
     rows = [{"file_name": f"./{n % 2}/../{n}.png", "text": f"caption\n{n}", "n": str(n)} for n in range(COUNT)]
     for number in range(COUNT):
         if number != 5:
             (folder / f"{number}.png").write_bytes(png(seed=number))
-    if kind == "jsonl":
+    if suffix == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     else:
         quoted = [f'{row["file_name"]},"{row["text"]}",{row["n"]}' for row in rows]
@@ -62,9 +62,9 @@ def parquets(folder, png):
 
 
 MAKE = {
-    "folder": (folder_of_pictures, FolderSource),
-    "jsonl": (functools.partial(table_of_pictures, kind="jsonl"), TableSource),
-    "csv": (functools.partial(table_of_pictures, kind="csv"), TableSource),
+    "folder": (folder_of_images, FolderSource),
+    "jsonl": (functools.partial(table_of_images, suffix="jsonl"), TableSource),
+    "csv": (functools.partial(table_of_images, suffix="csv"), TableSource),
 }
 
 
@@ -109,14 +109,14 @@ def content(source, start=0):
     return found
 
 
-@pytest.mark.parametrize("kind", MAKE)
-def test_the_same_as_here(tmp_path, png, addresses, kind):
-    make, wanted = MAKE[kind]
+@pytest.mark.parametrize("source", MAKE)
+def test_the_same_as_here(tmp_path, png, addresses, source):
+    make, wanted = MAKE[source]
     make(tmp_path / "source", png)
     here = open_source(tmp_path / "source", OUTSIDE_TOO)
     assert isinstance(here, wanted) and len(here) >= COUNT
     for where, url in addresses().items():
-        if where == "http" and kind == "folder":
+        if where == "http" and source == "folder":
             continue  # a web server's listing escapes names
         far = open_source(url, OUTSIDE_TOO)
         assert isinstance(far, wanted) and len(far) == len(here)
@@ -126,7 +126,7 @@ def test_the_same_as_here(tmp_path, png, addresses, kind):
 
 
 def test_files_come_many_at_once(tmp_path, png, addresses, monkeypatch):
-    table_of_pictures(tmp_path / "source", png, "jsonl")
+    table_of_images(tmp_path / "source", png, "jsonl")
     source = open_source(addresses()["memory"], OUTSIDE_TOO)
     asked, cat = [], fsspec.implementations.memory.MemoryFileSystem.cat
     monkeypatch.setattr(
@@ -152,7 +152,7 @@ def test_parquet(tmp_path, png, addresses):
 
 
 def test_the_command(tmp_path, png, addresses, capsys):
-    folder_of_pictures(tmp_path / "source", png)
+    folder_of_images(tmp_path / "source", png)
     assert main(["data", "import", str(tmp_path / "source"), str(tmp_path / "here")]) == 0
     assert main(["data", "import", addresses()["memory"], str(tmp_path / "far")]) == 0
     assert "2 set aside" in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_the_command(tmp_path, png, addresses, capsys):
 
 
 def test_a_network_that_fails_is_no_bad_sample(tmp_path, png, addresses, monkeypatch):
-    table_of_pictures(tmp_path / "source", png, "jsonl")
+    table_of_images(tmp_path / "source", png, "jsonl")
     source = open_source(addresses()["memory"], OUTSIDE_TOO)
 
     def refuse(self, *words, **options):
@@ -173,8 +173,8 @@ def test_a_network_that_fails_is_no_bad_sample(tmp_path, png, addresses, monkeyp
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_refuses_is_told(tmp_path, png, addresses, monkeypatch):
-    """A status is no file that is not there: a table would become a folder of pictures."""
-    table_of_pictures(tmp_path / "source", png, "jsonl")
+    """A status is no file that is not there: a table would become a folder of images."""
+    table_of_images(tmp_path / "source", png, "jsonl")
     answers = [503, 503]
 
     class Busy(Quiet):

@@ -63,7 +63,7 @@ RECIPES = {  # the overrides of each sort of run
     "vae": (),
     "text": (*LATENTS, VAE, JOINT),
     "cached": (*CACHE, VAE, TEXT),
-    "pictures": (VAE, TEXT),
+    "images": (VAE, TEXT),
 }
 
 

@@ -24,9 +24,9 @@ def copy(world, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("recipe", ["cached", "pictures"])
+@pytest.mark.parametrize("recipe", ["cached", "images"])
 def test_a_shard_that_vanishes_stops_the_run_with_its_name(world, copy, capsys, recipe, workers):
-    folder, data = copy({"cached": "cache", "pictures": "shards"}[recipe])
+    folder, data = copy({"cached": "cache", "images": "shards"}[recipe])
     (folder / "shard-000001.tar").unlink()
     name = f"vanished-{recipe}-{workers}"
     given = (data, "trainer.max_steps=12", f"model.data.num_workers={workers}")
@@ -46,7 +46,7 @@ def test_an_image_that_has_gone_bad_is_named(world, copy, capsys, workers):
     damaged[at + 4 : at + 60] = bytes(56)
     tar.write_bytes(damaged)
     given = (data, "trainer.max_steps=12", f"model.data.num_workers={workers}")
-    assert world.call(*world.command("pictures", f"gone-bad-{workers}", *given)) == 2
+    assert world.call(*world.command("images", f"gone-bad-{workers}", *given)) == 2
     output = capsys.readouterr().err
     assert "shard-000001.tar: sample '000000008'" in output and "corrupt" in output
     assert output.strip().count("\n") == 0, output

@@ -21,18 +21,18 @@ WRONG = {  # recipe, overrides, what the line says
     "no set": ("cached", [f"{DATA}=null"], f"{DATA} is not set"),
     "set gone": ("cached", [f"{DATA}=ROOT/nowhere"], "nowhere: no such folder or tar"),
     "images for latents": ("cached", [f"{DATA}=ROOT/shards"], "shards: not a latent cache"),
-    "latents for images": ("pictures", [f"{DATA}=ROOT/cache"], "holds no images; set model.first_stage_key=image_"),
+    "latents for images": ("images", [f"{DATA}=ROOT/cache"], "holds no images; set model.first_stage_key=image_"),
     "captions not cached": ("cached", [f"{DATA}=ROOT/latents"], "holds no captions_encoded, only image_encoded"),
     "size does not divide": (
-        "pictures",
+        "images",
         ['model.data.train.augmentations.center_crop_h_w="15, 16"'],
         "images of 15x16 do not divide by 2",
     ),
-    "no VAE": ("pictures", [f"{VAE}.from_pretrained=null"], f"{VAE}.from_pretrained is not set"),
-    "VAE gone": ("pictures", [f"{VAE}.from_pretrained=ROOT/gone"], "gone: no such file"),
-    "VAE of another size": ("pictures", [f"{VAE}.ddconfig.ch=16"], "runs/vae"),
+    "no VAE": ("images", [f"{VAE}.from_pretrained=null"], f"{VAE}.from_pretrained is not set"),
+    "VAE gone": ("images", [f"{VAE}.from_pretrained=ROOT/gone"], "gone: no such file"),
+    "VAE of another size": ("images", [f"{VAE}.ddconfig.ch=16"], "runs/vae"),
     "loss that trains nothing": ("vae", [f"{VAE}.lossconfig={{_target_: torch.nn.Identity}}"], "which trains nothing"),
-    "no text encoder": ("pictures", [f"{TEXT}.from_pretrained=null"], f"{TEXT}.from_pretrained is not set"),
+    "no text encoder": ("images", [f"{TEXT}.from_pretrained=null"], f"{TEXT}.from_pretrained is not set"),
     "text encoder without sizes": ("text", [f"{TEXT}.heads=null"], "heads missing"),
     "text encoder learns, captions cached": (
         "cached",
@@ -72,7 +72,7 @@ WRONG = {  # recipe, overrides, what the line says
     "NeMo's list of tars": ("cached", [f"{DATA}=[ROOT/wdinfo.pkl]"], "wdinfo.pkl: No such file"),
     "nothing to resume": ("cached", [f"{MANAGER}.resume_ignore_no_checkpoint=false"], "no checkpoint to resume from"),
     "resume from a set": ("cached", [f"{MANAGER}.resume_from_checkpoint=ROOT/shards"], "not a checkpoint of a run"),
-    "start from a set": ("pictures", ["model.ckpt_path=ROOT/shards", f"{VAE}.from_pretrained=null"], "shards"),
+    "start from a set": ("images", ["model.ckpt_path=ROOT/shards", f"{VAE}.from_pretrained=null"], "shards"),
 }
 
 
@@ -140,7 +140,7 @@ def test_a_cache_made_with_other_transforms(world, capsys):
     assert "cache: made with transforms" in one_line(capsys)
 
 
-@pytest.mark.parametrize("recipe", ["pictures", "cached", "vae"])
+@pytest.mark.parametrize("recipe", ["images", "cached", "vae"])
 def test_a_truncated_tar(world, capsys, tmp_path, recipe):
     source = world.root / ("cache" if recipe == "cached" else "shards")
     shutil.copytree(source, tmp_path / "copy")

@@ -44,7 +44,7 @@ def images(world, tmp_path_factory):
 
 def run(world, images, name, *options):
     data = f"model.data.train.dataset_path={images / 'shards'}"
-    return world.train("pictures", name, data, *BUCKETS, *STEPS, *options)
+    return world.train("images", name, data, *BUCKETS, *STEPS, *options)
 
 
 def cached(world, images, name, *options):
@@ -98,10 +98,10 @@ def test_another_bucket_size_is_another_cache(world, images, capsys):
     assert "aspect_buckets" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["pictures", "cached"])
+@pytest.mark.parametrize("recipe", ["images", "cached"])
 def test_sets_are_mixed_within_buckets(world, images, recipe):
     """The second set with a weight of 3; its cache is one of two that train together."""
-    sets = ("shards", "second") if recipe == "pictures" else ("cache", "second-cache")
+    sets = ("shards", "second") if recipe == "images" else ("cache", "second-cache")
     data = f"model.data.train.dataset_path=[{','.join(str(images / one) for one in sets)}]"
     given = (data, "model.data.train.weights=[1,3]", *BUCKETS, *STEPS)
     whole = world.train(recipe, f"mixed-{recipe}", *given)
@@ -135,8 +135,8 @@ def test_a_cache_of_captions_alone_trains_on_its_images(world, tmp_path):
     assert world.call("precache", "--config", "ROOT/tiny.yaml", "--out", tmp_path / "captions", *half) == 0
     data = f"model.data.train.dataset_path={tmp_path / 'captions'}"
     still = ("model.optim.lr=0", "model.unet_config.from_pretrained=ROOT/runs/text")
-    made = world.train("pictures", "captions-cached", data, *half, *still)
-    plain = world.train("pictures", "nothing-cached", *still)
+    made = world.train("images", "captions-cached", data, *half, *still)
+    plain = world.train("images", "nothing-cached", *still)
     assert world.losses(made) == pytest.approx(world.losses(plain), rel=2e-3)
 
 
@@ -166,7 +166,7 @@ def test_caches_that_do_not_train_together(world, images, capsys):
 
 
 def test_filterings_take_large_images(world, images, capsys):
-    for name, make in (("pictures", run), ("cached", cached)):
+    for name, make in (("images", run), ("cached", cached)):
         large = "model.data.train.filterings.resolution={method: larger, value: 40}"
         made = make(world, images, f"large-{name}", large)
         assert len(world.losses(made)) == 8
@@ -186,11 +186,11 @@ def test_filterings_take_large_images(world, images, capsys):
 def test_what_does_not_go_together_is_one_line(world, images, capsys, options, message):
     given = [option.replace("SHARDS", str(images / "shards")) for option in options]
     data = f"model.data.train.dataset_path={images / 'shards'}"
-    assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given)) == 2
+    assert world.call(*world.command("images", "bad-buckets", data, *BUCKETS, *given)) == 2
     output = capsys.readouterr().err
     assert message in output.splitlines()[-1] and output.count("latentsmith:") == 1
     assert not (world.root / "runs" / "bad-buckets").exists()
-    assert world.call(*world.command("pictures", "bad-buckets", data, *BUCKETS, *given), "--dry-run") == 2
+    assert world.call(*world.command("images", "bad-buckets", data, *BUCKETS, *given), "--dry-run") == 2
     assert message in capsys.readouterr().err
 
 

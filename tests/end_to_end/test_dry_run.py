@@ -33,7 +33,7 @@ def hollow(path, network):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 255, (768, 768, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{number}.jpg")
@@ -171,7 +171,7 @@ def test_a_sweep_makes_runs_of_their_own(world):
     assert sorted(path.name for path in root.glob("sweep*")) == ["sweep-lr0.0001", "sweep-lr0.001"]
 
 
-@pytest.mark.parametrize("kind", ["cached", "vae"])
-def test_a_step_of_more_samples_than_there_are_is_said(world, capsys, kind):
-    assert world.call(*world.command(kind, "large-step", "model.micro_batch_size=220"), "--dry-run") == 0
+@pytest.mark.parametrize("recipe", ["cached", "vae"])
+def test_a_step_of_more_samples_than_there_are_is_said(world, capsys, recipe):
+    assert world.call(*world.command(recipe, "large-step", "model.micro_batch_size=220"), "--dry-run") == 0
     assert "a step of 220 has each of the 22 samples 10.0 times: lower the batch size" in capsys.readouterr().out

@@ -20,7 +20,7 @@ def begun(world):
     try: `vae-2`, a copy of the shards, and shards of other samples."""
     init = f"model.unet_config.from_pretrained={world.root}/runs/text"
     made = {
-        "pictures": world.train("pictures", "begun-pictures", "trainer.max_steps=2"),
+        "images": world.train("images", "begun-images", "trainer.max_steps=2"),
         "cached": world.train("cached", "begun-cached", "trainer.max_steps=2", init),
     }
     world.train("vae", "vae-2", "model.seed=9", "trainer.max_steps=2")
@@ -32,11 +32,11 @@ def begun(world):
 
 @pytest.fixture
 def run(world, begun, request):
-    """run(kind): a copy of a run to resume, under a name of its own."""
+    """run(recipe): a copy of a run to resume, under a name of its own."""
 
-    def copy(kind="pictures"):
+    def copy(recipe="images"):
         name = f"{request.node.name.partition('[')[0][5:40]}-{len(list((world.root / 'runs').iterdir()))}"
-        shutil.copytree(begun[kind], world.root / "runs" / name)
+        shutil.copytree(begun[recipe], world.root / "runs" / name)
         return world.root / "runs" / name
 
     return copy
@@ -46,16 +46,16 @@ def files(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
-def resume(world, kind, folder, *overrides):
-    init = (f"model.unet_config.from_pretrained={world.root}/runs/text",) if kind == "cached" else ()
-    return world.call(*world.command(kind, folder.name, "trainer.max_steps=3", *init, *overrides))
+def resume(world, recipe, folder, *overrides):
+    init = (f"model.unet_config.from_pretrained={world.root}/runs/text",) if recipe == "cached" else ()
+    return world.call(*world.command(recipe, folder.name, "trainer.max_steps=3", *init, *overrides))
 
 
-def refused(world, capsys, kind, folder, *overrides):
+def refused(world, capsys, recipe, folder, *overrides):
     """What is printed where a resume is refused, which has to leave every file as it was."""
     before = files(folder)
     capsys.readouterr()
-    assert resume(world, kind, folder, *overrides) == 2
+    assert resume(world, recipe, folder, *overrides) == 2
     assert files(folder) == before
     return capsys.readouterr().err
 
@@ -71,20 +71,20 @@ OTHER = [
     ("cached", "model.unet_config.channel_mult=[1,1]", "model.unet_config.channel_mult=[1, 2] (now [1, 1])"),
     ("cached", "model.unet_config.from_pretrained=ROOT/runs/cached",
      "model.unet_config.from_pretrained=ROOT/runs/text (now ROOT/runs/cached)"),
-    ("pictures", "model.unet_config.from_pretrained=ROOT/runs/cached",
+    ("images", "model.unet_config.from_pretrained=ROOT/runs/cached",
      "model.unet_config.from_pretrained=null (now ROOT/runs/cached)"),
-    ("pictures", "model.first_stage_config.from_pretrained=ROOT/runs/vae-2",
+    ("images", "model.first_stage_config.from_pretrained=ROOT/runs/vae-2",
      "model.first_stage_config.from_pretrained=ROOT/runs/vae (now ROOT/runs/vae-2)"),
-    ("pictures", "model.cond_stage_config.from_pretrained=ROOT/runs/joint", "model.cond_stage_config.from_pretrained="),
+    ("images", "model.cond_stage_config.from_pretrained=ROOT/runs/joint", "model.cond_stage_config.from_pretrained="),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "override", "difference"), OTHER, ids=[override for _, override, _ in OTHER])
-def test_what_makes_it_another_run_is_refused_by_name(world, run, capsys, kind, override, difference):
+@pytest.mark.parametrize(("recipe", "override", "difference"), OTHER, ids=[override for _, override, _ in OTHER])
+def test_what_makes_it_another_run_is_refused_by_name(world, run, capsys, recipe, override, difference):
     if "joint" in override:
         world.train("text", "joint", "model.seed=3", "trainer.max_steps=2")
-    folder = run(kind)
-    said = refused(world, capsys, kind, folder, override)
+    folder = run(recipe)
+    said = refused(world, capsys, recipe, folder, override)
     assert f"{folder}: this run has {difference}".replace("ROOT", str(world.root)) in said and said.count("\n") == 1
     assert f"name a new run (exp_manager.name), which may start from these weights with --init {folder}" in said
 
@@ -106,18 +106,18 @@ def test_what_may_change_is_said_and_done(world, run, capsys):
 
 def test_other_data_need_a_word(world, run, capsys):
     folder = run()
-    assert resume(world, "pictures", folder, "model.data.train.dataset_path=ROOT/moved-shards") == 0
+    assert resume(world, "images", folder, "model.data.train.dataset_path=ROOT/moved-shards") == 0
     other = "model.data.train.dataset_path=ROOT/other-shards"
-    said = refused(world, capsys, "pictures", folder, other)
+    said = refused(world, capsys, "images", folder, other)
     assert f"{folder}: this run's data have model.data.train.dataset_path={world.root}/moved-shards (now " in said
     assert "; set it back, or set exp_manager.allow_data_change=true to resume with other data" in said
-    said = refused(world, capsys, "pictures", folder, "model.data.train.augmentations.horizontal_flip=true")
+    said = refused(world, capsys, "images", folder, "model.data.train.augmentations.horizontal_flip=true")
     assert "model.data.train.augmentations.horizontal_flip=null (now true)" in said
     allowed = (other, "exp_manager.allow_data_change=true", "trainer.max_steps=4")
-    assert resume(world, "pictures", folder, *allowed) == 0
+    assert resume(world, "images", folder, *allowed) == 0
     assert f"{folder}: resumes with model.data.train.dataset_path={world.root}/" in capsys.readouterr().out
     assert not load_config(folder / "config.yaml").exp_manager.allow_data_change  # the next start asks again
-    assert "this run's data have" in refused(world, capsys, "pictures", folder, "trainer.max_steps=5")
+    assert "this run's data have" in refused(world, capsys, "images", folder, "trainer.max_steps=5")
 
 
 def test_data_of_the_same_name_and_other_content(world, run, capsys):
@@ -125,7 +125,7 @@ def test_data_of_the_same_name_and_other_content(world, run, capsys):
     shards.rename(world.root / "kept-shards")
     try:
         shutil.copytree(world.root / "other-shards", shards)
-        said = refused(world, capsys, "pictures", folder)
+        said = refused(world, capsys, "images", folder)
         assert f"model.data.train.dataset_path={shards} (now with other content)" in said
         shutil.rmtree(shards)
     finally:
@@ -154,15 +154,15 @@ def test_dry_runs_look_too(world, run, capsys):
 def test_folders_from_before_the_record(world, run, capsys):
     folder = run()
     (folder / "identity.json").unlink()
-    said = refused(world, capsys, "pictures", folder, "model.seed=8")
+    said = refused(world, capsys, "images", folder, "model.seed=8")
     assert "this run has model.seed=7 (now 8)" in said
-    said = refused(world, capsys, "pictures", folder, "model.first_stage_config.from_pretrained=ROOT/runs/vae-2")
+    said = refused(world, capsys, "images", folder, "model.first_stage_config.from_pretrained=ROOT/runs/vae-2")
     assert "this run has model.first_stage_config.from_pretrained=" in said
-    said = refused(world, capsys, "pictures", folder, "model.data.train.dataset_path=ROOT/other-shards")
+    said = refused(world, capsys, "images", folder, "model.data.train.dataset_path=ROOT/other-shards")
     assert "this run's data have model.data.train.dataset_path=" in said
     shutil.copytree(world.root / "tokenizer", world.root / "moved-tokenizer", dirs_exist_ok=True)
     moved = "model.cond_stage_config.tokenizer=ROOT/moved-tokenizer"
-    assert resume(world, "pictures", folder, moved) == 0
+    assert resume(world, "images", folder, moved) == 0
     said = capsys.readouterr().out
     assert f"{folder}: has no identity.json, so it was compared by config.yaml and its networks; taken as the " in said
     assert f"same: model.cond_stage_config.tokenizer={world.root}/tokenizer (now" in said
@@ -173,13 +173,13 @@ def test_a_record_that_is_none_is_named(world, run, capsys):
     folder = run()
     for text, message in (("[]", "holds a list"), ('{"options": 1}', "not the record of a run")):
         (folder / "identity.json").write_text(text)
-        assert message in refused(world, capsys, "pictures", folder)
+        assert message in refused(world, capsys, "images", folder)
 
 
 def test_a_start_without_a_checkpoint_replaces_what_an_earlier_one_left(world, run):
     folder = run()
     shutil.rmtree(folder / "checkpoints")
-    assert resume(world, "pictures", folder, "model.first_stage_config.from_pretrained=ROOT/runs/vae-2") == 0
+    assert resume(world, "images", folder, "model.first_stage_config.from_pretrained=ROOT/runs/vae-2") == 0
     kept, given = (
         open_tensors(path)
         for path in (folder / "vae.safetensors", world.newest(world.root / "runs" / "vae-2") / "ema/vae.safetensors")
@@ -188,12 +188,10 @@ def test_a_start_without_a_checkpoint_replaces_what_an_earlier_one_left(world, r
 
 
 def test_a_branch_says_how_it_differs(world, begun, capsys):
-    start = f"exp_manager.resume_from_checkpoint={begun['pictures']}/checkpoints/step-00000002"
-    world.train("pictures", "branch-of-begun", start, "trainer.max_steps=3", "model.caption_dropout_rate=0.5")
+    start = f"exp_manager.resume_from_checkpoint={begun['images']}/checkpoints/step-00000002"
+    world.train("images", "branch-of-begun", start, "trainer.max_steps=3", "model.caption_dropout_rate=0.5")
     said = capsys.readouterr().out
-    assert (
-        f"begins at a checkpoint of {begun['pictures']}, which has model.caption_dropout_rate=0.25 (now 0.5), " in said
-    )
+    assert f"begins at a checkpoint of {begun['images']}, which has model.caption_dropout_rate=0.25 (now 0.5), " in said
 
 
 def test_only_one_process_trains_in_a_folder(world, run, capsys):
@@ -222,10 +220,10 @@ def without_records(folder):
 
 def test_more_and_fewer_trained_parts(world, run, begun, capsys):
     folder = without_records(run())
-    said = refused(world, capsys, "pictures", folder, "model.cond_stage_trainable=true")
+    said = refused(world, capsys, "images", folder, "model.cond_stage_trainable=true")
     assert "trains unet, and this config trains text_encoder and unet; set model.cond_stage_trainable=false" in said
     start = "exp_manager.resume_from_checkpoint=ROOT/runs/text/checkpoints/step-00000004"
-    assert world.call(*world.command("pictures", "fewer", start, "trainer.max_steps=6")) == 2
+    assert world.call(*world.command("images", "fewer", start, "trainer.max_steps=6")) == 2
     said = capsys.readouterr().err
     assert "trains text_encoder and unet, and this config trains unet; set model.cond_stage_trainable=true" in said
     assert not (world.root / "runs" / "fewer").exists()
@@ -257,12 +255,12 @@ def test_another_batch_where_buckets_are_ordered_by_it(world, tmp_path, capsys):
         f"model.data.train.augmentations={augmentations}",
         "model.data.train.augmentations.center_crop_h_w=null",
     )
-    folder = world.train("pictures", "batch-of-buckets", *options, "model.micro_batch_size=2", "trainer.max_steps=3")
+    folder = world.train("images", "batch-of-buckets", *options, "model.micro_batch_size=2", "trainer.max_steps=3")
     smaller = ("model.micro_batch_size=1", "model.global_batch_size=2")
-    assert resume(world, "pictures", folder, *options, *smaller, "trainer.max_steps=4") == 0
-    said = refused(world, capsys, "pictures", folder, *options, "model.micro_batch_size=4", "trainer.max_steps=8")
+    assert resume(world, "images", folder, *options, *smaller, "trainer.max_steps=4") == 0
+    said = refused(world, capsys, "images", folder, *options, "model.micro_batch_size=4", "trainer.max_steps=8")
     assert "samples of a step, by which aspect buckets and filterings are ordered, 2 (now 4); set it back" in said
-    said = refused(world, capsys, "pictures", without_records(folder), *options, "model.micro_batch_size=3",
+    said = refused(world, capsys, "images", without_records(folder), *options, "model.micro_batch_size=3",
                    "trainer.max_steps=8")  # fmt: skip
     assert "8 samples are no whole number of steps of 3" in said
 

@@ -39,8 +39,8 @@ def ldm_file(tmp_path, networks):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder / "pictures", 6, 0)
-    import_data(folder / "pictures", folder / "shards", samples_per_shard=4)
+    write_scenes(folder / "images", 6, 0)
+    import_data(folder / "images", folder / "shards", samples_per_shard=4)
     return folder / "shards"
 
 

@@ -28,11 +28,11 @@ def test_a_cache_from_afar_trains_as_one_from_here(world, tmp_path, gib, capsys)
     memory.rm("/bucket", recursive=True)
 
 
-@pytest.mark.parametrize("recipe", ["cached", "text", "pictures"])
+@pytest.mark.parametrize("recipe", ["cached", "text", "images"])
 def test_a_sample_is_asked_for_once(world, tmp_path, monkeypatch, recipe):
     """Image, latents and caption in one request, where samples are read in ranges."""
     memory = fsspec.filesystem("memory")
-    folder = {"cached": "cache", "text": "latents", "pictures": "shards"}[recipe]
+    folder = {"cached": "cache", "text": "latents", "images": "shards"}[recipe]
     memory.put(str(world.root / folder), "/bucket/set", recursive=True)
     given = [word.replace("ROOT", str(world.root)) for word in RECIPES[recipe]]
     far = ["model.data.train.dataset_path=memory://bucket/set", f"model.data.remote.cache_dir={tmp_path}"]

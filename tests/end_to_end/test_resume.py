@@ -221,8 +221,8 @@ def test_a_measured_scale_is_not_measured_again(world, monkeypatch):
 
 def test_validation_of_images_in_pure_half_precision(world):
     options = ("trainer.precision=bf16-true", "model.data.validation.dataset_path=ROOT/shards", "trainer.max_steps=1")
-    plain = world.train("pictures", "validated-32", *options[1:])
-    half = world.train("pictures", "validated-16", *options)
+    plain = world.train("images", "validated-32", *options[1:])
+    half = world.train("images", "validated-16", *options)
     losses = [read_rows(run / "validation.csv")[0]["val_loss"] for run in (plain, half)]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
 
@@ -231,7 +231,7 @@ def test_sets_mixed_by_weight_go_on(world):
     """The mixture is what training draws from, and it, too, is a function of the position."""
     sets = ("model.data.train.dataset_path=[ROOT/shards,ROOT/shards]",)
     mixed = (*sets, "model.data.train.weights=[1,3]")
-    whole = world.train("pictures", "mixed-whole", *mixed)
-    world.train("pictures", "mixed-halves", *mixed, "trainer.max_steps=2")
-    halves = world.train("pictures", "mixed-halves", *mixed)
-    assert world.losses(halves) == world.losses(whole) != world.losses(world.train("pictures", "not-mixed", *sets))
+    whole = world.train("images", "mixed-whole", *mixed)
+    world.train("images", "mixed-halves", *mixed, "trainer.max_steps=2")
+    halves = world.train("images", "mixed-halves", *mixed)
+    assert world.losses(halves) == world.losses(whole) != world.losses(world.train("images", "not-mixed", *sets))

@@ -86,7 +86,7 @@ def test_weights_and_biases_by_one_line(world, monkeypatch):
     monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger", Logger)
     options = ("exp_manager.create_wandb_logger=true", "exp_manager.wandb_logger_kwargs={project: images}")
     run = world.train("cached", "watched", *options)
-    assert made == {"save_dir": str(run), "project": "pictures", "name": "watched", "status": "success"}
+    assert made == {"save_dir": str(run), "project": "images", "name": "watched", "status": "success"}
     assert [step for step, _ in sent] == [1, 2, 3, 4]
     assert [values["train/loss"] for _, values in sent] == pytest.approx(world.losses(run))
 

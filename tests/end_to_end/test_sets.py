@@ -12,7 +12,7 @@ AUGMENTATIONS = "model.data.train.augmentations"
 CROPS = (f"{AUGMENTATIONS}.center_crop_h_w=null", f"{AUGMENTATIONS}.random_crop_h_w='8, 8'")
 
 
-@pytest.mark.parametrize(("recipe", "more"), [("cached", ()), ("text", ()), ("pictures", ()), ("pictures", CROPS)])
+@pytest.mark.parametrize(("recipe", "more"), [("cached", ()), ("text", ()), ("images", ()), ("images", CROPS)])
 def test_a_batch_is_its_samples(world, recipe, more):
     """Bit for bit, in any order, one sample taken twice: random crops go by the position, not by the batch."""
     overrides = [word.replace("ROOT", str(world.root)) for word in (*RECIPES[recipe], *more)]

@@ -98,14 +98,14 @@ def test_it_is_on_and_gradients_agree(world, plain, name):
     assert half <= (apart > 0)  # half precision that changes nothing was not used
 
 
-@pytest.mark.parametrize("recipe", ["cached", "pictures"])
+@pytest.mark.parametrize("recipe", ["cached", "images"])
 def test_half_precision_rounds_no_noise_and_no_target(world, recipe):
     """A fresh U-Net predicts 0, so that its first loss is the target's mean square: the same in every precision."""
     first = {}
     for precision in ("32-true", "bf16-mixed", "bf16-true"):
         options = (f"trainer.precision={precision}", "model.min_snr_gamma=5", "trainer.max_steps=1")
         first[precision] = world.losses(world.train(recipe, f"target-{recipe}-{precision}", *options))[0]
-    encoded = 3e-3 if recipe == "pictures" else 1e-6  # a VAE in bfloat16 rounds its own latents
+    encoded = 3e-3 if recipe == "images" else 1e-6  # a VAE in bfloat16 rounds its own latents
     assert first["bf16-true"] == pytest.approx(first["32-true"], rel=encoded)
     assert first["bf16-mixed"] == pytest.approx(first["32-true"], rel=encoded)
 

@@ -5,7 +5,7 @@ import pytest
 NOISE = ("model.data.synthetic_data=true", "model.data.synthetic_data_length=50", "model.data.train.dataset_path=null")
 
 
-@pytest.mark.parametrize("recipe", ["cached", "pictures", "text"])
+@pytest.mark.parametrize("recipe", ["cached", "images", "text"])
 def test_trains(world, recipe, capsys):
     run = world.train(recipe, f"noise-{recipe}", *NOISE, "trainer.max_steps=2")
     assert "50 samples of noise, latents [4, 8, 8]" in capsys.readouterr().out

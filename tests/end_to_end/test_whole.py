@@ -53,14 +53,14 @@ def test_cache_and_images_give_the_same_losses_sample_for_sample(world):
     """A U-Net that has learnt something, standing still: each step's loss is that of one sample."""
     unet = "model.unet_config.from_pretrained=ROOT/runs/text"
     cached = world.losses(world.train("cached", "still-cached", unet, *NOT_MOVING))
-    images = world.losses(world.train("pictures", "still-images", unet, *NOT_MOVING))
+    images = world.losses(world.train("images", "still-images", unet, *NOT_MOVING))
     assert len(cached) == 22 and max(cached) > 1.5 * min(cached)
     assert cached == pytest.approx(images, rel=2e-3)
     assert cached != images  # float16 has rounded: these were two ways, not one
 
 
 def test_training_on_images_moves(world):
-    run = world.train("pictures", "pictures")
+    run = world.train("images", "images")
     assert len(world.losses(run)) == 4 and (run / "vae.safetensors").is_file()
 
 

@@ -17,14 +17,14 @@ from latentsmith.files.errors import BadInput
 SIZES = [(50, 50), (200, 130), (31, 290)]
 
 
-def picture(width, height):
+def noise_image(width, height):
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_clean_is_pillows_bicubic_of_each_channel_in_float(size):
-    image = picture(*size)
+    image = noise_image(*size)
     found = RULES["clean"](image, 64)
     for channel, band in zip(found, image.split(), strict=True):
         expected = band.convert("F").resize((64, 64), Image.Resampling.BICUBIC)
@@ -33,7 +33,7 @@ def test_clean_is_pillows_bicubic_of_each_channel_in_float(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_legacy_tensorflow_is_its_definition(size):
-    image, side = picture(*size), 37
+    image, side = noise_image(*size), 37
     pixels = np.asarray(image, dtype=np.float64)
     height, width = pixels.shape[:2]
 
@@ -50,11 +50,11 @@ def test_legacy_tensorflow_is_its_definition(size):
 
 
 def test_the_rules_leave_an_image_of_the_right_size_alone():
-    image = picture(48, 48)
+    image = noise_image(48, 48)
     for name, rule in RULES.items():
         np.testing.assert_allclose(rule(image, 48).permute(1, 2, 0), np.asarray(image), rtol=0, atol=1e-4, err_msg=name)
     with pytest.raises(BadInput, match="resize none: an image of 50x50, the extractor takes 48x48"):
-        RULES["none"](picture(50, 50), 48)
+        RULES["none"](noise_image(50, 50), 48)
 
 
 def test_dinov2_is_the_class_token_of_transformers(tmp_path):
