@@ -23,19 +23,19 @@ CASES = {
     "loha": ("cached", ("model.peft.peft_scheme=loha",)),
     "lokr": ("cached", ("model.peft.peft_scheme=lokr",)),
     "oft": ("cached", ("model.peft.peft_scheme=oft",)),
-    "both networks from images": ("pictures", (*TEXT, "model.optim.text_encoder_lr=1e-3")),
+    "both networks from images": ("images", (*TEXT, "model.optim.text_encoder_lr=1e-3")),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_four_steps_are_two_and_two(world, case):
-    kind, options = CASES[case]
+    recipe, options = CASES[case]
     name = case.replace(" ", "-")
-    valid = f"model.data.validation.dataset_path=ROOT/{'cache' if kind == 'cached' else 'shards'}"
+    valid = f"model.data.validation.dataset_path=ROOT/{'cache' if recipe == 'cached' else 'shards'}"
     options = (*LORA, *options, valid, "trainer.val_check_interval=2")
-    whole = world.train(kind, f"{name}-whole", *options)
-    halves = world.train(kind, f"{name}-halves", *options, "trainer.max_steps=2")
-    world.train(kind, f"{name}-halves", *options)
+    whole = world.train(recipe, f"{name}-whole", *options)
+    halves = world.train(recipe, f"{name}-halves", *options, "trainer.max_steps=2")
+    world.train(recipe, f"{name}-halves", *options)
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
     assert read_rows(halves / "validation.csv") == read_rows(whole / "validation.csv")
     assert read_state(world.newest(halves)) == read_state(world.newest(whole))
