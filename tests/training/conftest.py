@@ -117,7 +117,7 @@ class Toy:
             self.optimizer,
             self.options,
             self.lr_factor,
-            clip,
+            gradient_clip_val=clip,
         )
         ema = SimpleNamespace(decay=self.decay, every_n_steps=1, cpu_offload=False) if self.decay else None
         training = setup.start(fabric, objective or self.objective(), plan, ema)
