@@ -18,7 +18,7 @@ from latentsmith.files.lazy import LazyTensor
 from latentsmith.files.tensors import TensorFile
 
 from .file import Found, Source
-from .names import Layers, Names, spellings
+from .names import TEXT, Layers, Names, spellings
 
 METADATA_KEY = "lora_adapter_metadata"
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -164,7 +164,9 @@ def named(parts: Mapping[str, Mapping[str, Tensor]], layers: Layers) -> dict[str
                 tensor = tensor.reshape(len(tensor), *shape[1:])
             else:
                 tensor = tensor.reshape(*tensor.shape[:2], *[1] * (len(shape) - 2))
-            tensors[f"{part}.{every[part, layer][0]}.{ENDINGS[name]}"] = tensor
+            # transformers 5 loads a text encoder's norms under this name alone, peft a U-Net's under both.
+            ending = ".weight" if name == "dora_scale" and part == "text_encoder" else ""
+            tensors[f"{part}.{every[part, layer][0]}.{ENDINGS[name]}{ending}"] = tensor
     return tensors
 
 
@@ -177,7 +179,8 @@ def metadata(parts: Mapping[str, Mapping[str, Tensor]], layers: Layers) -> dict[
         given = {key.rpartition(".")[0]: float(t) for key, t in state.items() if key.endswith(".alpha")}
         alphas = {layer: given.get(layer) or float(rank) for layer, rank in ranks.items()}
         rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-        names = {layer: every[part, layer][0] for layer in ranks}
+        # Ends of names, which peft matches: transformers has text_model in some versions and not in others.
+        names = {layer: every[part, layer][0].removeprefix(TEXT) for layer in ranks}
         own: dict[str, Any] = {
             "peft_type": "LORA",
             "r": rank,

@@ -25,6 +25,7 @@ FOLDER_FILES = {  # of a folder -> the config beside it
     "adapter_model.safetensors": "adapter_config.json",
     "adapter_model.bin": "adapter_config.json",
 }
+OF_CONTEXT = ("lora_down.weight", "lora_A.weight", "lora.down.weight", "linear_in.weight", "hada_w1_b")
 NOT_READ = {  # end of a key -> what it is
     (".w_norm", ".b_norm"): "changes norms (train_norm), which is not supported",
     (".diff_b",): "changes biases, which is not supported",
@@ -56,7 +57,7 @@ def read_adapter(path: str | Path, layers: Layers) -> AdapterFile:
     Raises BadInput, one line, for a file that cannot be read, is for another model, or has a key that is not used.
     """
     source = open_source(Path(path))
-    format = next((each for each in FORMATS if each.recognises(source.file)), None)
+    format = adapter_format(source.file)
     if format is None:
         raise BadInput(f"{path}: no adapter; its keys, such as {next(iter(source.file), '')}, are of no known format")
     found = format.read(source, layers)
@@ -84,6 +85,11 @@ def read_adapter(path: str | Path, layers: Layers) -> AdapterFile:
     schemes, ranks, alphas = zip(*checked, strict=True)
     scheme = "+".join(sorted(set(schemes)))
     return AdapterFile(Path(path), format.name, parts, scheme, ranks, alphas, base, source.file.metadata, embeddings)
+
+
+def adapter_format(file: TensorFile) -> Format | None:
+    """Return the format of an adapter file, None if it is none."""
+    return next((each for each in FORMATS if each.recognises(file)), None)
 
 
 def open_source(path: Path) -> Source:
@@ -132,11 +138,13 @@ def base_of(source: Source, found: Found) -> str | None:
     keys = list(source.file.entries)
     if any(key.startswith(("lora_te2_", "text_encoder_2.")) for key in keys):
         return "SDXL"
-    for key in keys:
-        if ("attn2" in key and ("to_k" in key or "to_v" in key)) and key.endswith(
-            ("lora_down.weight", "lora_A.weight", "lora.down.weight", "linear_in.weight", "hada_w1_b")
-        ):
-            return BASES.get(source.file.entries[key].shape[1])
+    widths = [
+        source.file.entries[key].shape[1]
+        for key in keys
+        if "attn2" in key and ("to_k" in key or "to_v" in key) and key.endswith(OF_CONTEXT)
+    ]
+    if widths and widths[0] in BASES:
+        return BASES[widths[0]]
     metadata = source.file.metadata
     version = metadata.get("ss_base_model_version", "") + metadata.get("modelspec.architecture", "")
     if "xl" in version:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,7 @@ def convert(
     prediction_type: str | None = None,
     tokenizer: str | Path | None = None,
     verify: bool = False,
+    change: Callable[[dict[str, dict[str, LazyTensor]]], dict[str, dict[str, LazyTensor]]] | None = None,
 ) -> Path:
     """Write the whole model at `src` to `dst`, which must not exist, and return `dst`.
 
@@ -49,6 +50,7 @@ def convert(
     there. dtype: "fp32", "fp16", "bf16" or torch's own for every weight; None keeps each. prediction_type: overrides
     what the checkpoint says. tokenizer: file or folder of the one for a diffusers folder, where the checkpoint has none
     and CLIP's is not on this machine.
+    change: what makes other tensors of the model's, such as adapters merged into them.
     verify: open the result again and compare every tensor, and what each network makes of one input, with its source's.
     Raises BadInput for a source that is not a whole model, a destination that cannot be written, or a diffusers folder
     without a tokenizer; RuntimeError if verifying finds a tensor that is not what was meant to be written.
@@ -62,6 +64,7 @@ def convert(
     parts = {part: match(checkpoint, part, shapes[part]) for part in COMPONENTS}
     for part in parts:
         check_sums(checkpoint.parts[part].path)
+    parts = change(parts) if change else parts
     options = {}
     if format.needs_tokenizer:
         options["tokenizer"] = tokenizer_files(checkpoint, parts["text_encoder"], spec, tokenizer)

@@ -18,7 +18,7 @@ from latentsmith.files.text import read_lines
 from latentsmith.image_request import AXES, OPTIONS
 from latentsmith.precision import Dtype
 
-from .convert import Weights
+from .convert import Weights, file_and_weight
 
 DEFAULT_OUT = Path("images")
 RANDOM_SEED = -1
@@ -112,7 +112,7 @@ def generate(
     command |= {"image": image, "mask": mask, "device": device, "dtype": dtype, "weights": weights}
     command |= {"prediction_type": prediction_type, "tokenizer": tokenizer, "out": out, "source": source}
     command |= {"lora_folder": lora_folder, "embeddings": embedding}
-    command["loras"] = [_lora(text) for text in lora] if lora else None
+    command["loras"] = [file_and_weight(text) for text in lora] if lora else None
     stated = {name: value for name, value in (command | sampling).items() if value is not None}
     stated = {name: value.value if isinstance(value, StrEnum) else value for name, value in stated.items()}
     if again is not None:
@@ -179,19 +179,6 @@ def _with_nemo(config: Path, texts: list[str], stated: dict[str, Any]) -> tuple[
 def _is_axis(text: str) -> bool:
     name, equals, _ = text.partition("=")
     return bool(equals) and name in AXES
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """Parse FILE[:WEIGHT]."""
-    file, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(file), float(weight)
-    except ValueError:
-        raise BadInput(
-            f"--lora {text}: no such file; give FILE or FILE:WEIGHT, such as style.safetensors:0.8"
-        ) from None
 
 
 def width_and_height(size: str) -> dict[str, int]:

@@ -23,8 +23,13 @@ def inspect(
         Weights.ema
     ),
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and compare it with its hashes.")] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="The model of an adapter, where that has sizes of its own.")
+    ] = None,
 ) -> int:
-    """Say what is in a checkpoint, a set of shards, a cache or a run folder; exit code 1 if --verify finds damage.
+    """Say what is in a checkpoint, an adapter, a set of shards, a cache or a run folder.
+
+    The exit code is 1 if --verify finds damage.
 
     --verify compares shards with the checksums of set.json and a run's checkpoints with those of state.json; in any
     other checkpoint it looks for values that are not finite.
@@ -43,7 +48,7 @@ def inspect(
             raise BadInput(f"{path}: --verify reads everything; run it where the files lie")
         print(path)
     local = MirrorCache.default().mirror(path) if is_remote(path) else Path(path)
-    describe, check = _functions_for(local, weights.value)
+    describe, check = _functions_for(local, weights.value, model)
     for line in describe(local):
         print(line)
     if not verify:
@@ -55,8 +60,10 @@ def inspect(
     return 1 if damaged else 0
 
 
-def _functions_for(path: Path, weights: str) -> tuple[Describe, Verify]:
+def _functions_for(path: Path, weights: str, model: Path | None) -> tuple[Describe, Verify]:
     """Return the function that describes what is at `path` and the one that verifies it."""
+    from latentsmith.adapters.convert import is_adapter
+    from latentsmith.adapters.inspect import inspect_adapter, verify_adapter
     from latentsmith.checkpoints.inspect import inspect_checkpoint, verify_checkpoint
     from latentsmith.data.inspect import inspect_shards, is_shards, verify_shards
     from latentsmith.training.inspect import inspect_run, is_run, verify_run
@@ -65,4 +72,6 @@ def _functions_for(path: Path, weights: str) -> tuple[Describe, Verify]:
         return inspect_shards, verify_shards
     if is_run(path):
         return inspect_run, verify_run
+    if is_adapter(path):
+        return partial(inspect_adapter, model=model), partial(verify_adapter, model=model)
     return partial(inspect_checkpoint, weights=weights), partial(verify_checkpoint, weights=weights)
