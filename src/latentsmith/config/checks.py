@@ -9,6 +9,7 @@ from latentsmith.architectures import CLIP_SIZES
 from latentsmith.files.errors import BadInput
 
 from .class_registry import MODELS, SCHEDULERS
+from .data_options import CaptionsConfig
 from .inference_options import InferenceConfig
 from .model_options import WITHOUT_BETAS, WITHOUT_EPS, CondStageConfig, DDConfig, ModelConfig, OptimConfig, UNetConfig
 from .run_options import Config, TrainerConfig
@@ -32,6 +33,7 @@ def check(config: Config) -> None:
         raise BadInput(f"trainer.devices={trainer.devices or 0}: give at least one, or -1 for all")
     _check_unconditional(model)
     _check_adapters(model, trainer)
+    _check_captions(model)
     _check_batches(model, trainer)
     _check_schedules(model, trainer)
     _check_optimizer(model.optim)
@@ -141,6 +143,18 @@ def _check_unconditional(model: ModelConfig) -> None:
             f"model.cond_stage_trainable=True needs captions, not model.cond_stage_key={model.cond_stage_key}: "
             "embeddings in a cache do not follow a text encoder that learns"
         )
+
+
+def _check_captions(model: ModelConfig) -> None:
+    train = model.data.train
+    rules = {key: value for key, value in vars(train.captions).items() if value != getattr(CaptionsConfig(), key)}
+    if rules and model.cond_stage_key.endswith("encoded"):
+        raise BadInput(
+            f"model.data.train.captions.{next(iter(rules))} changes captions as they are read, and a cache holds their "
+            "embeddings; set model.cond_stage_key=captions"
+        )
+    if train.repeats is not None and train.weights is not None:
+        raise BadInput("model.data.train.repeats and weights both say how often sets are sampled; give one of them")
 
 
 def _check_adapters(model: ModelConfig, trainer: TrainerConfig) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from .option import option
-from .value_types import size
+from .value_types import either, list_of, nullable, size, text
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,29 @@ class FilteringsConfig:
 
 
 @dataclass(frozen=True)
+class CaptionsConfig:
+    """What is done to captions as they are read; not with those of a cache."""
+
+    prompt: str | tuple[str, ...] | None = option(
+        None,
+        "in place of every caption; a list has one for each set of dataset_path",
+        type=nullable(either(list_of(text(), min_length=1), text())),
+        aliases=("instance_prompt", "class_tokens"),
+    )
+    prefix: str = option("", "before every caption, such as a trigger word", aliases=("caption_prefix", "trigger"))
+    suffix: str = option("", "after every caption", aliases=("caption_suffix",))
+    wildcards: bool = option(
+        False, "one line of a caption, and one of the choices of {a|b}", aliases=("enable_wildcard",)
+    )
+    shuffle_tags: bool = option(False, "put tags into a random order", aliases=("shuffle_caption",))
+    keep_tags: int = option(0, "first tags that are neither shuffled nor dropped", at_least=0, aliases=("keep_tokens",))
+    tag_dropout: float = option(
+        0.0, "chance of each tag to be left out", at_least=0, at_most=1, aliases=("caption_tag_dropout_rate",)
+    )
+    separator: str = option(",", "between tags", aliases=("caption_separator",))
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
     """The set that is trained on."""
 
@@ -91,6 +114,21 @@ class DatasetConfig:
         min_length=1,
         aliases=("mix", "proportions"),
     )
+    repeats: tuple[int, ...] | None = option(
+        None,
+        "how often each sample of each set of dataset_path is sampled, in proportion",
+        at_least=1,
+        min_length=1,
+        aliases=("num_repeats",),
+    )
+    loss_weights: tuple[float, ...] | None = option(
+        None,
+        "weight of the loss for each set of dataset_path, as of class images in prior preservation",
+        at_least=0,
+        min_length=1,
+        aliases=("prior_loss_weight",),
+    )
+    captions: CaptionsConfig = CaptionsConfig()
     augmentations: AugmentationsConfig = AugmentationsConfig()
     filterings: FilteringsConfig = FilteringsConfig()
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from latentsmith.progress import progress
 from latentsmith.text.tokenizer import Tokenizer
 
 from .buckets import LEFT_OUT, BucketOrder, MixedBuckets
+from .captions import CaptionRules
 from .config_caches import (
     cached_sizes,
     check_foreign,
@@ -45,6 +48,22 @@ from .transforms import Transforms
 
 
 @dataclass(frozen=True)
+class Sets:
+    """What a run does with the samples of each of its sets.
+
+    ends: the number after the last sample of each. captions: the rules of each. loss_weights: None where all are 1.
+    """
+
+    ends: tuple[int, ...]
+    captions: tuple[CaptionRules, ...]
+    loss_weights: tuple[float, ...] | None = None
+
+    def number(self, index: int) -> int:
+        """Return which set a sample is of."""
+        return bisect_right(self.ends, index)
+
+
+@dataclass(frozen=True)
 class TrainingSet:
     """The samples of a run, and what follows from them for its networks.
 
@@ -52,7 +71,7 @@ class TrainingSet:
     latent_shape: (channels, height, width) of a sample; where images have several sizes, of the squarest.
     sizes: (height, width) in pixels, where there are several. order: position -> index, where it is not a shuffle of
     all samples. pad_to: the length to which the cached text embeddings were filled up, where the config does not say
-    it: the caller has to set model.cond_stage_config.pad_to to it.
+    it: the caller has to set model.cond_stage_config.pad_to to it. sets: what differs between the sets of a list.
     """
 
     shards: "ShardSet | SyntheticSet"
@@ -62,6 +81,7 @@ class TrainingSet:
     sizes: Sequence[tuple[int, int]] = ()
     order: BucketOrder | Mixture | None = None
     pad_to: int | None = None
+    sets: Sets | None = None
 
     def index(self, position: int, seed: int) -> int:
         """Return the index of the sample at a position of a run."""
@@ -129,7 +149,9 @@ def open_dataset(
     for bucket in sizes:
         latent_shape(config, bucket)  # raises BadInput for one that the VAE does not divide
     order = sample_order(config, shards, numbers, global_batch) if split == "train" else None
-    return TrainingSet(shards, cache, transforms, latent_shape(config, size), sizes, order, pad_to)
+    return TrainingSet(
+        shards, cache, transforms, latent_shape(config, size), sizes, order, pad_to, open_sets(config, split)
+    )
 
 
 def open_images(config: Config) -> TrainingSet:
@@ -173,18 +195,62 @@ def mirror_cache(config: Config) -> MirrorCache:
 
 
 def open_mixture(config: Config) -> Mixture | None:
-    """Return the order of a training set mixed by model.data.train.weights; None where it is a shuffle of all."""
+    """Return the order of a training set mixed by its weights or repeats; None where it is a shuffle of all."""
     train = config.model.data.train
-    if train.weights is None:
+    if train.weights is None and train.repeats is None:
         return None
+    key = "weights" if train.repeats is None else "repeats"
     if isinstance(train.dataset_path, str):
-        raise BadInput(
-            "model.data.train.weights mixes the sets of a list; give model.data.train.dataset_path=[...] too"
-        )
+        raise BadInput(f"model.data.train.{key} mixes the sets of a list; give model.data.train.dataset_path=[...] too")
+    lengths = lengths_of_sets(config)
+    with blaming(f"model.data.train.{key}"):
+        return Mixture(lengths, train.weights or by_repeats(train.repeats or (), lengths), config.model.seed)
+
+
+def lengths_of_sets(config: Config) -> tuple[int, ...]:
+    """Return the samples of each set of model.data.train.dataset_path."""
     mirrors = mirror_cache(config)
-    lengths = [len(ShardSet(tars_of(config, path), mirrors)) for path in as_list(train.dataset_path)]
-    with blaming("model.data.train.weights"):
-        return Mixture(tuple(lengths), tuple(train.weights), config.model.seed)
+    paths = as_list(config.model.data.train.dataset_path)
+    return tuple(len(ShardSet(tars_of(config, path), mirrors)) for path in paths)
+
+
+def by_repeats(repeats: Sequence[int], lengths: Sequence[int]) -> tuple[float, ...]:
+    """Return the weights of sets whose samples are sampled so many times each. Raises BadInput for a wrong count."""
+    if len(repeats) != len(lengths):
+        raise BadInput(f"{list(repeats)} for {len(lengths)} sets: give each one number")
+    return tuple(float(times * length) for times, length in zip(repeats, lengths, strict=True))
+
+
+def open_sets(config: Config, split: str) -> Sets | None:
+    """Return what the config does with captions and losses of each set; None where it is nothing.
+
+    Raises BadInput for lists of other lengths than dataset_path. In validation nothing is random or weighted.
+    """
+    train, given = config.model.data.train, config.model.data.train.captions
+    prompts = given.prompt if isinstance(given.prompt, tuple) else (given.prompt,)
+    rules = [
+        CaptionRules(
+            prompt,
+            given.prefix,
+            given.suffix,
+            given.wildcards,
+            given.shuffle_tags,
+            given.keep_tags,
+            given.tag_dropout,
+            given.separator,
+        )
+        for prompt in prompts
+    ]
+    if train.loss_weights is None and rules == [CaptionRules()]:
+        return None
+    if split != "train":
+        return Sets((), (rules[0].unchanging,))
+    lengths = lengths_of_sets(config)
+    for key, found in {"captions.prompt": prompts, "loss_weights": train.loss_weights or lengths}.items():
+        if len(found) != len(lengths) and not (key == "captions.prompt" and len(found) == 1):
+            raise BadInput(f"model.data.train.{key} has {len(found)} entries for {len(lengths)} sets of dataset_path")
+    every = tuple(rules * len(lengths) if len(rules) == 1 else rules)
+    return Sets(tuple(accumulate(lengths))[:-1], every, train.loss_weights)
 
 
 def sample_order(

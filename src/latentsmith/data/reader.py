@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from latentsmith.text.tokenizer import Tokenizer
 
@@ -13,7 +14,7 @@ from .latent_cache import CAPTION_KEY, IMAGE_KEY
 from .loader import Reader, Record, Shape, collate, collated
 from .sample_io import blaming_sample, caption_of, image_member
 from .shards import Sample
-from .shuffle import CROPS, integer_below, sample_seed
+from .shuffle import CAPTIONS, CROPS, integer_below, sample_seed
 from .synthetic import SyntheticSet
 from .transforms import Transforms
 
@@ -23,9 +24,9 @@ def reader(samples: TrainingSet, seed: int, tokenizer: Tokenizer | None) -> Read
 
     tokenizer: None where captions are not read as text. The batch has `keys`, and of these what the set gives:
     `images` (batch, 3, height, width) in [-1, 1], or `moments` (`vae_latents` of a cache of means); `token_ids` (batch,
-    length), or `context` (batch, length, context_dim).
+    length), or `context` (batch, length, context_dim); `loss_weight` (batch,) where sets have weights of their own.
     """
-    shards, cache, transforms = samples.shards, samples.cache, samples.transforms
+    shards, cache, transforms, sets = samples.shards, samples.cache, samples.transforms, samples.sets
     if isinstance(shards, SyntheticSet):
         return collated(lambda index, position: shards.read(index, tokenizer))
     is_random = transforms is not None or (cache is not None and cache.variants > 1)
@@ -46,7 +47,12 @@ def reader(samples: TrainingSet, seed: int, tokenizer: Tokenizer | None) -> Read
         if transforms is not None:
             record["images"] = transformed_image(sample, transforms, crop_seed)
         if tokenizer is not None:
-            record["token_ids"] = tokenizer([caption_of(sample)])[0]
+            caption = caption_of(sample)
+            if sets is not None:
+                caption = sets.captions[sets.number(index)](caption, sample_seed(seed, position, CAPTIONS))
+            record["token_ids"] = tokenizer([caption])[0]
+        if sets is not None and sets.loss_weights is not None:
+            record["loss_weight"] = torch.tensor(sets.loss_weights[sets.number(index)])
         return record
 
     def read(indices: Sequence[int], positions: Sequence[int]) -> Record:

@@ -16,7 +16,7 @@ import numpy as np
 from latentsmith.files.errors import BadInput
 
 # Random streams of one position: what training adds to its sample (noise, timestep), its transforms, dropout.
-DRAWS, CROPS, DROPOUT = 1, 2, 3
+DRAWS, CROPS, DROPOUT, CAPTIONS = 1, 2, 3, 4
 ROUNDS = 8  # four already pass as random to a bounded observer (Luby & Rackoff 1988); short halves need more
 MIN_BITS = 6  # with 4 bits the orders of five samples are measurably uneven; with 8 small sets need many passes
 WORD = (1 << 64) - 1

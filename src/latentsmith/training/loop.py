@@ -45,8 +45,8 @@ class Plan:
     optimizer: str
     options: Mapping[str, Any]
     schedule: Schedule
-    rate_factor: Callable[[str], float] = field(default=lambda name: 1.0)
     gradient_clip_val: float | None = None
+    rate_factor: Callable[[str], float] = field(default=lambda name: 1.0)
 
 
 @dataclass

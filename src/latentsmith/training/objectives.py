@@ -80,6 +80,8 @@ class DiffusionObjective(Objective):
         if self.loss.min_snr_gamma:
             snr = (batch["sqrt_alphas_cumprod"] / batch["sqrt_one_minus_alphas_cumprod"]).square()
             losses = losses * min_snr_weight(self.loss.prediction_type, snr, self.loss.min_snr_gamma)
+        if "loss_weight" in batch:
+            losses = losses * batch["loss_weight"]
         loss = losses.mean()
         return loss, metrics | {"loss": loss}
 

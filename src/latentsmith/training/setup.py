@@ -63,7 +63,7 @@ def training_plan(config: Config, samples: int) -> Plan:
     clip = config.trainer.gradient_clip_val
     limit = clip if clip is not None and clip > 0 else None
     return Plan(
-        max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, rate_factor(config), limit
+        max_steps, batch, config.model.micro_batch_size, optim.name, options, schedule, limit, rate_factor(config)
     )
 
 
