@@ -14,12 +14,12 @@ PRIOR = (TWO, "model.data.train.repeats=[3,1]", "model.data.train.loss_weights=[
 
 def test_four_steps_are_two_and_two(world):
     options = (*PRIOR, *RULES)
-    whole = world.train("pictures", "captions-whole", *options)
-    halves = world.train("pictures", "captions-halves", *options, "trainer.max_steps=2")
-    world.train("pictures", "captions-halves", *options, "model.data.num_workers=1")
+    whole = world.train("images", "captions-whole", *options)
+    halves = world.train("images", "captions-halves", *options, "trainer.max_steps=2")
+    world.train("images", "captions-halves", *options, "model.data.num_workers=1")
     assert read_rows(halves / "metrics.csv") == read_rows(whole / "metrics.csv")
     assert read_state(world.newest(halves))["checksums"] == read_state(world.newest(whole))["checksums"]
-    plain = world.train("pictures", "captions-plain", *PRIOR)
+    plain = world.train("images", "captions-plain", *PRIOR)
     assert world.losses(plain) != world.losses(whole)
 
 
@@ -28,7 +28,7 @@ def test_the_weight_of_the_prior(world):
     losses = {}
     for number, weights in enumerate(("[1,1]", "[0.5,0.5]", "[1,0]", "[0,1]")):
         options = (TWO, "model.data.train.weights=[1,1]", f"model.data.train.loss_weights={weights}")
-        losses[weights] = world.losses(world.train("pictures", f"prior-{number}", *options, "trainer.max_steps=1"))[0]
+        losses[weights] = world.losses(world.train("images", f"prior-{number}", *options, "trainer.max_steps=1"))[0]
     assert losses["[0.5,0.5]"] == pytest.approx(losses["[1,1]"] / 2, rel=1e-6)
     assert losses["[1,0]"] + losses["[0,1]"] == pytest.approx(losses["[1,1]"], rel=1e-6)
     assert min(losses.values()) > 0
@@ -38,11 +38,11 @@ def test_the_weight_of_the_prior(world):
     ("kind", "options", "expected"),
     [
         ("cached", (f"{CAPTIONS}.prefix=x",), "changes captions as they are read, and a cache holds"),
-        ("pictures", (TWO, "model.data.train.repeats=[1]"), "model.data.train.repeats: [1] for 2 sets"),
-        ("pictures", ("model.data.train.repeats=[2]",), "model.data.train.repeats mixes the sets of a list"),
-        ("pictures", (TWO, "model.data.train.loss_weights=[1]"), "loss_weights has 1 entries for 2 sets"),
-        ("pictures", (TWO, f"{CAPTIONS}.prompt=[a,b,c]"), "captions.prompt has 3 entries for 2 sets"),
-        ("pictures", (*PRIOR, "model.data.train.weights=[1,1]"), "both say how often sets are sampled"),
+        ("images", (TWO, "model.data.train.repeats=[1]"), "model.data.train.repeats: [1] for 2 sets"),
+        ("images", ("model.data.train.repeats=[2]",), "model.data.train.repeats mixes the sets of a list"),
+        ("images", (TWO, "model.data.train.loss_weights=[1]"), "loss_weights has 1 entries for 2 sets"),
+        ("images", (TWO, f"{CAPTIONS}.prompt=[a,b,c]"), "captions.prompt has 3 entries for 2 sets"),
+        ("images", (*PRIOR, "model.data.train.weights=[1,1]"), "both say how often sets are sampled"),
     ],
 )
 def test_what_cannot_be_is_one_line(world, capsys, kind, options, expected):
