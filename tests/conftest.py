@@ -89,6 +89,7 @@ def killed_at_write():
     def run(command, number: int) -> bool:
         child = os.fork()
         if child == 0:
+            torch.set_num_threads(1)  # OpenMP's other threads are not in the fork
             _die_at(number)
             try:
                 command()

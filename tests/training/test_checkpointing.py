@@ -1,7 +1,9 @@
 """Checkpoints in the background, by the minute, on a full disk."""
 
 import errno
+import shutil
 import threading
+from itertools import count
 
 import pytest
 import torch
@@ -195,3 +197,28 @@ def test_a_checkpoint_in_the_way_stands_until_the_new_one_is_in_its_place(toy, m
 
 def test_memory_is_there():
     assert available_bytes() > 2**20
+
+
+@pytest.mark.parametrize("in_the_way", [False, True])
+def test_killed_before_every_write_of_a_checkpoint(toy, killed_at_write, in_the_way):
+    """There is always a whole one, the one before or the new one, and the next start leaves nothing but whole ones."""
+    run = toy(decay=0.9)
+    state, begun = run.train(steps=1).state, run.folder / "checkpoints"
+    for step in (2, 3):
+        state.global_step = step
+        write_checkpoint(begun, take_snapshot(state), -1, {})
+    state.global_step = new = 3 if in_the_way else 4
+    for number in count(1):
+        folder = run.folder / f"killed-{number}"
+        shutil.copytree(begun, folder)
+        killed = killed_at_write(lambda folder=folder: write_checkpoint(folder, take_snapshot(state), 1, {}), number)
+        checkpointing.restore_replaced(folder)
+        newest = checkpoints_in(folder)[-1]
+        assert read_state(newest)["global_step"] in (3, new)
+        checkpointing.remove_leftovers(folder)
+        write_checkpoint(folder, take_snapshot(state), 1, {})
+        assert [path.name for path in folder.iterdir()] == [f"step-{new:08d}"]
+        assert read_state(folder / f"step-{new:08d}")["global_step"] == new
+        if not killed:
+            break
+    assert number > 12
