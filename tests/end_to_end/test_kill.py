@@ -44,3 +44,27 @@ def test_every_loss_is_what_it_would_have_been(world, kills, steps):
     assert read_state(world.newest(killed)) == read_state(world.newest(whole))
     if kills > 50:
         assert found["saves_interrupted"] > 5
+
+
+@pytest.mark.parametrize("apart", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_before_its_writes_a_run_is_started_again(world, killed_at_write, apart):
+    """From the lock to the last checkpoint: the same command ends with the same losses, and leaves only its files."""
+    command = world.command("pictures", f"whole-{apart}", "trainer.max_steps=2")
+    assert world.call(*command) == 0
+    whole = world.root / "runs" / f"whole-{apart}"
+    number, killed = 1, True
+    while killed:
+        name = f"killed-{apart}-{number}"
+        command = world.command("pictures", name, "trainer.max_steps=2")
+        killed = killed_at_write(lambda command=command: world.call(*command), number)
+        assert world.call(*command) == 0
+        run = world.root / "runs" / name
+        assert files(run) == files(whole), f"killed at write {number}"
+        assert read_rows(run / "metrics.csv") == read_rows(whole / "metrics.csv")
+        assert read_state(world.newest(run)) == read_state(world.newest(whole))
+        number += apart
+    assert number > 50
+
+
+def files(run):
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file())
