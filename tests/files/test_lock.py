@@ -20,9 +20,11 @@ from latentsmith.files.lock import locked_folder
 
 with locked_folder(Path(sys.argv[1])):
     if sys.argv[2] == "fork" and os.fork() == 0:
+        print("held", flush=True)  # by the parent, and no longer by this process
         os.close(1)
         time.sleep(600)
-    print("held", flush=True)
+    if sys.argv[2] == "alone":
+        print("held", flush=True)
     sys.stdin.read()
 """
 
