@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from latentsmith.checkpoints import architecture, ldm, nemo, open_checkpoint, prediction_of, spec_of
+from latentsmith.checkpoints import architecture, ldm, nemo, open_checkpoint, prediction_of, spec_of, verify
 from latentsmith.checkpoints.convert import convert, tokenizer_files
 from latentsmith.checkpoints.diffusers_config import model_index, scheduler_config
 from latentsmith.checkpoints.diffusers_keys import FIXED, OTHER, READ, SCHEDULERS, SOLVER
@@ -403,6 +403,31 @@ def test_a_nemo_config_has_the_keys_that_restore_from_reads(folder):
         "learn_logvar logvar_init concat_mode cond_stage_forward fused_opt"
     )
     assert set(keys.split()) <= nemo.nemo_config(parts, spec).keys()
+
+
+def test_verifying_a_conversion_shows_a_lost_setting(folder, tmp_path, monkeypatch):
+    """Both sides are run with their own specs: other heads, activation or schedule than the source's are seen."""
+    with_scheduler(folder, _class_name="PNDMScheduler", skip_prk_steps=True, **SCALED)
+    lines = {}
+    for name in ("whole", "lost"):
+        if name == "lost":
+            monkeypatch.setattr(verify, "spec_of", lambda checkpoint: changed_spec(spec_of(checkpoint)))
+        spec = spec_of(open_checkpoint(folder))
+        path = convert(folder, tmp_path / f"{name}.nemo", "nemo")
+        parts = {part: match(open_checkpoint(folder), part, network_shapes(part, spec.config_of(part)))
+                 for part in ("unet", "vae", "text_encoder")}  # fmt: skip
+        shapes = {part: network_shapes(part, spec.config_of(part)) for part in parts}
+        lines[name] = list(verify.verify_conversion(parts, folder, open_checkpoint(path), spec, shapes, None))
+    assert "schedule: the same sigmas and timesteps at 4 steps" in lines["whole"]
+    assert all("became" not in line for line in lines["whole"])
+    assert sum("its output 0," in line for line in lines["whole"]) == 3
+    assert "linear_end: 0.012 became 0.02" in lines["lost"]
+    assert "schedule: other sigmas and timesteps at 4 steps" in lines["lost"]
+    assert sum("its output 0," in line for line in lines["lost"]) == 2
+
+
+def changed_spec(spec):
+    return replace(spec, linear_end=0.02, cond_stage_config={**spec.cond_stage_config, "heads": 4})
 
 
 # --- training from a checkpoint

@@ -89,7 +89,7 @@ def convert(
     for fact in _unread_facts(format, spec) + _lost_facts(format, spec, checkpoint):
         print(f"note: other programs do not know of {fact}")
     if verify:
-        for line in verify_conversion(parts, open_checkpoint(dst), spec, shapes, dtype):
+        for line in verify_conversion(parts, checkpoint.path, open_checkpoint(dst), spec, shapes, dtype):
             print(line, flush=True)
     return dst
 

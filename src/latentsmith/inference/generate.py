@@ -72,6 +72,7 @@ class GenerationModel:
             "weights": weights,
             "averaged": averaged(checkpoint, weights),
             "prediction_type": self.pipeline.spec.prediction_type,
+            "karras_sigmas": self.pipeline.spec.karras_sigmas,
             "config": fingerprint_text(self.pipeline.spec.to_json()),
             "tokenizer": self.pipeline.tokenizer.fingerprint(),
             "dtype": dtype,

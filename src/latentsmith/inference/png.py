@@ -75,12 +75,16 @@ def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str |
     settings = {
         "Steps": options["num_inference_steps"],
         "Sampler": SAMPLERS[metadata["sampler"]].title,
-        "Schedule type": "Karras" if "karras" in options["sampler"].lower() else "Uniform",
+        "Schedule type": "Karras" if _is_karras(metadata) else "Uniform",
         "CFG scale": metadata["guidance_scale"],
         "Seed": metadata["seed"],
         "Size": f"{size[0]}x{size[1]}",
         "Model hash": metadata["model"]["hash"][:10],
         "Model": Path(metadata["model"]["from"]).stem,
+        "Prediction type": {"epsilon": None}.get(
+            prediction := metadata["model"].get("prediction_type", "epsilon"), prediction
+        ),
+        "Long prompts": "cut" if options.get("long_prompts") == "cut" else None,
         "Denoising strength": options["strength"] if metadata["image"] else None,
         "Variation seed": metadata["variation_seed"] if varied else None,
         "Variation seed strength": varied or None,
@@ -93,6 +97,13 @@ def parameters_text(metadata: Mapping[str, Any], size: tuple[int, int]) -> str |
     }
     listed = ", ".join(f"{name}: {quoted(str(value))}" for name, value in settings.items() if value is not None)
     return "\n".join([prompt, *([f"Negative prompt: {negative}"] if negative else []), listed])
+
+
+def _is_karras(metadata: Mapping[str, Any]) -> bool:
+    """Return whether an image has Karras sigmas: by its sampler's name, or as its model's scheduler says."""
+    options, sampler = metadata["options"], SAMPLERS[metadata["sampler"]]
+    by_model = metadata["model"].get("karras_sigmas") and sampler.karras and not options["timestep_spacing"]
+    return bool("karras" in options["sampler"].lower() or by_model)
 
 
 def web_ui_prompt(prompt: str, plain: bool) -> str:
