@@ -66,6 +66,9 @@ def test_presets_at_full_size(name, images, tmp_path, capsys, monkeypatch):
     size = {"sd1": 859_520_964}.get(name.split("_")[0], 865_910_724)
     adapters = {"sd1_lora": 16 * 423_936, "sd2_lora": 16 * 432_128}.get(name, 0)
     trained = f"{adapters:,} of them trained" if adapters else "trained"
+    if name.endswith("textual_inversion"):
+        trained = "frozen"
+        assert "text_encoder: 123,061,248 parameters, 768 of them trained" in lines
     assert f"unet: {size + adapters:,} parameters, {trained}" in lines
     assert "vae: 83,653,863 parameters, frozen" in lines
     assert any(line.startswith("memory of a process, about: ") for line in lines)

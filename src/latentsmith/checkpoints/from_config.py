@@ -108,8 +108,9 @@ def build_networks(config: Config) -> dict[str, nn.Module]:
     }
     networks = {}
     for part, component in COMPONENTS.items():
-        adapted = model.peft.peft_scheme is not None
-        fresh_allowed = (part == "unet" and not adapted) or (part == "text_encoder" and model.cond_stage_trainable)
+        fresh_allowed = (part == "unet" and not model.has_frozen_base) or (
+            part == "text_encoder" and model.cond_stage_trainable
+        )
         if needed[part] and not weights_of(config, part) and not fresh_allowed:
             raise BadInput(
                 f"model.{component.config_key}.from_pretrained is not set: the {part} is frozen and would stay random"

@@ -33,6 +33,7 @@ def check(config: Config) -> None:
         raise BadInput(f"trainer.devices={trainer.devices or 0}: give at least one, or -1 for all")
     _check_unconditional(model)
     _check_adapters(model, trainer)
+    _check_textual_inversion(model)
     _check_captions(model)
     _check_batches(model, trainer)
     _check_schedules(model, trainer)
@@ -143,6 +144,19 @@ def _check_unconditional(model: ModelConfig) -> None:
             f"model.cond_stage_trainable=True needs captions, not model.cond_stage_key={model.cond_stage_key}: "
             "embeddings in a cache do not follow a text encoder that learns"
         )
+
+
+def _check_textual_inversion(model: ModelConfig) -> None:
+    token = model.textual_inversion.token
+    if token is None:
+        return
+    if model.cond_stage_key.endswith("encoded"):
+        raise BadInput(
+            f"model.textual_inversion.token={token} with model.cond_stage_key={model.cond_stage_key}: embeddings in a "
+            "cache do not follow it; set model.cond_stage_key=captions"
+        )
+    if model.cond_stage_trainable:
+        raise BadInput(f"model.textual_inversion.token={token}: only its vectors move; drop model.cond_stage_trainable")
 
 
 def _check_captions(model: ModelConfig) -> None:

@@ -309,7 +309,7 @@ def _derive(values: dict[str, Any], stated: dict[str, Any]) -> None:
         text["arch"] = CLIP_BY_WIDTH.get(unet["context_dim"])
     model["peft"] |= _nemo_lora(model["peft"].get("lora_tuning"), stated)
     adapted = model["peft"]["peft_scheme"] and "text_encoder" in model["peft"]["networks"]
-    if model["cond_stage_trainable"] or adapted:
+    if model["cond_stage_trainable"] or adapted or model["textual_inversion"]["token"]:
         text["freeze"] = False
     if model.get("base_learning_rate") is not None and stated.get("model.optim.lr") is None:
         model["optim"]["lr"] = model["base_learning_rate"]

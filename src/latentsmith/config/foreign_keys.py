@@ -44,7 +44,7 @@ IGNORED = {  # accepted, since shipped YAML files carry it; changes nothing
     "model._target_": "there is one class of the whole model",
     "model.precision": PRECISION,
     "model.channels": "first_stage_config.embed_dim decides",
-    "model.personalization_config": "textual inversion is not trained here",
+    "model.personalization_config": "model.textual_inversion says what is trained",
     "model.fsdp_sharding_strategy": NO_MEGATRON,
     "model.fsdp_grad_reduce_dtype": NO_MEGATRON,
     "model.fsdp_sharded_checkpoint": "a checkpoint is one set of files",

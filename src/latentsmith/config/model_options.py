@@ -10,7 +10,7 @@ from latentsmith.architectures import COMPONENTS
 
 from .data_options import DataConfig
 from .option import option
-from .peft_options import PeftConfig
+from .peft_options import PeftConfig, TextualInversionConfig
 from .value_types import choice, class_path, either
 
 Weights = ("ckpt_path", "weights", "pretrained")  # what people call from_pretrained
@@ -320,4 +320,15 @@ class ModelConfig:
     cond_stage_config: CondStageConfig = CondStageConfig()
     optim: OptimConfig = OptimConfig()
     peft: PeftConfig = PeftConfig()  # noqa: RUF009, it is frozen
+    textual_inversion: TextualInversionConfig = TextualInversionConfig()  # noqa: RUF009, it is frozen
     data: DataConfig = DataConfig()  # noqa: RUF009, it is frozen
+
+    @property
+    def adapted_networks(self) -> tuple[str, ...]:
+        """Return the names of networks that get adapters."""
+        return self.peft.networks if self.peft.peft_scheme is not None else ()
+
+    @property
+    def has_frozen_base(self) -> bool:
+        """Return whether adapters or a token are trained in place of the model's own weights."""
+        return bool(self.adapted_networks) or self.textual_inversion.token is not None

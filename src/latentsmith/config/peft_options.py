@@ -56,3 +56,17 @@ class PeftConfig:
         "float32", "the frozen layers' weights; bf16 and fp16 need trainer.precision of the same, mixed"
     )
     restore_from_path: str | None = option(None, "adapter file to start from: kohya's, diffusers' or NeMo's", path=True)
+
+
+@dataclass(frozen=True)
+class TextualInversionConfig:
+    """A new token whose vectors are trained; with model.peft together with adapters (pivotal tuning)."""
+
+    token: str | None = option(
+        None, "the word to train, such as <cat-toy>; captions name it", aliases=("placeholder_token", "token_string")
+    )
+    vectors: int = option(1, "vectors of the token", at_least=1, aliases=("num_vectors", "num_vectors_per_token"))
+    initializer: str = option(
+        "", "word or words that the vectors begin as; empty: noise", aliases=("initializer_token", "init_word")
+    )
+    lr: float | None = option(None, "learning rate of the vectors; null: model.optim.lr", at_least=0)

@@ -116,8 +116,12 @@ def rate_factor(config: Config) -> Callable[[str], float]:
     """Return the function parameter's name (network first) -> its learning rate over model.optim.lr."""
     optim, ratio = config.model.optim, config.model.peft.lora_plus_ratio
     text = 1.0 if optim.text_encoder_lr is None or not optim.lr else optim.text_encoder_lr / optim.lr
+    token = config.model.textual_inversion.lr
+    of_token = 1.0 if token is None or not optim.lr else token / optim.lr
 
     def factor(name: str) -> float:
+        if name.endswith(".token_embedding.learned"):
+            return of_token
         of_network = text if name.startswith("text_encoder.") else 1.0
         return of_network * (ratio if name.endswith(".lora_up") else 1.0)
 

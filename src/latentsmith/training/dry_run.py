@@ -31,6 +31,7 @@ from . import setup
 from .adapters import add_adapters
 from .optimizers import STATE_VALUES
 from .run_folder import checked_resume, run_folder
+from .textual_inversion import add_trained_token
 
 CPU_ATTENTION = {  # which the counter does not know
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -61,7 +62,7 @@ def dry_run(config: Config, trained: tuple[str, ...]) -> list[str]:
     steps = setup.training_plan(config, samples.count).max_steps
     if model.data.validation.dataset_path and config.trainer.limit_val_batches:
         dataset.open_dataset(config, frozen, tokenizer, "validation")
-    adapters = add_adapters(config, networks)
+    adapters = [*add_adapters(config, networks), *add_trained_token(config, networks, tokenizer)]
     check_folder(config, trained)
     if (wanted := config.exp_manager.sample_images).every_n_train_steps and wanted.prompts:
         sampler_name(SamplingOptions(num_inference_steps=wanted.steps, sampler=wanted.sampler))

@@ -49,6 +49,7 @@ from .objectives import DiffusionLoss, DiffusionObjective, EmptyPrompt, vae_late
 from .random_draws import DiffusionDraws, PosteriorDraws
 from .run_folder import Resume, locked_run_folder, open_run_folder, resume_together, run_folder
 from .sharding import on_first_process
+from .textual_inversion import ExportEmbedding, add_trained_token
 
 MEASURED_SAMPLES = 1024  # whose latents' deviation gives scale_factor: measured
 
@@ -74,6 +75,8 @@ def train(config: Config, *, dry_run: bool = False) -> Path:
         log = setup.metrics_of(config, folder)
         hooks = [log, *validation(config, ready, folder, log), *sample_images(config, ready, folder, log)]
         hooks += export_hooks(config, ready.spec, folder, ready.set.count)
+        if token := config.model.textual_inversion.token:
+            hooks.append(ExportEmbedding(folder, token))
         on_first_process(fabric, lambda: open_folder_of(config, ready, resume))
         metadata = {"latentsmith.spec": ready.spec.to_json()}
         setup.run(
@@ -87,8 +90,10 @@ def open_folder_of(config: Config, ready: "Ready", resume: Resume | None) -> Non
     """Write what defines the run into its folder. Raises BadInput, before that, if the folder holds another run."""
     networks, trained = ready.networks, ready.objective.trained
     content = content_of(networks, trained, ready.tokenizer, ready.set, ready.plan.global_batch)
-    adapted = config.model.peft.peft_scheme is not None  # then its base stays where it is
-    frozen = {name: network for name, network in networks.items() if not adapted and name not in trained}
+    if config.model.has_frozen_base:  # it stays where it is
+        open_run_folder(config, resume, trained, content, {}, None)
+        return
+    frozen = {name: network for name, network in networks.items() if name not in trained}
     open_run_folder(config, resume, trained, content, frozen, ready.tokenizer)
 
 
@@ -112,8 +117,10 @@ class Ready:
 
 def trained_networks(config: Config) -> tuple[str, ...]:
     """Return the names of the networks that are trained, whole or by adapters."""
-    if config.model.peft.peft_scheme is not None:
-        return tuple(name for name in COMPONENTS if name in config.model.peft.networks)
+    model = config.model
+    if model.has_frozen_base:
+        with_token = ("text_encoder",) if model.textual_inversion.token is not None else ()
+        return tuple(name for name in COMPONENTS if name in (*model.adapted_networks, *with_token))
     return ("unet", "text_encoder") if config.model.cond_stage_trainable else ("unet",)
 
 
@@ -142,7 +149,7 @@ def prepared(config: Config, fabric: Fabric | None = None, resume: Resume | None
         scale = measured_scale(read, opened, networks, model, fabric)
     if "vae" in networks:
         networks["vae"].scale_factor = scale  # type: ignore[assignment]
-    adapters = add_adapters(config, networks)
+    adapters = [*add_adapters(config, networks), *add_trained_token(config, networks, tokenizer)]
     lay_out(networks, model)
     loss = DiffusionLoss(
         canonical_prediction_type(model.parameterization), model.loss_type, model.min_snr_gamma, scale, model.timesteps
