@@ -21,13 +21,15 @@ from .formats import FORMATS, classify_key
 MOST_BETAS = 100_000
 FOREIGN = {  # what only the keys of a model that is not supported match -> what the file is
     r"\.lora[._](A|B|up|down|linear_layer)|^lora_|\.lora_(A|B|up|down|magnitude)|_lora\.|\.hada_w|\.lokr_w|\.base_layer\.":
-        "a LoRA, or weights with one left in them; merge it first",
-    r"\.scale_(weight|input)$|^scaled_fp8$|\.weight_scale$": "weights in scaled fp8; take those in half precision",
-    r"^controlnet_|controlnet_cond_embedding|^input_hint_block|^zero_convs": "a ControlNet",
-    r"^conditioner\.embedders\.|label_emb\.0\.|add_embedding\.": "an SDXL model",
+        "a LoRA, or weights with one left in them: give that with --lora beside its model, or merge it",
+    r"\.scale_(weight|input)$|^scaled_fp8$|\.weight_scale$":
+        "weights in scaled fp8, which are not supported: take those in half precision",
+    r"^controlnet_|controlnet_cond_embedding|^input_hint_block|^zero_convs": "a ControlNet, which is not supported",
+    r"^conditioner\.embedders\.|label_emb\.0\.|add_embedding\.": "an SDXL model, which is not supported",
     r"joint_blocks\.|(^|\.)x_embedder|context_embedder|double_blocks\.|^single_transformer_blocks\.":
-        "a diffusion transformer (SD3, FLUX)",
-    r"^emb_params$|^string_to_param|^clip_[lg]$": "a textual inversion embedding",
+        "a diffusion transformer (SD3, FLUX), which is not supported",
+    r"^emb_params$|^string_to_param|^clip_[lg]$":
+        "a textual inversion embedding: give it with --embedding beside its model",
 }  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def _refuse_foreign(path: Path, keys: Iterable[str]) -> None:
         key = key.removeprefix("control_model.") if alone else key
         for pattern, title in FOREIGN.items():
             if re.search(pattern, key):
-                raise BadInput(f"{path}: {title} ({key}), which is not supported")
+                raise BadInput(f"{path}: {title} ({key})")
 
 
 def _merged(folder: Path, contents: Contents, weights: str) -> Checkpoint:
