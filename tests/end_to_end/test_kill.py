@@ -49,13 +49,13 @@ def test_every_loss_is_what_it_would_have_been(world, kills, steps):
 @pytest.mark.parametrize("apart", [13, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_its_writes_a_run_is_started_again(world, killed_at_write, apart):
     """From the lock to the last checkpoint: the same command ends with the same losses, and leaves only its files."""
-    command = world.command("pictures", f"whole-{apart}", "trainer.max_steps=2")
+    command = world.command("images", f"whole-{apart}", "trainer.max_steps=2")
     assert world.call(*command) == 0
     whole = world.root / "runs" / f"whole-{apart}"
     number, killed = 1, True
     while killed:
         name = f"killed-{apart}-{number}"
-        command = world.command("pictures", name, "trainer.max_steps=2")
+        command = world.command("images", name, "trainer.max_steps=2")
         killed = killed_at_write(lambda command=command: world.call(*command), number)
         assert world.call(*command) == 0
         run = world.root / "runs" / name
