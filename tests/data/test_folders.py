@@ -11,6 +11,7 @@ from PIL import Image
 
 from latentsmith.cli import main
 from latentsmith.data.dataset import TrainingSet, tars_of
+from latentsmith.data.filters import Filters
 from latentsmith.data.ingest import import_dataset
 from latentsmith.data.preflight import preflight
 from latentsmith.data.reader import reader
@@ -84,6 +85,16 @@ def test_captions_named_after_the_whole_file(tmp_path):
         ("photo.jpg", "whole"),
     ]
     assert [item.name for item in items[3:]] == ["b.jpg.txt"]  # a caption that no image uses
+
+
+def test_captions_whose_names_differ_in_case(tmp_path):
+    write(tmp_path, {"IMG_1.JPG": JPEG, "img_1.txt": "one", "B.JPG": JPEG, "b.jpg.txt": "two"})
+    assert [item.caption() for item in open_source(tmp_path).items()] == ["two", "one"]
+
+
+def test_a_limit_of_aspect_is_a_number():
+    with pytest.raises(BadInput, match="max_aspect nan is not a number of at least 1"):
+        Filters(max_aspect=float("nan"))
 
 
 def test_images_that_share_a_caption_are_named(tmp_path, png):

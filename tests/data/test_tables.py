@@ -59,6 +59,11 @@ def test_quotes_that_do_not_match(rows, message, delimiter, tmp_path):
     assert "\\" not in str(error.value)
 
 
+def test_a_tsv_is_a_table_too(tmp_path):
+    (tmp_path / "t.tsv").write_text("file_name\ttext\n1.png\ta car, red\n")
+    assert rows_of(tmp_path / "t.tsv") == [("1.png", "a car, red")]
+
+
 def test_two_columns_of_one_name(tmp_path):
     (tmp_path / "t.csv").write_text("file_name,text,Text\n1.png,a,b\n")
     with pytest.raises(BadInput, match="two columns are named 'Text'"):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from latentsmith.files.errors import BadInput
@@ -39,6 +40,8 @@ class Filters:
     where: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.max_aspect is not None and not 1 <= self.max_aspect < inf:  # nan is neither
+            raise BadInput(f"max_aspect {self.max_aspect} is not a number of at least 1")
         for condition in self.where:
             parsed(condition)
 

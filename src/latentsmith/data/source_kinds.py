@@ -91,8 +91,9 @@ class FolderSource:
         captions = sorted((name for name in sizes if extension_of(name) in CAPTION_EXTENSIONS), key=PurePosixPath)
         # of two captions the .txt
         by_stem = {_stem(name): name for name in sorted(captions, key=extension_of)}
-        stems = {image: next((stem for stem in (_stem(image), image) if stem in by_stem), "") for image in images}
-        self.captions = {image: by_stem[stem] for image, stem in stems.items() if stem}
+        by_lower = {stem.lower(): name for stem, name in by_stem.items()}  # for what comes from Windows
+        found = {image: _first(by_stem, image) or _first(by_lower, image.lower()) for image in images}
+        self.captions = {image: name for image, name in found.items() if name}
         self.images, used = set(images), {_stem(name) for name in self.captions.values()}
         self.names = [*images, *(name for name in captions if _stem(name) not in used)]
         self.notes = self._notes(sizes, captions)
@@ -253,6 +254,11 @@ def _cell_text(value: Any, where: str, absent: str = "there is no caption") -> s
         return checked_text(value, where)
     except NotText as error:
         raise BadSample(NOT_TEXT, str(error)) from None
+
+
+def _first(captions: Mapping[str, str], image: str) -> str | None:
+    """Return the caption file named after an image, without or with the image's extension."""
+    return captions.get(_stem(image)) or captions.get(image)
 
 
 def _plain_name(image: Any) -> str:

@@ -34,7 +34,7 @@ from .tables import ParquetTable, Table, TextTable
 from .tar_index import index_path, refuse_packed
 
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # as HF's imagefolder has them
-TABLE_EXTENSIONS = ("jsonl", "csv", "parquet")
+TABLE_EXTENSIONS = ("jsonl", "csv", "tsv", "parquet")
 TEXT_EXTENSIONS = ("json", "md", "yaml", "yml", "html", "py", "tar", "npy", "npz", *TABLE_EXTENSIONS)  # never sniffed
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?=[-_.\d]|$)", re.IGNORECASE)
 
