@@ -79,6 +79,7 @@ MAY_IMPORT = {
         "html_report",
         "architectures",
     },
+    "server": {"files", "diffusion", "checkpoints", "inference", "image_request"},
     "demo": {
         "files",
         "models",
@@ -107,6 +108,7 @@ MAY_IMPORT = {
         "training",
         "demo",
         "evaluation",
+        "server",
         "cpu",
         "text",
         "precision",

@@ -14,7 +14,7 @@ import typer
 from latentsmith.cpu.allocator import ask_for_huge_pages, keep_freed_memory
 from latentsmith.files.errors import BadInput, Stopped
 
-from . import configs, convert, data, demo, evaluate, generate, inspect, precache, train
+from . import configs, convert, data, demo, evaluate, generate, inspect, precache, serve, train
 from .streams import protect_streams
 
 TRAINING = ("train", "train-vae", "demo")  # steps of one size, again and again
@@ -38,6 +38,7 @@ app.command()(generate.generate)
 app.command()(evaluate.evaluate)
 app.command()(convert.convert)
 app.command()(inspect.inspect)
+app.command()(serve.serve)
 app.add_typer(data.app, name="data")
 app.add_typer(configs.app, name="config")
 

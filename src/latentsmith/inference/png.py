@@ -29,10 +29,7 @@ def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], na
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^a-z0-9]+", "-", metadata["prompt"].lower()).strip("-")[:LONGEST_STEM].strip("-") or "image"
-    info = PngInfo()
-    info.add_text(OWN_KEY, json.dumps(metadata))
-    if (text := parameters_text(metadata, image.size)) is not None:
-        info.add_itxt("parameters", text.encode("utf-8", "replace").decode())
+    info = png_info(metadata, image.size)
     path = free_path(folder, f"{stem}-seed{metadata['seed']}") if name is None else folder / f"{name}.png"
     try:
         with atomic_open(path) as file:
@@ -42,6 +39,15 @@ def save_image(image: Image.Image, folder: Path, metadata: Mapping[str, Any], na
             path.unlink(missing_ok=True)
         raise
     return path
+
+
+def png_info(metadata: Mapping[str, Any], size: tuple[int, int]) -> PngInfo:
+    """Return the texts of a PNG of this (width, height): as JSON, and as web UIs read them."""
+    info = PngInfo()
+    info.add_text(OWN_KEY, json.dumps(metadata))
+    if (text := parameters_text(metadata, size)) is not None:
+        info.add_itxt("parameters", text.encode("utf-8", "replace").decode())
+    return info
 
 
 def free_path(folder: Path, stem: str) -> Path:
