@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from latentsmith.files.errors import BadInput
 from latentsmith.image_request import ImageRequest, SamplingOptions
@@ -28,12 +29,9 @@ class Limits:
 
     def check(self, requests: Sequence[ImageRequest], options: SamplingOptions) -> None:
         """Raise BadInput for a request above a limit."""
-        if len(requests) > self.count:
-            raise BadInput(f"{len(requests)} images in one request; this server makes at most {self.count}")
+        self.check_count(len(requests))
         if options.num_inference_steps > self.steps:
             raise BadInput(f"{options.num_inference_steps} steps; this server takes at most {self.steps}")
-        if any(request.generator is not None for request in requests):
-            raise BadInput("a generator cannot be sent; give a seed")
         if options.height and options.width:
             self.check_size(options)
         for request in requests:
@@ -45,6 +43,13 @@ class Limits:
                 raise BadInput(
                     f"the image to start from has more than {self.pixels:,} pixels; give a size to crop it to"
                 )
+
+    def check_count(self, count: Any) -> None:
+        """Raise BadInput for what is no number of images that one request may have."""
+        if type(count) is not int or count < 1:
+            raise BadInput(f"the number of images is {str(count)[:40]}; it must be a whole number, at least 1")
+        if count > self.count:
+            raise BadInput(f"{count} images in one request; this server makes at most {self.count}")
 
     def check_size(self, options: SamplingOptions) -> None:
         height, width = options.size

@@ -87,7 +87,8 @@ async def answer(
     model, prompt = fields.pop("model", None), fields.pop("prompt", None)
     negative = fields.pop("negative_prompt", None)
     options = {ALIASES.get(name, name): value for name, value in fields.items()}
-    options |= {"width": width, "height": height, "num_images_per_prompt": 1 if count is None else count, **images}
+    options |= {"width": width, "height": height} if width else {}
+    options |= {"num_images_per_prompt": 1 if count is None else count, **images}
     job = service.job(model, prompt, negative, options, client=client_of(request))
     return response(await service.finish(job, request), format)
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from latentsmith.files.errors import BadInput
 from latentsmith.files.images import open_image
-from latentsmith.image_request import OPTIONS
+from latentsmith.image_request import OPTIONS, unknown_keyword
 from latentsmith.inference.png import png_info
 from latentsmith.inference.requests import parse_call
 
@@ -24,6 +24,7 @@ from .models import ModelShelf
 POLL_SECONDS = 0.2  # how often a waiting request looks whether its client is still there
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 RANDOM_SEED = -1
+KEYWORDS = {**OPTIONS, "image": None, "mask_image": None, "num_images_per_prompt": None}  # that a request may have
 
 
 class Service:
@@ -33,13 +34,20 @@ class Service:
         self.shelf, self.runner = shelf, runner
 
     def job(self, model: str | None, prompt: Any, negative_prompt: Any, options: Mapping[str, Any], **more: Any) -> Job:
-        """Return a job that is not queued yet. options: keywords of Pipeline.stream. Raises BadInput, TypeError."""
+        """Return a job that is not queued yet. options: keywords of Pipeline.stream. Raises BadInput."""
         keywords = {name: value for name, value in options.items() if value is not None}
+        if other := [name for name in keywords if name not in KEYWORDS]:
+            raise BadInput(unknown_keyword(other[0][:60], KEYWORDS))
+        self.runner.limits.check_count(keywords.get("num_images_per_prompt", 1))
         seed = keywords.get("seed", RANDOM_SEED)
         if seed == RANDOM_SEED:
             keywords["seed"] = random.SystemRandom().randrange(2**32)
-        if not isinstance(prompt, str):
-            raise BadInput("prompt is missing or no text")
+        for name, text in {"prompt": prompt, "negative_prompt": negative_prompt or "", "model": model or ""}.items():
+            if not isinstance(text, str) or not is_unicode(text):
+                raise BadInput(f"{name} is missing or no text")
+        for name in ("image", "mask_image"):
+            if name in keywords and not isinstance(keywords[name], Image.Image):
+                raise BadInput(f"{name} is not read here; send it to /v1/images/edits or /v1/jobs")
         requests, shared, _ = parse_call(prompt, negative_prompt or None, keywords)
         return Job(model or self.shelf.default, requests, shared, **more)
 
@@ -62,6 +70,15 @@ class Service:
         if job.error:
             raise job.error
         return job
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; JSON can hold half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def client_of(request: Request) -> str:

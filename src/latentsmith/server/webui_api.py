@@ -9,9 +9,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 from latentsmith.diffusion import SAMPLERS
 from latentsmith.files.errors import BadInput
+from latentsmith.image_request import LONGEST_SIDE
 from latentsmith.inference.png import parameters_text
 
 from .jobs import Job
+from .masked_region import MaskedRegion, masked_region
 from .models import Busy
 from .openai_api import json_object
 from .service import Service, client_of, decoded_image, encoded, image_bytes
@@ -20,7 +22,8 @@ DEFAULTS: dict[str, Any] = {  # of the web UI; whatever else is sent must have t
     "prompt": "", "negative_prompt": "", "seed": -1, "subseed": -1, "subseed_strength": 0, "sampler_name": None,
     "sampler_index": None, "scheduler": None, "batch_size": 1, "n_iter": 1, "steps": 50, "cfg_scale": 7.0,
     "width": 512, "height": 512, "denoising_strength": 0.75, "eta": None, "init_images": None, "mask": None,
-    "mask_blur": 4, "mask_blur_x": None, "mask_blur_y": None, "inpainting_mask_invert": 0, "override_settings": None,
+    "mask_blur": 4, "mask_blur_x": None, "mask_blur_y": None, "inpainting_mask_invert": 0, "inpaint_full_res": True,
+    "inpaint_full_res_padding": 0, "override_settings": None,
     "send_images": True,
 }  # fmt: skip
 # Fields and the values that ask for nothing; None stands for any value.
@@ -33,8 +36,8 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "hr_checkpoint_name": None, "hr_sampler_name": None, "hr_scheduler": None, "hr_prompt": None,
     "hr_negative_prompt": None, "firstphase_width": (0,), "firstphase_height": (0,), "refiner_checkpoint": ("",),
     "refiner_switch_at": None, "disable_extra_networks": None, "comments": ({},), "include_init_images": None,
-    "resize_mode": (0, 1), "inpainting_fill": (1, 0), "inpaint_full_res": (False, 0), "image_cfg_scale": None,
-    "inpaint_full_res_padding": None, "initial_noise_multiplier": (1, 1.0), "latent_mask": (), "force_task_id": None,
+    "resize_mode": (0, 1), "inpainting_fill": (1, 0), "image_cfg_scale": None,
+    "initial_noise_multiplier": (1, 1.0), "latent_mask": (), "force_task_id": None,
     "infotext": (),
 }  # fmt: skip
 NONE_OFFERED = (
@@ -52,15 +55,16 @@ def routes(service: Service) -> APIRouter:
         given = read_fields(await json_object(request))
         model = (given["override_settings"] or {}).get("sd_model_checkpoint") or current["model"]
         options = options_of(given)
+        region = None
         if from_image:
-            options |= start_images(given)
-        count = options["num_images_per_prompt"]
+            started, region = start_images(given)
+            options |= started
         job = service.job(
             model, given["prompt"], given["negative_prompt"], options, client=client_of(request), wants_previews=True
         )
         current["job"] = job
         job = await service.finish(job, request)
-        return answer(job, given, count)
+        return answer(job, given, region)
 
     @router.post("/txt2img")
     async def txt2img(request: Request) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def routes(service: Service) -> APIRouter:
         return {"api": True, "device": service.shelf.device, "precision": service.shelf.dtype}
 
     for name in NONE_OFFERED:
-        router.add_api_route(f"/{name}", list, methods=["GET"])
+        router.add_api_route(f"/{name}", none_of_them, methods=["GET"])
 
     @router.get("/embeddings")
     def embeddings() -> dict[str, Any]:
@@ -141,6 +145,10 @@ def routes(service: Service) -> APIRouter:
         return None
 
     return router
+
+
+def none_of_them() -> list[Any]:
+    return []
 
 
 def progress_of(job: Job | None) -> dict[str, Any]:
@@ -208,16 +216,24 @@ def sampler_of(title: str) -> str:
     return next((name for name, each in SAMPLERS.items() if each.title.lower() == plain.lower()), plain) + karras
 
 
-def start_images(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the image to start from, its mask and the strength. Raises BadInput."""
+def start_images(given: Mapping[str, Any]) -> tuple[dict[str, Any], MaskedRegion | None]:
+    """Return the image to start from, its mask and the strength, and the region that they are of. Raises BadInput."""
     listed = given["init_images"]
     if not isinstance(listed, list) or len(listed) != 1:
         raise BadInput("init_images must hold one image in base64")
     image = decoded_image(listed[0], "init_images[0]")
-    found: dict[str, Any] = {"image": image, "strength": given["denoising_strength"]}
-    if given["mask"] is not None:
-        found["mask_image"] = web_ui_mask(decoded_image(given["mask"], "mask"), image, given)
-    return found
+    strength = {"strength": given["denoising_strength"]}
+    if given["mask"] is None:
+        return {"image": image, **strength}, None
+    mask = web_ui_mask(decoded_image(given["mask"], "mask"), image, given)
+    if not given["inpaint_full_res"]:
+        return {"image": image, "mask_image": mask, **strength}, None
+    size, padding = (given["width"], given["height"]), given["inpaint_full_res_padding"]
+    if not all(type(each) is int and 0 < each <= LONGEST_SIDE for each in (*size, padding + 1)):
+        raise BadInput(f"width, height and inpaint_full_res_padding must be whole numbers, at most {LONGEST_SIDE}")
+    region = masked_region(image, mask, padding, size)
+    cropped, mask = region.cropped(size)
+    return {"image": cropped, "mask_image": mask, **strength}, region
 
 
 def web_ui_mask(mask: Image.Image, image: Image.Image, given: Mapping[str, Any]) -> Image.Image:
@@ -231,17 +247,17 @@ def web_ui_mask(mask: Image.Image, image: Image.Image, given: Mapping[str, Any])
     return plain.filter(ImageFilter.GaussianBlur(blur)) if blur else plain
 
 
-def answer(job: Job, given: Mapping[str, Any], count: int) -> dict[str, Any]:
+def answer(job: Job, given: Mapping[str, Any], region: MaskedRegion | None) -> dict[str, Any]:
     files, texts = [], []
     for image, metadata in zip(job.images, job.metadata, strict=True):
         if image is None:  # interrupted: those that are done are answered
             continue
-        files.append(encoded(image_bytes(image, metadata)))
+        files.append(encoded(image_bytes(region.paste(image) if region else image, metadata)))
         texts.append(parameters_text(metadata, image.size) or "")
     seeds = [request.seed for request in job.requests]
     info = {
         **{name: given[name] for name in ("prompt", "negative_prompt", "steps", "cfg_scale")},
-        "all_prompts": [given["prompt"]] * count,
+        "all_prompts": [given["prompt"]] * len(seeds),
         "seed": seeds[0],
         "all_seeds": seeds,
         "infotexts": texts,
