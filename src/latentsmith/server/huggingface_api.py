@@ -24,7 +24,7 @@ def routes(service: Service) -> APIRouter:
             raise BadInput("parameters is no JSON object")
         if other := [name for name in given if name not in ("inputs", "parameters", "options")]:
             raise BadInput(f"{other[0][:40]!r} is not read here; give inputs and parameters")
-        options: dict[str, Any] = {ALIASES.get(key, key): value for key, value in parameters.items()}
+        options: dict[str, Any] = {str(ALIASES.get(key, key)): value for key, value in parameters.items()}
         negative = options.pop("negative_prompt", None)
         job = service.job(model, given.get("inputs"), negative, options, client=client_of(request))
         job = await service.finish(job, request)

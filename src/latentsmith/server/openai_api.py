@@ -16,7 +16,7 @@ from .service import FORMATS, Service, client_of, encoded, image_bytes, image_of
 
 IGNORED = ("user", "quality", "style", "moderation", "background", "output_compression", "input_fidelity", "stream")
 NO_EFFECT = {"quality": ("auto", "standard"), "background": ("auto", "opaque"), "moderation": ("auto",)}
-ALIASES = {alias: name for name, each in OPTIONS.items() for alias in each.aliases}
+ALIASES: dict[Any, str] = {alias: name for name, each in OPTIONS.items() for alias in each.aliases}
 
 
 def routes(service: Service) -> APIRouter:
@@ -87,7 +87,7 @@ async def answer(
     model, prompt = fields.pop("model", None), fields.pop("prompt", None)
     negative = fields.pop("negative_prompt", None)
     options = {ALIASES.get(name, name): value for name, value in fields.items()}
-    options |= {"width": width, "height": height} if width else {}
+    options |= {"width": width, "height": height} if width is not None else {}
     options |= {"num_images_per_prompt": 1 if count is None else count, **images}
     job = service.job(model, prompt, negative, options, client=client_of(request))
     return response(await service.finish(job, request), format)
