@@ -94,7 +94,8 @@ def assert_same(ours, theirs, inputs, model, dtype=torch.float64):
         if text is not None:
             tokens = torch.arange(20).reshape(2, 10) + 300
             hidden = theirs[1].double()(tokens).last_hidden_state
-            torch.testing.assert_close(text(tokens).double(), hidden, atol=TOLERANCE * 2, rtol=0)
+            found = text(tokens).double() / hidden.abs().max()
+            torch.testing.assert_close(found, hidden / hidden.abs().max(), atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"tucker": True}], ids=["locon", "dora", "tucker"])
@@ -125,7 +126,12 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+QUICK = ("dora", "loha", "lokr", "oft")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_files_saved_by_lycoris_equal_its_forward_pass(models, inputs, tmp_path, name):
     model, options = models[1], dict(ALGORITHMS[name])
     unet = model.unet()
