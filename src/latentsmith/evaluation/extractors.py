@@ -77,7 +77,8 @@ def inception(place: str, device: str) -> Extractor:
     path = Path(place).expanduser() if place else inception_file()
     network = FidInception()
     fill(network, read_weights(path), path)
-    return Extractor("inception", partial(run_inception, network.to(device)), IMAGE_SIZE, "clean", weights_of(network))
+    fingerprint = weights_of(network)
+    return Extractor("inception", partial(run_inception, network.fold().to(device)), IMAGE_SIZE, "clean", fingerprint)
 
 
 def inception_file() -> Path:
@@ -93,7 +94,7 @@ def inception_file() -> Path:
 
 
 def run_inception(network: FidInception, pixels: Tensor) -> dict[str, Tensor]:
-    taps = network((pixels - 128) / 128)
+    taps = network(((pixels - 128) / 128).contiguous(memory_format=torch.channels_last))
     return {"features": taps["2048"], "logits": taps["logits_unbiased"]}
 
 

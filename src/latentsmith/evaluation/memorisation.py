@@ -26,15 +26,15 @@ class Memorisation:
     threshold: float
 
     def share(self, resamples: int, seed: int) -> Sampled:
-        """Return the share of generated images that are nearer to a training image than such are to each other."""
-        return mean_of((self.distances < self.threshold).astype(np.float64), resamples, seed)
+        """Return the share of generated images within the threshold of a training image."""
+        return mean_of((self.distances <= self.threshold).astype(np.float64), resamples, seed)
 
 
 def memorisation(images: Images, training: Images, extractor: Extractor, cache: Path) -> Memorisation:
     """Compare generated images with training images.
 
     Of images like those that trained the model, QUANTILE would be below the threshold by chance: more is memorisation.
-    Duplicates in the training set lower the threshold, to 0 if there are many.
+    Duplicates in the training set lower the threshold, to 0 if there are many: exact copies still count.
     """
     made, trained = (collect(each, extractor, cache).all() for each in (images, training))
     distances, nearest = nearest_neighbours(made, trained)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 IMAGE_SIZE = 299
 CLASSES = 1008  # 1,000 classes and 8 that mean nothing
@@ -23,7 +24,12 @@ class BasicConv2d(nn.Module):
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         around = tuple(side // 2 for side in sides) if padding else 0
         self.conv = nn.Conv2d(channels, out, sides, stride, around, bias=False)  # type: ignore[arg-type]
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.bn: nn.Module = nn.BatchNorm2d(out, eps=0.001)
+
+    def fold(self) -> None:
+        """Take the normalisation into the convolution's weights."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(images)))
@@ -136,6 +142,13 @@ class FidInception(nn.Module):
         self.Mixed_7b, self.Mixed_7c = block_8(1280, max_pool=False), block_8(2048, max_pool=True)
         self.fc = nn.Linear(2048, CLASSES)
         self.requires_grad_(False).eval()
+
+    def fold(self) -> "FidInception":
+        """Return the network, faster: normalisations within convolutions, channels last. Features differ by 3e-7."""
+        for module in self.modules():
+            if isinstance(module, BasicConv2d):
+                module.fold()
+        return self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return TAPS: means over positions of four stages (batch, channels), and logits (batch, 1008)."""
