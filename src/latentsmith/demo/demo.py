@@ -81,7 +81,7 @@ def demo(out: Path, *, from_scratch: bool = False) -> Path:
     print("", *(f"{result.name}: {result.score}" for result in results), sep="\n")
     seconds = sum(row[1] for row in stages.rows)
     print(f"{seconds / 60:.1f} minutes, peak memory {stages.rows[-1][2]:.2f} GiB")
-    print(f"images:  {out / 'grid.png'}\nreport:  {page}")
+    print(f"images:  {out / 'grid.png'}\nreport:  {page}\ntry it:  latentsmith serve {out / 'demo'}")
     return page
 
 
