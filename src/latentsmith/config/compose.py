@@ -22,6 +22,7 @@ from latentsmith.architectures import CLIP_BY_WIDTH
 from latentsmith.files.errors import BadInput
 
 from . import checks, class_registry, overrides, schema
+from .foreign_files import refuse_other_models
 from .foreign_keys import NO_COMPONENT
 from .inference_options import InferenceConfig
 from .read_yaml import read_yaml
@@ -90,6 +91,7 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
         raise BadInput(f"overrides are a list: [{changes!r}]")
     source = str(name_or_path)
     tree, origins = read(find_file(name_or_path).resolve())
+    refuse_other_models(overrides.leaves(tree), origins)
     for change in changes:
         origins |= dict.fromkeys(overrides.apply(tree, change), overrides.SOURCE)
     _copy_nodes(tree, origins)
