@@ -4,7 +4,6 @@ from latentsmith.config import load_config
 from latentsmith.files.errors import BadInput
 
 CONTRADICTIONS = [
-    (["model.unet_config.num_heads=8", "model.unet_config.num_head_channels=64"], "both given; set one to -1"),
     (["model.unet_config.num_heads=0"], "give at least 1"),
     (["model.unet_config.num_heads=7"], "7 heads do not divide a level of 1280 channels"),
     (["model.unet_config.num_head_channels=48"], "heads of 48 do not divide a level of"),

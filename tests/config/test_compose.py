@@ -157,6 +157,17 @@ def test_old_spellings_are_carried_over(tmp_path):
     assert both.model.optim.lr == 1
 
 
+@pytest.mark.parametrize("heads", [8, 0, -1, None])
+def test_num_head_channels_decides_over_num_heads(tmp_path, heads):
+    given = "null" if heads is None else heads
+    path = write(tmp_path, f"model: {{unet_config: {{num_heads: {given}, num_head_channels: 64}}}}")
+    composed = compose(path)
+    unet = composed.config.model.unet_config
+    assert (unet.num_heads, unet.num_head_channels) == (-1, 64)
+    named = [note.startswith("model.unet_config.num_heads has no effect here: ") for note in composed.notes]
+    assert named == [True] * (heads in (8, 0))
+
+
 def test_composed_config_composes_again(tmp_path):
     first = load_config("sd2_v", ["exp_manager.exp_dir=1e3", "exp_manager.wandb_logger_kwargs={project: a}"])
     (tmp_path / "again.yaml").write_text(to_yaml(first))

@@ -40,7 +40,6 @@ def wrong_types():
 
 
 CONTRADICTIONS = [
-    (f"{UNET}.num_heads", 8, {f"{UNET}.num_head_channels": 64}, "are both given"),
     (f"{UNET}.num_heads", 0, {}, "is 0"),
     (f"{UNET}.num_heads", 7, {}, "7 heads do not divide"),
     (f"{UNET}.num_head_channels", 48, {}, "heads of 48 do not divide"),

@@ -59,8 +59,6 @@ def check_inference(config: InferenceConfig) -> None:
 
 def _check_unet(unet: UNetConfig) -> None:
     mults, heads, head_channels = unet.channel_mult, unet.num_heads, unet.num_head_channels
-    if heads != -1 and head_channels != -1:
-        raise BadInput(f"{UNET}: num_heads={heads} and num_head_channels={head_channels} are both given; set one to -1")
     if 0 in (heads, head_channels):
         raise BadInput(f"{UNET}: num_heads or num_head_channels is 0; give at least 1")
     for key in ("num_res_blocks", "transformer_depth"):

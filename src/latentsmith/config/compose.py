@@ -307,6 +307,8 @@ def _derive(values: dict[str, Any], stated: dict[str, Any]) -> None:
     unet, text = model["unet_config"], model["cond_stage_config"]
     if unet["num_heads"] == unet["num_head_channels"] == -1:
         unet["num_heads"] = 8
+    if unet["num_head_channels"] != -1:
+        unet["num_heads"] = -1  # NeMo's rule where both are given
     if text["arch"] is None and text["width"] is None:
         text["arch"] = CLIP_BY_WIDTH.get(unet["context_dim"])
     model["peft"] |= _nemo_lora(model["peft"].get("lora_tuning"), stated)
@@ -365,7 +367,19 @@ def _notes(stated: dict[str, Any], config: Config | InferenceConfig) -> list[str
         trainer = [option.key for option in found if option.key.startswith("trainer.")]
         reason = "generate takes --device, and torchrun or srun shares the images"
         idle = dict.fromkeys((key for key in trainer if key != "trainer.precision"), reason) | idle
-    elif config.model.optim.sched.name == "constant":
-        keys = (f"model.optim.sched.{name}" for name in ("warmup_steps", "hold_steps", "min_lr", "max_steps"))
-        idle |= {key: "model.optim.sched.name=constant is one rate throughout" for key in keys if stated.get(key)}
+    else:
+        idle |= _overruled(stated, config)
     return [f"{key} has no effect here: {reason}" for key, reason in idle.items()]
+
+
+def _overruled(stated: dict[str, Any], config: Config) -> dict[str, str]:
+    """Return the given options that another one leaves without effect, each with the reason."""
+    found = {}
+    if config.model.optim.sched.name == "constant":
+        keys = (f"model.optim.sched.{name}" for name in ("warmup_steps", "hold_steps", "min_lr", "max_steps"))
+        found = {key: "model.optim.sched.name=constant is one rate throughout" for key in keys if stated.get(key)}
+    channels = config.model.unet_config.num_head_channels
+    if channels != -1 and stated.get("model.unet_config.num_heads") not in (None, -1):
+        reason = f"num_head_channels={channels} decides, as in NeMo; set that to -1 to give num_heads"
+        found["model.unet_config.num_heads"] = reason
+    return found

@@ -68,7 +68,9 @@ class UNetConfig:
     )
     num_res_blocks: int | tuple[int, ...] = option(2, "residual blocks of each level", at_least=1)
     num_heads: int = option(-1, "heads of every attention; or give num_head_channels. Neither: 8 heads", at_least=-1)
-    num_head_channels: int = option(-1, "channels of one head; or give num_heads", at_least=-1, aliases=("head_dim",))
+    num_head_channels: int = option(
+        -1, "channels of one head; decides over num_heads", at_least=-1, aliases=("head_dim",)
+    )
     use_spatial_transformer: bool = option(True, "transformers that attend to the text; else plain self-attention")
     use_linear_in_transformer: bool = option(False, "linear layers around a transformer (v2), not 1x1 convolutions")
     transformer_depth: int | tuple[int, ...] = option(1, "transformer blocks of each attention", at_least=1)
