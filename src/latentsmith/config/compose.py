@@ -25,6 +25,7 @@ from . import checks, class_registry, overrides, schema
 from .foreign_files import refuse_other_models
 from .foreign_keys import NO_COMPONENT
 from .inference_options import InferenceConfig
+from .interpolation_limits import check_interpolations
 from .read_yaml import read_yaml
 from .run_options import Config
 from .tree import from_tree, to_plain
@@ -94,6 +95,7 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
     refuse_other_models(overrides.leaves(tree), origins)
     for change in changes:
         origins |= dict.fromkeys(overrides.apply(tree, change), overrides.SOURCE)
+    check_interpolations(tree, source)
     _copy_nodes(tree, origins)
     stated = overrides.leaves(tree)
     _refuse_unknown(stated, origins)
