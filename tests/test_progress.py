@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from latentsmith.processes import is_first_process
 from latentsmith.progress import Rate, progress
 from latentsmith.units import duration
 
@@ -71,6 +72,27 @@ def test_only_the_first_process_shows_it(clock, capsys, monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
     run(clock, [11.0] * 3)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "first"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "NODE_RANK": "1"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0", "NODE_RANK": "0"}, True),
+        ({}, True),
+    ],
+    ids=["torchrun in srun", "its second", "its second host", "srun", "Lightning in srun", "Lightning", "none"],
+)
+def test_the_first_process_is_that_of_rank_zero(monkeypatch, variables, first):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_process() == first
 
 
 def test_a_bar_on_a_terminal(clock, capsys, monkeypatch):
