@@ -23,6 +23,9 @@ from latentsmith.diffusion import (
         ("DPM++ 2M Karras", ("dpmsolver++", True)),
         ("DPM++ 2M SDE Karras", ("dpmsolver++_sde", True)),
         ("dpmpp_2m_karras", ("dpmsolver++", True)),
+        ("DPM++ 2S Karras", ("dpmsolver++_singlestep", True)),
+        ("dpmpp_2s", ("dpmsolver++_singlestep", False)),
+        ("dpmsolver++_2s", ("dpmsolver++_singlestep", False)),
         ("Euler a", ("euler_a", False)),
         ("LMS Karras", ("lms", True)),
         ("UniPC", ("unipc", False)),
@@ -39,6 +42,17 @@ def test_the_words_of_other_programs(name, expected):
 def test_no_name_means_two_samplers():
     names = [name for key, sampler in SAMPLERS.items() for name in (key, *sampler.aliases)]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("key", SAMPLERS)
+def test_the_title_in_an_images_metadata_names_the_sampler(key):
+    found = canonical_sampler(SAMPLERS[key].title)[0]
+    assert found == ("ddim" if key == "para_ddim" else key)  # which computes DDIM, and has its title
+
+
+def test_ancestral_samplers_of_web_uis_are_not_taken_for_plain_ones():
+    with pytest.raises(ValueError, match="'DPM\\+\\+ 2S a' is not a sampler; did you mean dpmsolver"):
+        canonical_sampler("DPM++ 2S a")
 
 
 def test_a_sampler_is_added_by_its_registration(monkeypatch):

@@ -252,7 +252,9 @@ def sample_dpmsolver_sde(
     return sample_dpmsolver_multistep(denoise, latents, sigmas, eta=eta, noise_sampler=noise_sampler)
 
 
-@register("dpmsolver++_singlestep", ALL_BUT_LAST, "DPM++ 2S", ["dpm++_2s", "dpmsolversinglestep"], karras=True)
+@register("dpmsolver++_singlestep", ALL_BUT_LAST, "DPM++ 2S", [
+    "dpm++_2s", "dpmpp_2s", "dpmsolver++_2s", "dpmsolversinglestep",
+], karras=True)  # fmt: skip
 def sample_dpmsolver_singlestep(denoise: Denoise, latents: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2S): steps in pairs, the first a plain one to the middle, the second over both; the last is plain.
 
