@@ -5,6 +5,7 @@ import pytest
 
 from latentsmith.checkpoints.load import build
 from latentsmith.config import Config, compose, load_config, schema, to_yaml
+from latentsmith.config.compose import print_notes
 from latentsmith.files.errors import BadInput
 
 
@@ -155,6 +156,18 @@ def test_old_spellings_are_carried_over(tmp_path):
     assert (model.optim.lr, model.scale_factor, model.cond_stage_config.freeze) == (3e-5, "measured", False)
     both = load_config(write(tmp_path, "model: {base_learning_rate: 3e-5, optim: {lr: 1}}"))
     assert both.model.optim.lr == 1
+
+
+def test_ldms_rate_is_taken_unscaled_and_said_so(tmp_path, capsys):
+    path = write(tmp_path, "model: {base_learning_rate: 3e-5, use_ema: true}")
+    composed = compose(path)
+    assert composed.config.model.optim.lr == 3e-5
+    (note,) = [note for note in composed.notes if "base_learning_rate" in note]
+    assert "batch size" in note and "--scale_lr" in note and "has no effect" not in note
+    print_notes("my.yaml", composed)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"my.yaml: {note}" and lines[1].endswith(": model.use_ema") and len(lines) == 2
+    assert compose(path, ["model.optim.lr=1e-4", "~model.use_ema"]).notes == []
 
 
 @pytest.mark.parametrize("heads", [8, 0, -1, None])

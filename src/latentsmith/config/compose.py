@@ -41,13 +41,19 @@ COMPONENT_KEYS = (
     "model.first_stage_config.lossconfig",
     "model.cond_stage_config",
 )
+NO_EFFECT = " has no effect here: "
+UNSCALED_RATE = (
+    "model.base_learning_rate is model.optim.lr as it stands; LDM multiplies it by devices, batch size and accumulated "
+    "batches unless started with --scale_lr False: give that product as model.optim.lr to train alike"
+)
 SECRETS = "${oc.env:...} is refused: it would write the environment into config.yaml; give the value as KEY=VALUE"
 
 
 @dataclass(frozen=True)
 class Composed:
     """config: every option with its value; of an inference file, what it gives. origins: key -> the file or "command
-    line" that gave it; else a default. notes: one line for each given key that has no effect, with the reason.
+    line" that gave it; else a default. notes: one line for each given key that has no effect, or has another meaning
+    in LDM, with the reason.
     """
 
     config: Config | InferenceConfig
@@ -115,9 +121,12 @@ def compose(name_or_path: str | Path, changes: Iterable[str] = ()) -> Composed:
 
 
 def print_notes(config: str, composed: Composed) -> None:
-    """Name the options that have no effect here on stderr, in one line."""
-    if composed.notes:
-        keys = ", ".join(note.split()[0] for note in composed.notes)
+    """Name the options that have no effect here on stderr, in one line, and print other notes whole."""
+    idle = [note for note in composed.notes if NO_EFFECT in note]
+    for note in (note for note in composed.notes if note not in idle):
+        print(f"{config}: {note}", file=sys.stderr)
+    if idle:
+        keys = ", ".join(note.split()[0] for note in idle)
         print(f"{config}: without effect here (`latentsmith config validate` says why): {keys}", file=sys.stderr)
 
 
@@ -371,7 +380,10 @@ def _notes(stated: dict[str, Any], config: Config | InferenceConfig) -> list[str
         idle = dict.fromkeys((key for key in trainer if key != "trainer.precision"), reason) | idle
     else:
         idle |= _overruled(stated, config)
-    return [f"{key} has no effect here: {reason}" for key, reason in idle.items()]
+    notes = [f"{key}{NO_EFFECT}{reason}" for key, reason in idle.items()]
+    if stated.get("model.base_learning_rate") is not None and stated.get("model.optim.lr") is None:
+        notes.append(UNSCALED_RATE)
+    return notes
 
 
 def _overruled(stated: dict[str, Any], config: Config) -> dict[str, str]:

@@ -112,7 +112,7 @@ def migrated(composed: Composed, source: str) -> str:
             _put(tree, key, value)
     lines = [f"# Made from {source}; options at their defaults are left out.", dump(tree).rstrip()]
     if composed.notes:
-        lines += ["# Left out, since they have no effect here:", *(f"#   {note}" for note in composed.notes)]
+        lines += ["# Left out, or of another meaning there:", *(f"#   {note}" for note in composed.notes)]
     return "\n".join(lines)
 
 

@@ -143,7 +143,10 @@ REFUSED: dict[str, tuple[Any, str]] = {  # accepted at this value only, since an
 }
 
 MOVED: dict[str, tuple[ValueType, str]] = {  # read as an option of ours
-    "model.base_learning_rate": (nullable(number(0)), "LDM: model.optim.lr, where that is not given"),
+    "model.base_learning_rate": (
+        nullable(number(0)),
+        "LDM: model.optim.lr, where that is not given; not scaled by batch size as there",
+    ),
     "model.scale_by_std": (flag(), "LDM: true is model.scale_factor=measured"),
     "model.scheduler_config": (mapping(), "LDM: its warm_up_steps, where model.optim.sched has none"),
     "model.peft.lora_tuning": (
