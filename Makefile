@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/latentsmith demo --out demo
 
+# Two processes with one thread each: tiny tensors gain nothing from more.
 test: install-dev lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # The share of lines and branches that the tests run; the figure is in CONTRIBUTING.md.
 coverage: install-dev

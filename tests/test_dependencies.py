@@ -24,7 +24,7 @@ DISTRIBUTIONS = {  # of modules whose distribution has another name
 IMPORTED_BY_OTHERS = {"tensorboard": "torch.utils.tensorboard"}  # needed by this module, which the package imports
 READS_FORMS = {"python-multipart"}  # of starlette
 PLUGINS = {"s3fs", "gcsfs", "aiohttp"}  # fsspec finds them by an address's protocol
-TOOLS = {"ruff", "mypy", "pytest-cov", "types-pyyaml"}  # of the Makefile
+TOOLS = {"ruff", "mypy", "pytest-cov", "pytest-xdist", "types-pyyaml"}  # of the Makefile
 
 
 def normalised(name: str) -> str:

@@ -305,7 +305,8 @@ def read_set_file(folder: Path) -> list[ShardRecord]:
     for shard in listing["shards"]:
         check_types(shard, RECORD, path, what)
     shards = [ShardRecord(**{name: shard[name] for name in RECORD}) for shard in listing["shards"]]
-    outside = [shard.file for shard in shards if Path(shard.file).name != shard.file or "\0" in shard.file]
+    files = [shard.file for shard in shards]
+    outside = [file for file in files if Path(file).name != file or file == ".." or "\0" in file]
     if outside:
         raise BadInput(f"{path}: names {outside[0]!r}, which is not a file beside it; make the set again")
     return shards

@@ -212,10 +212,13 @@ STATE_TYPES: dict[str, type | UnionType] = {
 def read_state(path: Path) -> dict[str, Any]:
     """Return state.json of a checkpoint. Raises BadInput unless all its files are as they were written."""
     file, what = path / STATE_FILE, "the state of a checkpoint"
-    state = read_json(file, what)
-    check_types(state, STATE_TYPES, file, what)
-    checksums = state["checksums"]
-    check_types(checksums, dict.fromkeys(checksums, str), file, what)
+    try:
+        state = read_json(file, what)
+        check_types(state, STATE_TYPES, file, what)
+        checksums = state["checksums"]
+        check_types(checksums, dict.fromkeys(checksums, str), file, what)
+    except BadInput as error:
+        raise BadInput(f"{path}: not a checkpoint of a run ({error})") from None
     for name, checksum in checksums.items():
         if not (path / name).is_file() or hash_file(path / name) != checksum:
             raise BadInput(f"{path / name}: damaged or missing; go on from another checkpoint of the run")
