@@ -11,7 +11,7 @@ demo: install
 test: install-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# The share of lines and branches that the tests run; the figure is in CONTRIBUTING.md.
+# The share of lines and branches that the tests run.
 coverage: install-dev
 	$(BIN)/pytest --cov --cov-report term:skip-covered
 
