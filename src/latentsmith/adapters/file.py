@@ -100,6 +100,6 @@ class Header:
         return {key: value for key, value in self.metadata.items() if key.startswith(prefix)}
 
     def network_args(self) -> dict[str, str]:
-        """Return what LyCORIS is told of the scheme."""
+        """Return the config by which LyCORIS rebuilds the scheme."""
         algo = {"dora": "lora", "oft": "diag-oft"}.get(self.scheme, self.scheme)
         return {"algo": algo} | ({"dora_wd": "True"} if self.scheme == "dora" else {})

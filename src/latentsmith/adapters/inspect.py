@@ -18,7 +18,7 @@ def inspect_adapter(path: str | Path, model: str | Path | None = None) -> Iterat
     title = next(each.title for each in FORMATS if each.name == file.format)
     yield f"{path}: an adapter, {title} names"
     yield f"  scheme    {file.scheme}, rank {_counted(file.ranks)}, alpha {_counted(file.alphas)}"
-    yield f"  base      {BASE_TITLES[file.base] if file.base else 'not told by the file'}"
+    yield f"  base      {BASE_TITLES[file.base] if file.base else 'the file does not say'}"
     for part, count in file.layers.items():
         tensors = file.parts[part]
         kinds = Counter(map(_kind, grouped(tensors)))

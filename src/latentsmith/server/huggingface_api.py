@@ -9,8 +9,6 @@ from latentsmith.files.errors import BadInput
 from .openai_api import ALIASES, json_object
 from .service import Service, client_of, image_bytes
 
-NOT_OFFERED = ("target_size",)
-
 
 def routes(service: Service) -> APIRouter:
     router = APIRouter()

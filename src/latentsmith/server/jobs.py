@@ -54,7 +54,6 @@ class Job:
     client: str = ""
     wants_previews: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(16))
-    created: float = field(default_factory=time.time)
     status: Status = Status.QUEUED
     error: Exception | None = None
     images: list[Image.Image | None] = field(default_factory=list)
@@ -67,10 +66,6 @@ class Job:
     cancelled: bool = False
     on_change: list[Callable[[], object]] = field(default_factory=list)
     tasks_left: int = 0
-
-    @property
-    def ended_well(self) -> bool:
-        return self.status is Status.DONE
 
     @property
     def is_over(self) -> bool:
@@ -267,6 +262,6 @@ class JobRunner:
                 return
             complete = all(image is not None for image in job.images)
             job.status = Status.FAILED if job.error else Status.DONE if complete else Status.CANCELLED
-            job.ended, job.preview = time.time(), None
+            job.ended = time.time()
             self.running.discard(job)
         job.changed()

@@ -40,7 +40,7 @@ class NetworkCall:
 class DeviceWorker:
     """Run work on one thread: batches of network calls, and anything else by itself.
 
-    max_rows: rows of a network's batch; an image with guidance has two. on_batch: told the rows of each batch.
+    max_rows: rows of a network's batch; an image with guidance has two. on_batch: called with the rows of each batch.
     """
 
     def __init__(self, max_rows: int = 16, on_batch: Callable[[int], None] = lambda rows: None):
